@@ -80,7 +80,7 @@ class EngineLoop:
         self._num_rows = 0  # of the open requests; guarded by _wakeup
         self._accepting = False
         self._stopping = False
-        self._rows_per_s = 0.0  # measured service rate, for Retry-After
+        self._s_per_row = 0.0  # measured, for Retry-After
         self._last_finish_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="fourstep-engine", daemon=True)
 
@@ -120,7 +120,7 @@ class EngineLoop:
                 raise Overloaded(
                     f"{self._num_rows} images are already waiting or running and at most "
                     f"{self._max_waiting} may be; this request would add {len(request.rows)}",
-                    retry_after_s=self._num_rows / self._rows_per_s if self._rows_per_s else 1.0,
+                    retry_after_s=self._num_rows * self._s_per_row,
                 )
             self._num_rows = total
             self._open.add(request)
@@ -218,11 +218,10 @@ class EngineLoop:
                 self._resolve(row.request, Status.COMPLETED, None)
 
     def _measure_rate(self) -> None:
-        """Exponentially weighted rows per second (weight 0.1: the last twenty rows or so)."""
+        """Exponentially weighted seconds between finished rows (weight 0.1: the last twenty)."""
         now = self.clock()
-        if self._last_finish_at is not None:
-            rate = 1.0 / max(now - self._last_finish_at, 1e-4)
-            self._rows_per_s += 0.1 * (min(rate, 1e4) - self._rows_per_s)
+        if self._last_finish_at is not None and now - self._last_finish_at < 10.0:  # else it idled
+            self._s_per_row += 0.1 * (now - self._last_finish_at - self._s_per_row)
         self._last_finish_at = now
 
     def _fail(self, request: Request, status: Status, error: ServiceError) -> None:

@@ -8,6 +8,7 @@ reads this module, so it imports no torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ def channel() -> tuple[asyncio.Queue[Event], Callable[[Event], None]]:
     queue: asyncio.Queue[Event] = asyncio.Queue()
 
     def send(event: Event) -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
     return queue, send

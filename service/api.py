@@ -1,0 +1,277 @@
+"""The OpenAI-compatible endpoints: generations, edits, models."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from service.admission import Admitted, admit, check_model
+from service.errors import BadRequest, Cancelled, ServiceError
+from service.images import MEDIA_TYPES, decode_image, to_base64
+from service.job import EncodedImage, Job
+from service.parsing import accepted_format, parse_edit, parse_generation
+from service.replica import Replica
+from service.request import Timings
+from service.schema import (
+    EditRequest,
+    ErrorResponse,
+    GenerationRequest,
+    ImageParams,
+    ImagesResponse,
+    ModelList,
+    ModelObject,
+    OutputFormat,
+)
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503, 504)
+}
+EDIT_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": EditRequest.model_json_schema()
+            | {
+                "properties": EditRequest.model_json_schema()["properties"]
+                | {"image": {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP"}},
+                "required": ["prompt", "image"],
+            }
+        }
+    },
+}
+GENERATION_BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}},
+}
+
+
+def build_router(replica: Replica) -> APIRouter:
+    """Routes of one replica."""
+    router = APIRouter(prefix="/v1", responses=ERRORS)
+
+    @router.post(
+        "/images/generations",
+        response_model=ImagesResponse,
+        openapi_extra={"requestBody": GENERATION_BODY},
+    )
+    async def generations(request: Request) -> Response:
+        """Draw images from a prompt. `Accept: image/png|jpeg|webp` returns the raw image."""
+        params = await parse_generation(request)
+        check_model(params.model, replica.runner.info.model_id, replica.settings)
+        output_format = accepted_format(request.headers.get("accept", ""), params)
+        admitted = admit(params, replica.runner, replica.settings)
+        return await _answer(replica, request, params, admitted, output_format, "image_generation")
+
+    @router.post(
+        "/images/edits", response_model=ImagesResponse, openapi_extra={"requestBody": EDIT_BODY}
+    )
+    async def edits(request: Request) -> Response:
+        """Redraw one image after a prompt (image-to-image); `strength` says how far."""
+        params, data = await parse_edit(request)
+        check_model(params.model, replica.runner.info.model_id, replica.settings)
+        output_format = accepted_format(request.headers.get("accept", ""), params)
+        max_px = replica.settings.max_input_px
+
+        def prepare() -> Admitted:
+            pixels = decode_image(data, max_px=max_px)
+            return admit(params, replica.runner, replica.settings, pixels)
+
+        event_loop = asyncio.get_running_loop()
+        admitted = await event_loop.run_in_executor(replica.image_workers, prepare)
+        return await _answer(replica, request, params, admitted, output_format, "image_edit")
+
+    @router.get("/models")
+    async def models() -> ModelList:
+        """The model served here, and what may be asked of it."""
+        return ModelList(data=[_model_object(replica)])
+
+    @router.get("/models/{model_id:path}")
+    async def model(model_id: str) -> ModelObject:
+        """The model, by its id or an alias."""
+        check_model(model_id, replica.runner.info.model_id, replica.settings)
+        return _model_object(replica)
+
+    return router
+
+
+def _model_object(replica: Replica) -> ModelObject:
+    info, settings = replica.runner.info, replica.settings
+    details = {
+        "engine": info.backend,
+        "precision": info.precision,
+        "aliases": list(settings.aliases),
+        "default_size": f"{info.default_width}x{info.default_height}",
+        "size_multiple_px": info.size_multiple,
+        "min_size_px": info.min_size_px,
+        "max_size_px": info.max_size_px,
+        "default_num_inference_steps": info.default_num_steps,
+        "max_num_inference_steps": settings.max_steps,
+        "default_guidance_scale": info.default_guidance_scale,
+        "guidance_embedding": info.guidance_embedding,
+        "default_sampler": info.default_sampler,
+        "samplers": list(info.samplers),
+        "max_prompt_tokens": info.max_tokens,
+        "max_images": settings.max_images,
+    }
+    return ModelObject(id=info.model_id, created=replica.created, details=details)
+
+
+async def _answer(
+    replica: Replica,
+    request: Request,
+    params: ImageParams,
+    admitted: Admitted,
+    raw_format: OutputFormat | None,
+    event_name: str,
+) -> Response:
+    exchange = request.state.exchange
+    job = Job(
+        replica,
+        params,
+        admitted,
+        request_id=exchange.request_id,
+        output_format=raw_format or params.output_format,
+        timeout_s=_timeout_s(request, replica.settings.request_timeout_s),
+    )
+    if params.stream:
+        await job.__aenter__()  # refused here, before the stream begins, or left to its end
+        events = _stream(job, params, admitted, event_name)
+        return StreamingResponse(events, media_type="text/event-stream", headers=NO_BUFFERING)
+    async with job:
+        images = await _until_disconnect(request, _collect(job))
+    timings = job.request.timings
+    exchange.log_fields = {"n": len(images), "steps": admitted.num_steps} | timings.milliseconds()
+    headers = {"server-timing": _server_timing(timings)}
+    if raw_format is not None:
+        headers |= {"x-fourstep-seed": str(admitted.seed)}
+        if admitted.warnings:
+            headers["x-fourstep-warnings"] = "; ".join(admitted.warnings).encode(
+                "ascii", "replace"
+            ).decode()
+        return Response(images[0].data, media_type=MEDIA_TYPES[raw_format], headers=headers)
+    content = orjson.dumps(_images_response(replica, params, admitted, images, timings))
+    return Response(content, media_type="application/json", headers=headers)
+
+
+NO_BUFFERING = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+
+def _timeout_s(request: Request, limit_s: float) -> float:
+    given = request.headers.get("x-request-timeout")
+    if given is None:
+        return limit_s
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= limit_s:
+        raise BadRequest(
+            f"X-Request-Timeout is {given!r}; it must be seconds above 0 and at most {limit_s:g}",
+            param="X-Request-Timeout",
+        )
+    return seconds
+
+
+async def _collect(job: Job) -> list[EncodedImage]:
+    images = [item async for item in job.items() if item.preview_index is None]
+    return sorted(images, key=lambda image: image.row_index)
+
+
+async def _until_disconnect(request: Request, work: Any) -> list[EncodedImage]:
+    """Await ``work``; a client that closes its connection cancels it.
+
+    Ray Serve cancels the handler itself; plain ASGI servers only say ``http.disconnect``.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and gone.result()["type"] == "http.disconnect":
+            raise Cancelled("the client closed the connection")
+        return await task
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+def _images_response(
+    replica: Replica,
+    params: ImageParams,
+    admitted: Admitted,
+    images: list[EncodedImage],
+    timings: Timings,
+) -> dict[str, Any]:
+    return {
+        "created": int(time.time()),
+        "data": [
+            _payload(image.data, params) | {"seed": admitted.seed + image.row_index}
+            for image in images
+        ],
+        "model": replica.runner.info.model_id,
+        "size": f"{admitted.width}x{admitted.height}",
+        "quality": params.quality,
+        "background": "opaque",
+        "output_format": params.output_format,
+        "num_inference_steps": admitted.num_steps,
+        "guidance_scale": admitted.guidance_scale,
+        "sampler": admitted.sampler,
+        "timings": timings.milliseconds(),
+        "warnings": admitted.warnings,
+    }
+
+
+def _payload(data: bytes, params: ImageParams) -> dict[str, str]:
+    if params.response_format == "url":
+        return {"url": f"data:{MEDIA_TYPES[params.output_format]};base64,{to_base64(data)}"}
+    return {"b64_json": to_base64(data)}
+
+
+def _server_timing(timings: Timings) -> str:
+    """The ``Server-Timing`` header: browsers draw it in their network panel."""
+    return ", ".join(
+        f"{name.removesuffix('_ms')};dur={value:g}" for name, value in timings.milliseconds().items()
+    )
+
+
+async def _stream(
+    job: Job, params: ImageParams, admitted: Admitted, event_name: str
+) -> AsyncIterator[bytes]:
+    """Server-sent events in OpenAI's shapes; ends with ``[DONE]`` also after an error."""
+    common = {
+        "size": f"{admitted.width}x{admitted.height}",
+        "quality": params.quality,
+        "background": "opaque",
+        "output_format": params.output_format,
+    }
+    try:
+        async for image in job.items():
+            kind = "completed" if image.preview_index is None else "partial_image"
+            event = {
+                "type": f"{event_name}.{kind}",
+                "b64_json": to_base64(image.data),
+                "created_at": int(time.time()),
+                "image_index": image.row_index,
+                "seed": admitted.seed + image.row_index,
+                **common,
+            }
+            if image.preview_index is not None:
+                event["partial_image_index"] = image.preview_index
+            else:
+                event["timings"] = job.request.timings.milliseconds()
+                event["warnings"] = admitted.warnings
+            yield _sse(event["type"], event)
+    except ServiceError as error:
+        yield _sse("error", error.body())
+    finally:
+        await job.__aexit__(None, None, None)
+    yield b"data: [DONE]\n\n"
+
+
+def _sse(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: ".encode() + orjson.dumps(data) + b"\n\n"

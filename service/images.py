@@ -1,0 +1,105 @@
+"""Pixels to files and back: encoding of answers, decoding of uploads. Runs in worker threads.
+
+Uploads are hostile until proven otherwise: only PNG, JPEG and WebP are opened, dimensions are
+checked before a pixel is decoded, and every failure of the decoder is a 400.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+
+from service.errors import BadRequest, TooLarge
+
+if TYPE_CHECKING:
+    from service.schema import OutputFormat
+    from service.settings import Settings
+
+MEDIA_TYPES: dict[OutputFormat, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+}
+INPUT_FORMATS = ("PNG", "JPEG", "WEBP")
+DEFAULT_QUALITY = 90
+
+
+def encode_image(
+    pixels: np.ndarray,
+    output_format: OutputFormat,
+    settings: Settings,
+    *,
+    quality: int | None = None,
+    text: Mapping[str, str] | None = None,
+) -> bytes:
+    """Encode uint8 ``[H, W, 3]`` as PNG, JPEG or WebP.
+
+    ``quality`` (0–100, default 90) is for JPEG and WebP. ``text`` becomes PNG text chunks
+    (tEXt, or iTXt outside Latin-1); JPEG and WebP carry none.
+    """
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if output_format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in (text or {}).items():
+            chunks.add_text(key, value)
+        image.save(buffer, "PNG", compress_level=settings.png_level, pnginfo=chunks)
+    elif output_format == "jpeg":
+        image.save(buffer, "JPEG", quality=DEFAULT_QUALITY if quality is None else quality)
+    else:
+        image.save(
+            buffer,
+            "WEBP",
+            quality=DEFAULT_QUALITY if quality is None else quality,
+            method=settings.webp_method,
+        )
+    return buffer.getvalue()
+
+
+def to_base64(data: bytes) -> str:
+    """Standard base64, as ``b64_json`` carries it."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def decode_image(data: bytes, *, max_px: int, field: str = "image") -> np.ndarray:
+    """Decode an upload to uint8 ``[H, W, 3]``, upright (Exif) and over white where transparent.
+
+    Raises:
+        BadRequest: empty, damaged, or not PNG, JPEG or WebP.
+        TooLarge: more than ``max_px`` pixels, judged before decoding.
+    """
+    if not data:
+        raise BadRequest(f"{field} is empty; send a PNG, JPEG or WebP file", param=field)
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=INPUT_FORMATS) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_px is our bound
+            width, height = image.size
+            if width * height > max_px:
+                raise TooLarge(
+                    f"{field} is {width}x{height} = {width * height} pixels; at most {max_px} are "
+                    "accepted, scale it down first",
+                    param=field,
+                )
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"{field} has too many pixels: {error}", param=field) from error
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        raise BadRequest(
+            f"{field} cannot be read as PNG, JPEG or WebP: {str(error)[:200]}", param=field
+        ) from error
+    canvas = Image.new("RGBA", upright.size, "white")
+    canvas.alpha_composite(upright)
+    return np.asarray(canvas.convert("RGB"))
+
+
+def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Fit uint8 ``[H, W, 3]`` to ``width`` × ``height``: centre crop to the shape, then Lanczos."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.LANCZOS))

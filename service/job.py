@@ -1,0 +1,128 @@
+"""From admitted drawings to encoded images: one request's way through the engine loop.
+
+A handler submits, then reads items as they come. If the handler is cancelled (its client went
+away), leaving the job frees the request's rows at the next step boundary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from service.admission import Admitted
+from service.images import encode_image
+from service.replica import Replica
+from service.request import Finished, Preview, Request, Resolved, Row, channel
+from service.schema import ImageParams, OutputFormat
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A file ready to send. ``preview_index`` is None for a final image."""
+
+    row_index: int
+    preview_index: int | None
+    data: bytes
+
+
+class Job:
+    """One accepted request as its handler sees it. Use as an async context manager.
+
+    Raises on entry what `EngineLoop.submit` raises: nothing was accepted then.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        params: ImageParams,
+        admitted: Admitted,
+        *,
+        request_id: str,
+        output_format: OutputFormat,
+        timeout_s: float,
+    ) -> None:
+        self._replica = replica
+        self._params = params
+        self._admitted = admitted
+        self._output_format = output_format
+        self._queue, send = channel()
+        now = replica.loop.clock()
+        self.request = Request(request_id, arrived_at=now, deadline=now + timeout_s, send=send)
+        self.request.rows = [
+            Row(self.request, index, drawing) for index, drawing in enumerate(admitted.drawings)
+        ]
+
+    async def __aenter__(self) -> Job:
+        self._replica.loop.submit(self.request)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._replica.loop.cancel(self.request)  # no effect once it is resolved
+
+    async def items(self) -> AsyncIterator[EncodedImage]:
+        """Previews and images, each as soon as it is encoded.
+
+        Raises:
+            ServiceError: the request ended any other way than with all its images.
+        """
+        event_loop = asyncio.get_running_loop()
+        encoding: list[asyncio.Future[EncodedImage]] = []
+        while not isinstance(event := await self._queue.get(), Resolved):
+            encoding.append(
+                event_loop.run_in_executor(self._replica.image_workers, self._encode, event)
+            )
+            while encoding and encoding[0].done():
+                yield encoding.pop(0).result()
+            if isinstance(event, Preview) and encoding:  # a preview is worth nothing late
+                yield await encoding.pop(0)
+        if event.error is not None:
+            raise event.error
+        for future in encoding:
+            yield await future
+        self.request.timings.total_s = self._replica.loop.clock() - self.request.arrived_at
+
+    def _encode(self, event: Preview | Finished) -> EncodedImage:
+        begun = time.perf_counter()
+        final = isinstance(event, Finished)
+        text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
+        data = encode_image(
+            event.pixels,
+            self._output_format,
+            self._replica.settings,
+            quality=self._params.output_compression,
+            text=text if final else None,
+        )
+        seconds = time.perf_counter() - begun
+        self.request.timings.image_encode_s += seconds
+        if final:
+            height, width = np.shape(event.pixels)[:2]
+            self._replica.metrics.image(width, height, seconds)
+        return EncodedImage(
+            event.row_index, event.preview_index if isinstance(event, Preview) else None, data
+        )
+
+
+def parameters_text(
+    params: ImageParams, admitted: Admitted, row_index: int, replica: Replica
+) -> dict[str, str]:
+    """PNG text chunks in the form that image viewers of the field read: one ``parameters`` key."""
+    negative = f"Negative prompt: {params.negative_prompt}\n" if params.negative_prompt else ""
+    settings = ", ".join(
+        f"{name}: {value}"
+        for name, value in {
+            "Steps": admitted.num_steps,
+            "Sampler": admitted.sampler,
+            "CFG scale": admitted.guidance_scale,
+            "Seed": admitted.seed + row_index,
+            "Size": f"{admitted.width}x{admitted.height}",
+            "Model": replica.runner.info.model_id,
+        }.items()
+    )
+    return {"parameters": f"{params.prompt}\n{negative}{settings}", "Software": "Fourstep"}

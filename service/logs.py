@@ -1,0 +1,38 @@
+"""JSON logs on stderr, one object a line, each with the id of the request it belongs to."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+
+from service.telemetry import request_id_var
+
+
+class JsonFormatter(logging.Formatter):
+    """``{"time", "level", "logger", "message", "request_id", …fields, "exception"}``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        entry = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": request_id_var.get(),
+        }
+        entry |= getattr(record, "fields", {})
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+def configure_logs(level: str) -> None:
+    """Send the ``fourstep`` loggers to stderr as JSON. Safe to call again."""
+    logger = logging.getLogger("fourstep")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logger.handlers = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False

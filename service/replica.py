@@ -1,0 +1,98 @@
+"""One model, loaded and running: what a GPU (or a CPU) holds behind the HTTP surface.
+
+Owns the runner, the engine loop, the metrics and the threads that encode images. Knows nothing of
+HTTP paths or of Ray; `service.app` puts a surface on it, `service.deployment` a Ray deployment.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from engines.runner import Runner
+from service.loop import EngineLoop
+from service.metrics import Metrics
+from service.scheduler import Limits
+from service.settings import Settings
+
+logger = logging.getLogger("fourstep.replica")
+
+
+class Replica:
+    """Constructed cheap; `start` loads and warms the engine, `close` drains and frees it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self.image_workers = ThreadPoolExecutor(
+            settings.num_image_workers, thread_name_prefix="fourstep-image"
+        )
+        self._runner: Runner | None = None
+        self._metrics: Metrics | None = None
+        self._loop: EngineLoop | None = None
+
+    def start(self) -> None:
+        """Load, warm up and begin to serve. Blocks; seconds for a small model, more for a large one.
+
+        Raises:
+            engines.errors.EngineError: the model cannot be loaded here; the message says why.
+        """
+        settings = self.settings
+        begun = time.monotonic()
+        self._runner = runner = Runner.open(
+            settings.model,
+            backend=settings.engine,
+            precision=settings.precision,
+            max_batch=settings.max_batch or None,
+            num_threads=settings.num_threads or None,
+            cache_dir=settings.cache_dir,
+            model_id=settings.model_id,
+        )
+        runner.warm_up()
+        self._metrics = Metrics(runner.info.model_id)
+        limits = Limits(
+            max_batch=runner.info.max_batch,
+            max_decode_batch=settings.max_decode_batch or max(1, runner.info.max_batch // 2),
+            max_running=max(settings.max_running, runner.info.max_batch),
+            patience=settings.patience,
+        )
+        self._loop = EngineLoop(runner, limits, self._metrics, max_waiting=settings.max_waiting)
+        self._loop.start()
+        logger.info(
+            "serving %s on %s, batches of %d, ready after %.1f s",
+            runner.info.model_id, runner.info.backend, limits.max_batch, time.monotonic() - begun,
+        )  # fmt: skip
+
+    @property
+    def runner(self) -> Runner:
+        assert self._runner is not None, "start() comes first"
+        return self._runner
+
+    @property
+    def metrics(self) -> Metrics:
+        assert self._metrics is not None, "start() comes first"
+        return self._metrics
+
+    @property
+    def loop(self) -> EngineLoop:
+        assert self._loop is not None, "start() comes first"
+        return self._loop
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` got through: metrics and model facts exist from then on."""
+        return self._loop is not None
+
+    @property
+    def ready(self) -> bool:
+        """Warmed up, serving, with its engine thread alive."""
+        return self._loop is not None and self._loop.healthy
+
+    def close(self) -> None:
+        """Finish what runs (up to ``drain_s``), then free the engine and the threads."""
+        if self._loop is not None:
+            self._loop.close(self.settings.drain_s)
+        if self._runner is not None:
+            self._runner.close()
+        self.image_workers.shutdown(cancel_futures=True)

@@ -1,0 +1,132 @@
+"""The REST schema: OpenAI's Images API with our extensions as plain extra fields.
+
+What the protocol itself fixes (types, enumerations, the bounds OpenAI documents) is declared here
+and shown in ``/docs``; what depends on the model or on settings is checked in `service.admission`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"]
+Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")]
+
+
+class ImageParams(BaseModel):
+    """Fields that generations and edits share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, description="What to draw. Any Unicode text.")
+    model: str | None = Field(None, description="Model id, as GET /v1/models lists it.")
+    n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
+    size: Size = Field("auto", description="`WIDTHxHEIGHT` in pixels, or `auto`.")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="`url` gives a self-contained `data:` URL; nothing is stored."
+    )
+    output_format: OutputFormat = Field("png", description="Encoding of the image.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp, in percent (default 90)."
+    )
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = Field(
+        "auto", description="Without num_inference_steps: low is 2 steps, high and hd are 8."
+    )
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        "auto", description="Images are opaque; `transparent` is refused."
+    )
+    stream: bool = Field(False, description="Answer as server-sent events.")
+    partial_images: int = Field(
+        0, ge=0, le=3, description="Previews per image, when streaming; fewer when steps are few."
+    )
+    user: str | None = Field(None, description="Free text for the caller's own records.")
+    safety_identifier: str | None = Field(None, description="As `user`.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="No filter is installed.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="Has no effect here.")
+
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoise calls per image.")
+    guidance_scale: float | None = Field(None, ge=0, le=50, description="Guidance weight.")
+    negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Of the first image; image k uses seed + k."
+    )
+    sampler: SamplerName | None = Field(None, description="Default: the checkpoint's own.")
+    eta: float | None = Field(
+        None, ge=0, le=1, description="Stochasticity of DDIM (default 0) and TCD (default 0.3)."
+    )
+
+
+class GenerationRequest(ImageParams):
+    """``POST /v1/images/generations``."""
+
+
+class EditRequest(ImageParams):
+    """``POST /v1/images/edits``: image-to-image. Scalars arrive as form strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+
+    strength: float = Field(
+        0.8, gt=0, le=1, description="How far from the input: 1 keeps nothing of it."
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="Has no effect here.")
+
+
+class ImageObject(BaseModel):
+    """One image of an answer."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """The answer to generations and edits. ``timings`` are milliseconds on the server."""
+
+    created: int
+    data: list[ImageObject]
+    model: str
+    size: str
+    quality: str
+    background: str = "opaque"
+    output_format: OutputFormat
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    timings: dict[str, float]
+    warnings: list[str]
+
+
+class ModelObject(BaseModel):
+    """One entry of ``GET /v1/models``, with what a caller may ask of it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fourstep"
+    details: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorBody

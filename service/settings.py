@@ -1,0 +1,95 @@
+"""Every setting of the service: one frozen tree, the only reader of the environment.
+
+A key is, in this order of precedence, an argument of the application (YAML ``args`` or a flag of
+``fourstep serve``), an environment variable ``FOURSTEP_<KEY>``, or its default here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class SettingsError(ValueError):
+    """A key is unknown or its value is refused; the message names it and the way out."""
+
+
+class Settings(BaseSettings):
+    """What one application (one model behind one route) needs to know."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FOURSTEP_", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    # The model.
+    model: str = Field("demo-lcm", description="folder, bundle, hub id or a shipped model's name")
+    model_id: str | None = Field(None, description="name in the API; default: taken from `model`")
+    aliases: tuple[str, ...] = Field((), description="further names the API accepts for the model")
+    engine: Literal["auto", "onnxruntime", "tensorrt", "torch"] = "auto"
+    precision: Literal["auto", "fp32", "fp16"] = "auto"
+    cache_dir: Path = Field(
+        Path("~/.cache/fourstep").expanduser(), description="where built bundles are kept"
+    )
+    num_threads: int = Field(0, ge=0, le=256, description="CPU threads of the engine; 0: all cores")
+
+    # Batching. 0 takes the engine's own default, measured (see engines/README.md).
+    max_batch: int = Field(0, ge=0, le=64, description="lanes of one denoise call")
+    max_decode_batch: int = Field(0, ge=0, le=64, description="rows of one decode call")
+    max_running: int = Field(64, ge=2, le=4096, description="lanes in flight, all sizes together")
+    patience: int = Field(4, ge=0, le=1000, description="denoise calls that weigh as one step left")
+    max_waiting: int = Field(256, ge=1, le=100_000, description="images accepted and unfinished")
+
+    # Limits of one request.
+    max_images: int = Field(10, ge=1, le=10, description="n")
+    max_steps: int = Field(50, ge=1, le=1000, description="num_inference_steps")
+    max_prompt_chars: int = Field(4000, ge=1, le=32_000)
+    max_body_bytes: int = Field(20 * MIB, ge=1024)
+    max_input_px: int = Field(4096 * 4096, ge=64, description="pixels of an uploaded image")
+    long_prompt: Literal["truncate", "refuse"] = Field(
+        "truncate", description="what happens to a prompt longer than the text encoder's window"
+    )
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="deadline; X-Request-Timeout")
+
+    # Answers.
+    png_level: int = Field(1, ge=0, le=9, description="zlib level of PNG answers")
+    webp_method: int = Field(2, ge=0, le=6, description="libwebp effort of WebP answers")
+    num_image_workers: int = Field(2, ge=1, le=64, description="threads that encode images")
+    drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def metrics_are_shared() -> bool:
+    """Whether prometheus_client's multiprocess mode is on in this process."""
+    return bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+
+
+def load_settings(values: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from ``values`` over the environment over the defaults.
+
+    Raises:
+        SettingsError: an unknown key (the nearest known one is named) or a refused value.
+    """
+    known = Settings.model_fields
+    prefix = "FOURSTEP_"
+    from_environment = [k.removeprefix(prefix).lower() for k in os.environ if k.startswith(prefix)]
+    for key in (*(values or {}), *from_environment):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"unknown setting {key!r}{hint} (known: {', '.join(known)})")
+    try:
+        return Settings(**(values or {}))
+    except ValidationError as error:
+        lines = [
+            f"setting {'.'.join(map(str, e['loc']))!r}: {e['msg'].lower()}, got {e['input']!r}"
+            for e in error.errors()
+        ]
+        raise SettingsError("; ".join(lines)) from error
