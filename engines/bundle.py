@@ -1,0 +1,164 @@
+"""A bundle: a model's folder of compiled parts, with a manifest that says what it is made of.
+
+    manifest.json   format, key, source hash, precision, versions, facts, files with size and hash
+    tokenizer.json  for the `tokenizers` library: serving needs neither transformers nor diffusers
+    <part>.onnx, <part>.onnx.data
+
+Nothing stale or damaged is used: the key covers all that the files depend on, every file is
+checked against its hash when a bundle is opened, and a folder appears under its name only whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from engines.checkpoint import fingerprint, load_facts, load_pipeline, pipeline_class
+from engines.errors import BundleError
+from engines.facts import Facts
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+BUILT_WITH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened and verified bundle."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    facts: Facts
+
+    @property
+    def precision(self) -> str:
+        return str(self.manifest["precision"])
+
+    def part(self, name: str) -> Path:
+        return self.folder / f"{name}.onnx"
+
+
+def is_bundle(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def bundle_key(source_hash: str, precision: str) -> str:
+    """What a bundle's contents depend on, as 16 hex digits."""
+    versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
+    text = "\n".join([str(FORMAT), source_hash, precision, *versions])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read and verify a bundle.
+
+    Raises:
+        BundleError: no manifest, another format, a missing or altered file.
+    """
+    way_out = f"rebuild it with: fourstep build MODEL --out {folder}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder} has no readable {MANIFEST} ({error}); {way_out}") from error
+    if manifest.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder} has bundle format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            f"{way_out}"
+        )
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; {way_out}")
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            raise BundleError(f"{path} is not what the manifest says it is (damaged?); {way_out}")
+    return Bundle(folder, manifest, Facts.from_json(manifest["facts"]))
+
+
+def ensure_bundle(source: Path, precision: str, cache_dir: Path, progress: Progress) -> Bundle:
+    """The bundle of a checkpoint folder from the cache, built first where it is not there.
+
+    Two processes asking at once build once: the second waits and opens. A damaged cache entry is
+    built again.
+    """
+    source_hash = fingerprint(source)
+    key = bundle_key(source_hash, precision)
+    folder = cache_dir / "bundles" / f"{source.name}-{precision}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if is_bundle(folder):
+            try:
+                return open_bundle(folder)
+            except BundleError:
+                shutil.rmtree(folder)
+        _build(source, source_hash, precision, folder, progress)
+    return open_bundle(folder)
+
+
+def build_bundle(source: Path, precision: str, folder: Path, progress: Progress) -> Bundle:
+    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced)."""
+    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
+        raise BundleError(f"{folder} exists and is not a bundle; choose another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        _build(source, fingerprint(source), precision, folder, progress)
+    return open_bundle(folder)
+
+
+def _build(
+    source: Path, source_hash: str, precision: str, folder: Path, progress: Progress
+) -> None:
+    """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
+    pipeline_class(source)  # a clear error before anything heavy is imported
+    progress(f"loading {source.name}", 0, 5)
+    from engines.export import OPSET, export_onnx
+    from engines.families import family_of
+
+    key = bundle_key(source_hash, precision)
+    partial = folder.with_name(f"{folder.name}.{key}.partial")
+    partial.mkdir(exist_ok=True)
+    pipeline = load_pipeline(source, precision)
+    facts = load_facts(source, pipeline)
+    parts = family_of(pipeline_class(source)).parts(pipeline, facts)
+    for index, part in enumerate(parts):
+        progress(f"compiling {part.name}", index, len(parts) + 1)
+        done = partial / f"{part.name}.done"
+        if not done.exists():
+            export_onnx(part, partial / f"{part.name}.onnx")
+            done.touch()
+    progress("writing the manifest", len(parts), len(parts) + 1)
+    pipeline.tokenizer.backend_tokenizer.save(str(partial / TOKENIZER))
+    for mark in partial.glob("*.done"):
+        mark.unlink()
+    manifest = {
+        "format": FORMAT,
+        "key": key,
+        "source": {"name": source.name, "sha256": source_hash},
+        "precision": precision,
+        "opset": OPSET,
+        "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},
+        "facts": facts.to_json(),
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(partial.iterdir())
+        },
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    progress("done", len(parts) + 1, len(parts) + 1)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

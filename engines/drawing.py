@@ -1,0 +1,74 @@
+"""One image on its way: what was asked for, and the tensors an engine takes one step further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from engines.samplers import Schedule
+from engines.stage import Stage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """What one image is to be. ``image`` uint8 ``[height_px, width_px, 3]`` starts image-to-image."""
+
+    prompt: str
+    width_px: int
+    height_px: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    sampler: str
+    negative_prompt: str = ""
+    strength: float = 1.0
+    eta: float | None = None
+    image: np.ndarray | None = None
+    num_previews: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Drawing:
+    """One row: made by `Runner.start`, advanced in place by the runner's engine calls."""
+
+    recipe: Recipe
+    schedule: Schedule
+    group: tuple[int, int]  # latent height and width: only rows of one group share a call
+    num_lanes: int  # 2 where classifier-free guidance needs an unconditional row
+    generator: torch.Generator  # the row's own, on the CPU: results ignore neighbours and devices
+    token_ids: tuple[np.ndarray, ...]  # int64 [L]: the prompt's, then the negative prompt's
+    num_truncated_tokens: int = 0
+    timestep_cond: torch.Tensor | None = None  # float32 [K], filled at start
+    prompt_embeds: tuple[torch.Tensor, ...] | None = None  # float32 [L, D] each, by encode_text
+    latents: torch.Tensor | None = None  # float32 [C, h, w], by the first engine call that needs it
+    denoised: torch.Tensor | None = None  # float32 [C, h, w], by denoise: the current guess
+    step_index: int = 0  # by denoise
+    preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
+    previews: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], by decode
+    pixels: np.ndarray | None = None  # uint8 [H, W, 3], by decode
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.num_steps
+
+    @property
+    def stage(self) -> Stage:
+        """What this row needs next."""
+        if self.pixels is not None:
+            return Stage.DONE
+        if self.prompt_embeds is None:
+            return Stage.ENCODE_TEXT
+        if self.recipe.image is not None and self.latents is None:
+            return Stage.ENCODE_IMAGE
+        num_due = sum(step < self.step_index for step in self.preview_steps)
+        if len(self.previews) < num_due:
+            return Stage.PREVIEW
+        return Stage.DENOISE if self.step_index < self.num_steps else Stage.DECODE
+
+
+def spread_previews(num_previews: int, num_steps: int) -> frozenset[int]:
+    """Evenly spaced step indices for previews; the last step is the image itself, never one."""
+    count = min(num_previews, num_steps - 1)
+    return frozenset(round((k + 1) * num_steps / (count + 1)) - 1 for k in range(count))

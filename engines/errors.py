@@ -1,0 +1,40 @@
+"""What can go wrong between a checkpoint and an image.
+
+    EngineError
+     ├─ InvalidInput         a caller's value cannot be served
+     ├─ CheckpointError      the source model is missing, unsafe or of an unsupported kind
+     ├─ BundleError          a compiled bundle is missing, damaged or stale
+     ├─ BackendUnavailable   a package or a device is absent
+     └─ BuildError           compiling failed
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of everything `engines` raises on purpose."""
+
+
+class InvalidInput(EngineError):
+    """``field`` has a ``value`` that cannot be served; the message names limit and way out."""
+
+    def __init__(self, field: str, value: object, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        self.value = value
+
+
+class CheckpointError(EngineError):
+    """The source model is missing, unsafe or of an unsupported kind."""
+
+
+class BundleError(EngineError):
+    """A compiled bundle is missing, damaged or stale; the message says how to rebuild it."""
+
+
+class BackendUnavailable(EngineError):
+    """A package or device is absent; the message says what to install or choose."""
+
+
+class BuildError(EngineError):
+    """Compiling failed."""

@@ -1,0 +1,63 @@
+"""A part's torch module to an ONNX file, with dynamic batch, height and width.
+
+Weights keep their names: constants are folded everywhere except into a node that reads a named
+parameter, so that LoRA fusion and TensorRT refitting find every weight in its own layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxscript.optimizer
+import torch
+from torch.export import Dim
+
+from engines.errors import BuildError
+from engines.families.part import Part
+
+OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
+
+
+def export_onnx(part: Part, path: Path) -> None:
+    """Write ``part`` to ``path`` (weights beside it in ``<path>.data``).
+
+    Raises:
+        BuildError: the exporter refused the module.
+    """
+    symbols: dict[str, Any] = {}
+    shapes = {
+        name: tuple(
+            Dim.STATIC if dim is None else dim[1] * symbols.setdefault(dim[0], Dim(dim[0], max=8192))
+            for dim in dims
+        )
+        for name, dims in part.dynamic.items()
+    }
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours to mend
+            program = torch.onnx.export(
+                part.module.eval(),
+                kwargs=dict(part.example),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=list(part.example),
+                output_names=list(part.outputs),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:
+        raise BuildError(f"exporting {part.name} to ONNX failed: {error}") from error
+    assert program is not None, "dynamo=True returns a program"
+    weights = {name for name, _ in part.module.named_parameters()}
+    onnxscript.optimizer.optimize_ir(
+        program.model,
+        should_fold=lambda node: (
+            False if any(value and value.name in weights for value in node.inputs) else None
+        ),
+    )
+    program.save(str(path), external_data=True)

@@ -1,0 +1,46 @@
+"""What is known of a model besides its weights: the part of a manifest that serving reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SAMPLER_OF_SCHEDULER = {
+    "LCMScheduler": "lcm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "ddim",  # same training schedule; PNDM's multistep rule is not a table
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "TCDScheduler": "tcd",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Sizes in pixels unless named otherwise; ``scheduler`` is the checkpoint's own config."""
+
+    name: str
+    family: str
+    latent_channels: int
+    vae_scale_factor: int  # pixels per latent side
+    default_size_px: int
+    size_multiple_px: int
+    min_size_px: int
+    max_size_px: int
+    max_tokens: int  # of the text encoder's window, begin and end marks included
+    pad_token_id: int
+    eos_token_id: int
+    time_cond_dim: int  # of the guidance embedding; 0: the model has none
+    default_sampler: str
+    default_num_steps: int
+    default_guidance_scale: float
+    scheduler: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Facts:
+        return cls(**values)

@@ -1,0 +1,183 @@
+"""Stable Diffusion 1.x and 2.x, with and without the LCM guidance embedding.
+
+Latents, noise, embeddings and coefficients cross every boundary in float32 and the sampler's
+arithmetic stays float32; only the networks inside run in the chosen precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.facts import SAMPLER_OF_SCHEDULER, Facts
+from engines.families.part import Part
+
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+
+
+class TextEncoder(torch.nn.Module):
+    """``input_ids`` int64 ``[B, L]`` → ``prompt_embeds`` float32 ``[B, L, D]`` (last layer)."""
+
+    def __init__(self, text_encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.text_encoder(input_ids, return_dict=False)[0].float()  # type: ignore[no-any-return]
+
+
+class Denoiser(torch.nn.Module):
+    """One whole step: input scaling, UNet, guidance, sampler and re-noising in one graph.
+
+    ``sample, noise`` float32 ``[B, C, h, w]``; ``timestep, guidance`` float32 ``[B]``;
+    ``prompt_embeds`` float32 ``[B, L, D]``; ``coefficients`` float32 ``[B, 6]`` (see
+    `engines.samplers`); ``uncond_index`` int64 ``[B]``: for each row the row that holds its
+    unconditional prediction, itself where there is none (then guidance must be 1);
+    ``timestep_cond`` float32 ``[B, K]`` for models with a guidance embedding.
+    Returns ``next_sample, denoised`` float32 ``[B, C, h, w]``.
+    """
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        coefficients: Tensor,
+        noise: Tensor,
+        guidance: Tensor,
+        uncond_index: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = self.unet.dtype
+        i, a, b, p, q, r = (c[:, None, None, None] for c in coefficients.unbind(1))  # [B,1,1,1]
+        noise_pred = self.unet(
+            (i * sample).to(dtype),
+            timestep,
+            prompt_embeds.to(dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
+            return_dict=False,
+        )[0].float()
+        uncond = noise_pred.index_select(0, uncond_index)
+        noise_pred = uncond + guidance[:, None, None, None] * (noise_pred - uncond)
+        next_sample = p * sample + q * noise_pred + r * noise
+        return next_sample, a * sample + b * noise_pred
+
+
+class VaeDecoder(torch.nn.Module):
+    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        scaled = latents / self.vae.config.scaling_factor
+        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
+        image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (image * 255).round().to(torch.uint8)  # type: ignore[no-any-return]
+
+
+class VaeEncoder(torch.nn.Module):
+    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean, std`` float32 ``[B, C, h, w]``, scaled."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        moments = self.vae.encoder(image.to(self.vae.dtype))
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))  # DiagonalGaussianDistribution
+        scale = self.vae.config.scaling_factor
+        return mean * scale, std * scale
+
+
+def facts(name: str, pipeline: Any) -> Facts:
+    """What serving must know of a loaded diffusers pipeline."""
+    unet, vae, tokenizer = pipeline.unet.config, pipeline.vae.config, pipeline.tokenizer
+    scale = 2 ** (len(vae.block_out_channels) - 1)
+    multiple = scale * 2 ** (len(unet.block_out_channels) - 1)
+    default = int(unet.sample_size) * scale
+    embedding = int(unet.time_cond_proj_dim or 0)
+    sampler = SAMPLER_OF_SCHEDULER.get(type(pipeline.scheduler).__name__, "ddim")
+    few = sampler in ("lcm", "tcd")
+    window = min(
+        tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings
+    )
+    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key[0] != "_"}
+    return Facts(
+        name=name,
+        family="stable_diffusion",
+        latent_channels=int(unet.in_channels),
+        vae_scale_factor=scale,
+        default_size_px=default,
+        size_multiple_px=multiple,
+        min_size_px=max(multiple, default // 2 // multiple * multiple),
+        max_size_px=default * 2 // multiple * multiple,
+        max_tokens=int(window),
+        pad_token_id=int(tokenizer.pad_token_id),
+        eos_token_id=int(tokenizer.eos_token_id),
+        time_cond_dim=embedding,
+        default_sampler=sampler,
+        default_num_steps=4 if few else 25,
+        default_guidance_scale=8.5 if embedding else 1.0 if few else 7.5,
+        scheduler=scheduler,
+    )
+
+
+def parts(pipeline: Any, known: Facts) -> list[Part]:
+    """The four graphs of a pipeline, smallest first."""
+    unet, channels = pipeline.unet, known.latent_channels
+    side = known.size_multiple_px // known.vae_scale_factor * 2
+    width = int(unet.config.cross_attention_dim)
+    batch = ("batch", 1)
+    step = known.size_multiple_px // known.vae_scale_factor
+    latent_dims = [batch, None, ("rows", step), ("columns", step)]
+    pixel_dims = [batch, ("rows", known.size_multiple_px), ("columns", known.size_multiple_px), None]
+    latents = torch.randn(2, channels, side, side)
+    pixels = torch.zeros(2, side * known.vae_scale_factor, side * known.vae_scale_factor, 3)
+    denoiser = {
+        "sample": latents,
+        "timestep": torch.tensor([999.0, 499.0]),
+        "prompt_embeds": torch.randn(2, known.max_tokens, width),
+        "coefficients": torch.rand(2, 6),
+        "noise": torch.randn_like(latents),
+        "guidance": torch.ones(2),
+        "uncond_index": torch.arange(2),
+    }
+    dims: dict[str, list[tuple[str, int] | None]] = {
+        "sample": latent_dims,
+        "timestep": [batch],
+        "prompt_embeds": [batch, None, None],
+        "coefficients": [batch, None],
+        "noise": latent_dims,
+        "guidance": [batch],
+        "uncond_index": [batch],
+    }
+    if known.time_cond_dim:
+        denoiser["timestep_cond"] = torch.randn(2, known.time_cond_dim)
+        dims["timestep_cond"] = [batch, None]
+    ids = torch.full((2, known.max_tokens), known.pad_token_id, dtype=torch.int64)
+    return [
+        Part("text_encoder", TextEncoder(pipeline.text_encoder), {"input_ids": ids},
+             {"input_ids": [batch, None]}, ("prompt_embeds",)),
+        Part("vae_decoder", VaeDecoder(pipeline.vae), {"latents": latents},
+             {"latents": latent_dims}, ("pixels",)),
+        Part("vae_encoder", VaeEncoder(pipeline.vae), {"pixels": pixels.to(torch.uint8)},
+             {"pixels": pixel_dims}, ("mean", "std")),
+        Part("denoiser", Denoiser(unet), denoiser, dims, ("next_sample", "denoised")),
+    ]  # fmt: skip

@@ -1,0 +1,71 @@
+"""Tiny random checkpoints in diffusers' own folder format: real components, no meaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+MAX_TOKENS = 16
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Byte-level CLIP tokenizer with no merges: any Unicode text becomes bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = letters + [f"{c}</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    merges.write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(vocab), str(merges), model_max_length=MAX_TOKENS)
+
+
+def make_checkpoint(folder: Path, *, lcm: bool, prediction_type: str = "epsilon") -> Path:
+    """Write a tiny Stable Diffusion (or LCM, with guidance embedding) checkpoint to ``folder``."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(folder / "raw_tokenizer")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=MAX_TOKENS, projection_dim=32,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64),
+        layers_per_block=1, cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        time_cond_proj_dim=32 if lcm else None,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64, latent_channels=4,
+    )  # fmt: skip
+    options = SCHEDULE | {"prediction_type": prediction_type, "clip_sample": False}
+    parts = {
+        "vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet,
+        "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+    }  # fmt: skip
+    if lcm:
+        pipeline = LatentConsistencyModelPipeline(scheduler=LCMScheduler(**options), **parts)
+    else:
+        scheduler = DDIMScheduler(**options, set_alpha_to_one=False, steps_offset=1)
+        pipeline = StableDiffusionPipeline(scheduler=scheduler, **parts)
+    pipeline.save_pretrained(folder)
+    return folder
