@@ -18,7 +18,12 @@ from torch.export import Dim
 from engines.errors import BuildError
 from engines.families.part import Part
 
+# Largest size of each dynamic dimension. diffusers' Upsample2D branches at a batch of 64, and the
+# exporter insists on one branch; the graph itself has no limit.
+MAX_BATCH, MAX_SIDE = 63, 8192
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
+MAX_BATCH = 63  # diffusers' Upsample2D takes another path from 64 rows on
+MAX_SIDE = 8192  # pixels or latents of one side, over the declared multiple
 
 
 def export_onnx(part: Part, path: Path) -> None:
@@ -30,7 +35,7 @@ def export_onnx(part: Part, path: Path) -> None:
     symbols: dict[str, Any] = {}
     shapes = {
         name: tuple(
-            Dim.STATIC if dim is None else dim[1] * symbols.setdefault(dim[0], Dim(dim[0], max=8192))
+            Dim.STATIC if dim is None else dim[1] * symbols.setdefault(dim[0], _symbol(dim[0]))
             for dim in dims
         )
         for name, dims in part.dynamic.items()
@@ -61,3 +66,7 @@ def export_onnx(part: Part, path: Path) -> None:
         ),
     )
     program.save(str(path), external_data=True)
+
+
+def _symbol(name: str) -> Any:
+    return Dim(name, max=MAX_BATCH if name == "batch" else MAX_SIDE)

@@ -45,6 +45,8 @@ def choose_backend(backend: str) -> str:
         BackendUnavailable: the named backend cannot run here.
     """
     if backend == "auto":
+        if not Path("/proc/driver/nvidia/version").exists():
+            return "onnxruntime"  # torch, which takes seconds to import, need not be asked
         import torch
 
         return "torch" if torch.cuda.is_available() else "onnxruntime"

@@ -28,8 +28,14 @@ REFUSED = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
     "rescale_betas_zero_snr": False,
     "trained_betas": None,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+    "sigma_min": None,
+    "sigma_max": None,
 }
 TCD_DEFAULT_ETA = 0.3  # arXiv 2402.19159, and TCDScheduler.step's own default
 Table = list[tuple[float, float, float, float, float, float]]
@@ -124,7 +130,9 @@ def make_schedule(
         raise InvalidInput(
             "sampler", sampler, f"sampler is {sampler!r}; known are {', '.join(SAMPLERS)}"
         )
-    limit = noise.num_train_timesteps
+    if eta is not None and not 0.0 <= eta <= 1.0:
+        raise InvalidInput("eta", eta, f"eta is {eta:g}; it must be from 0 to 1")
+    limit = noise.num_train_timesteps - noise.steps_offset
     if sampler in ("lcm", "tcd"):
         limit = math.floor(noise.original_steps * strength)
     if not 1 <= num_steps <= limit:

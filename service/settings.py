@@ -41,8 +41,8 @@ class Settings(BaseSettings):
     num_threads: int = Field(0, ge=0, le=256, description="CPU threads of the engine; 0: all cores")
 
     # Batching. 0 takes the engine's own default, measured (see engines/README.md).
-    max_batch: int = Field(0, ge=0, le=64, description="lanes of one denoise call")
-    max_decode_batch: int = Field(0, ge=0, le=64, description="rows of one decode call")
+    max_batch: int = Field(0, ge=0, le=63, description="lanes of one denoise call")
+    max_decode_batch: int = Field(0, ge=0, le=63, description="rows of one decode call")
     max_running: int = Field(64, ge=2, le=4096, description="lanes in flight, all sizes together")
     patience: int = Field(4, ge=0, le=1000, description="denoise calls that weigh as one step left")
     max_waiting: int = Field(256, ge=1, le=100_000, description="images accepted and unfinished")

