@@ -1,0 +1,57 @@
+"""Tiny checkpoints, their bundles and runners, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.runner import Runner
+from tests.engines.checkpoints import make_checkpoint
+
+BACKENDS = ("torch", "onnxruntime")
+COMBINATIONS = [
+    *((name, backend) for name in ("tiny-lcm", "tiny-sd") for backend in BACKENDS),
+    ("tiny-v", "torch"),  # its graphs are those of tiny-sd; only the tables differ
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny tensors: a second thread only costs
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``tiny-lcm`` (guidance embedding), ``tiny-sd`` (none) and ``tiny-v``."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make_checkpoint(folder / "tiny-lcm", lcm=True)
+    make_checkpoint(folder / "tiny-sd", lcm=False)
+    make_checkpoint(folder / "tiny-v", lcm=False, prediction_type="v_prediction")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's bundles are built, once each."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def runners(checkpoints: Path, cache_dir: Path) -> Iterator[dict[tuple[str, str], Runner]]:
+    """Runners by (checkpoint, backend)."""
+    opened = {
+        (name, backend): Runner.open(
+            str(checkpoints / name),
+            backend=backend,
+            cache_dir=cache_dir,
+            max_batch=8,
+            num_threads=1,
+        )
+        for name, backend in COMBINATIONS
+    }
+    yield opened
+    for runner in opened.values():
+        runner.close()

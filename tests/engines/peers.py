@@ -1,0 +1,146 @@
+"""diffusers' own pipelines, driven by our recipes: what every result is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    TCDScheduler,
+)
+from PIL import Image
+
+from engines.drawing import Recipe
+from engines.runner import Runner
+from engines.stage import Stage
+
+SCHEDULERS = {
+    "lcm": LCMScheduler,
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "tcd": TCDScheduler,
+}
+MAX_LATENT_ERROR = 1e-3
+MIN_PSNR_DB = 50.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Final latents float32 ``[C, h, w]`` and pixels uint8 ``[H, W, 3]``."""
+
+    latents: np.ndarray
+    pixels: np.ndarray
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A 64-pixel, four-step recipe with some of it changed."""
+    values: dict[str, Any] = {
+        "prompt": "a red cube", "width_px": 64, "height_px": 64, "seed": 3, "num_steps": 4,
+        "guidance_scale": 1.0, "sampler": "lcm", "eta": 0.0,
+    }  # fmt: skip
+    return Recipe(**(values | changes))
+
+
+class Peer:
+    """The diffusers pipelines over one checkpoint folder."""
+
+    def __init__(self, folder: Path, *, lcm: bool) -> None:
+        self._text_class = LatentConsistencyModelPipeline if lcm else StableDiffusionPipeline
+        self._image_class = (
+            LatentConsistencyModelImg2ImgPipeline if lcm else StableDiffusionImg2ImgPipeline
+        )
+        self._pipeline = self._text_class.from_pretrained(folder, use_safetensors=True)
+        self._lcm = lcm
+        self._known: dict[Any, Result] = {}
+
+    def draw(self, wanted: Recipe) -> Result:
+        """What diffusers makes of a recipe, with a generator of the recipe's seed."""
+        image = None if wanted.image is None else wanted.image.tobytes()
+        values = (getattr(wanted, name) for name in wanted.__slots__ if name != "image")
+        key = (*values, image)
+        if key not in self._known:
+            self._known[key] = self._draw(wanted)
+        return self._known[key]
+
+    def _draw(self, wanted: Recipe) -> Result:
+        scheduler = SCHEDULERS[wanted.sampler].from_config(self._pipeline.scheduler.config)
+        parts = self._pipeline.components | {"scheduler": scheduler}
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        arguments: dict[str, Any] = {
+            "prompt": wanted.prompt,
+            "num_inference_steps": wanted.num_steps,
+            "guidance_scale": wanted.guidance_scale,
+            "generator": torch.Generator().manual_seed(wanted.seed),
+            "output_type": "latent",
+        }
+        if not self._lcm:
+            arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
+        if wanted.image is None:
+            kind = self._text_class
+            arguments |= {"width": wanted.width_px, "height": wanted.height_px}
+        else:
+            kind = self._image_class
+            arguments |= {
+                "image": Image.fromarray(wanted.image), "strength": wanted.strength,
+            }  # fmt: skip
+        pipeline = kind(**parts, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        with torch.inference_mode():
+            latents = pipeline(**arguments).images  # [1, C, h, w]
+            decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+            pixels = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+        return Result(latents[0].numpy(), np.asarray(pixels))
+
+
+def draw_together(runner: Runner, recipes: Sequence[Recipe]) -> list[Result]:
+    """Draw with all rows of one stage and group in one call; keep the final latents."""
+    drawings = [runner.start(wanted) for wanted in recipes]
+    latents: dict[int, np.ndarray] = {}
+    calls = {
+        Stage.ENCODE_TEXT: runner.encode_text,
+        Stage.ENCODE_IMAGE: runner.encode_image,
+        Stage.DENOISE: runner.denoise,
+        Stage.PREVIEW: runner.decode,
+        Stage.DECODE: runner.decode,
+    }
+    while pending := [drawing for drawing in drawings if drawing.stage is not Stage.DONE]:
+        stage = min(drawing.stage for drawing in pending)
+        group = next(drawing.group for drawing in pending if drawing.stage is stage)
+        rows = [d for d in pending if d.stage is stage and d.group == group]
+        if stage is Stage.DECODE:
+            for row in rows:
+                assert row.latents is not None
+                latents[id(row)] = row.latents.numpy().copy()
+        calls[stage](rows)
+    results = []
+    for drawing in drawings:
+        assert drawing.pixels is not None
+        results.append(Result(latents[id(drawing)], drawing.pixels))
+    return results
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 images, in dB."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+def assert_agree(ours: Result, theirs: Result, what: object = "") -> None:
+    """Latents within 1e-3 and images at 50 dB or more."""
+    assert ours.latents.shape == theirs.latents.shape, what
+    error = np.abs(ours.latents - theirs.latents).max()
+    assert error <= MAX_LATENT_ERROR, (what, error)
+    assert psnr_db(ours.pixels, theirs.pixels) >= MIN_PSNR_DB, what
