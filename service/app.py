@@ -30,8 +30,11 @@ logger = logging.getLogger("fourstep.app")
 STUDIO_PAGE = Path(__file__).parent / "static" / "index.html"
 
 
-def build_app(replica: Replica) -> FastAPI:
-    """The whole HTTP surface over ``replica``; its lifespan starts and closes the replica."""
+def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
+    """The whole HTTP surface over ``replica``; its lifespan starts and closes the replica.
+
+    ``behind_ray`` leaves the ``X-Request-ID`` answer header to Ray Serve, which sends it already.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,7 +51,7 @@ def build_app(replica: Replica) -> FastAPI:
     app.include_router(build_router(replica))
     _add_probes(app, replica)
     _add_error_shapes(app)
-    app.add_middleware(Telemetry, replica=replica)
+    app.add_middleware(Telemetry, replica=replica, send_request_id=not behind_ray)
     return app
 
 

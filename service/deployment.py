@@ -31,7 +31,7 @@ class FourstepDeployment:
         self.replica = Replica(settings)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self.replica)
+        return build_app(self.replica, behind_ray=True)
 
     def check_health(self) -> None:
         """Ray replaces the replica when its engine thread is gone."""
@@ -78,7 +78,7 @@ def ray_environment(folder: str) -> dict[str, str]:
     """
     values = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PROMETHEUS_MULTIPROC_DIR": os.path.join(folder, "metrics"),
+        "FOURSTEP_METRICS_DIR": os.path.join(folder, "metrics"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     }
     if haproxy_available():

@@ -1,13 +1,18 @@
 """Prometheus metrics: what they are called, what they count, how they are shown.
 
-The only module that imports ``prometheus_client``. With ``PROMETHEUS_MULTIPROC_DIR`` set (as
+The only module that imports ``prometheus_client``. With ``FOURSTEP_METRICS_DIR`` set (as
 ``fourstep serve`` does) every replica process of a node writes there and ``/metrics`` of any of
 them shows the node's total.
 """
 
 from __future__ import annotations
 
-from prometheus_client import (
+from service.scheduler import WorkKind
+from service.settings import share_metrics
+
+METRICS_ARE_SHARED = share_metrics()
+
+from prometheus_client import (  # noqa: E402  (its import reads the environment set above)
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
@@ -16,9 +21,6 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
-
-from service.scheduler import WorkKind
-from service.settings import metrics_are_shared
 
 # 1 ms to 30 s: an engine call of a small model on a GPU, up to a queued request on a CPU.
 SECONDS = (
@@ -109,7 +111,7 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """The text format and its media type: this process's, or the node's in multiprocess mode."""
         registry = self.registry
-        if metrics_are_shared():
+        if METRICS_ARE_SHARED:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)
         return generate_latest(registry), CONTENT_TYPE_LATEST

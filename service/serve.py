@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -141,7 +142,7 @@ def _run(plan: Plan, host: str, port: int, folder: str, stop: threading.Event) -
     from service.deployment import build, haproxy_available, ray_environment
 
     os.environ.update(ray_environment(folder))
-    os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
     if haproxy_available():
         os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port())
         os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port())
@@ -158,8 +159,8 @@ def _run(plan: Plan, host: str, port: int, folder: str, stop: threading.Event) -
         logging_level="ERROR",
         configure_logging=True,
     )
-    descendants: list[psutil.Process] = []
     try:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},

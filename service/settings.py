@@ -63,12 +63,22 @@ class Settings(BaseSettings):
     webp_method: int = Field(2, ge=0, le=6, description="libwebp effort of WebP answers")
     num_image_workers: int = Field(2, ge=1, le=64, description="threads that encode images")
     drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
+    metrics_dir: Path | None = Field(
+        None, description="folder that the replicas of a node share for their metrics; environment"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-def metrics_are_shared() -> bool:
-    """Whether prometheus_client's multiprocess mode is on in this process."""
-    return bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+def share_metrics() -> bool:
+    """Turn on prometheus_client's multiprocess mode where ``FOURSTEP_METRICS_DIR`` is set.
+
+    It must run before prometheus_client is imported. The variable has a name of its own because
+    Ray's processes inherit the environment and would write their metrics there as well.
+    """
+    folder = os.environ.get("FOURSTEP_METRICS_DIR")
+    if folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+    return bool(folder)
 
 
 def load_settings(values: Mapping[str, Any] | None = None) -> Settings:

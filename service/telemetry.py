@@ -30,15 +30,17 @@ QUIET = {"/healthz", "/readyz", "/metrics", "/-/healthz", "/-/routes"}
 class Telemetry:
     """Middleware: gives each request an id, bounds its body, logs and counts how it ended."""
 
-    def __init__(self, app: ASGIApp, replica: Replica) -> None:
+    def __init__(self, app: ASGIApp, replica: Replica, *, send_request_id: bool) -> None:
         self._app = app
         self._replica = replica
+        self._send_request_id = send_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send, self._replica.settings.max_body_bytes)
+        exchange.send_request_id = self._send_request_id
         request_id_var.set(exchange.request_id)
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -76,6 +78,7 @@ class _Exchange:
         self.started = False
         self.begun = time.perf_counter()
         self.log_fields: dict[str, Any] = {}
+        self.send_request_id = True
         scope.setdefault("state", {})["exchange"] = self
         self._receive, self._send = receive, send
         self._max_body_bytes = max_body_bytes
@@ -99,10 +102,11 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
-            message["headers"] = [
-                *message.get("headers", ()),
-                (b"x-request-id", self.request_id.encode("latin-1")),
-            ]
+            if self.send_request_id:
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", self.request_id.encode("latin-1")),
+                ]
         await self._send(message)
 
     async def answer(self, error: ServiceError) -> None:

@@ -20,7 +20,7 @@ MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """Byte-level CLIP tokenizer with no merges: any Unicode text becomes bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -30,7 +30,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     vocab.write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     merges.write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(vocab), str(merges), model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(str(vocab), str(merges), model_max_length=max_tokens)
 
 
 def make_checkpoint(folder: Path, *, lcm: bool, prediction_type: str = "epsilon") -> Path:
