@@ -70,18 +70,29 @@ def open_bundle(folder: Path) -> Bundle:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder} has no readable {MANIFEST} ({error}); {way_out}") from error
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{folder / MANIFEST} is not a bundle's; {way_out}")
     if manifest.get("format") != FORMAT:
         raise BundleError(
             f"{folder} has bundle format {manifest.get('format')!r}, this version reads {FORMAT}; "
             f"{way_out}"
         )
-    for name, expected in manifest["files"].items():
+    try:
+        facts = Facts.from_json(manifest["facts"])
+        files = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{folder / MANIFEST} is not a bundle's ({error!r}); {way_out}"
+        ) from error
+    for name, (num_bytes, digest) in files.items():
         path = folder / name
         if not path.is_file():
             raise BundleError(f"{path} is missing; {way_out}")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != num_bytes or _sha256(path) != digest:
             raise BundleError(f"{path} is not what the manifest says it is (damaged?); {way_out}")
-    return Bundle(folder, manifest, Facts.from_json(manifest["facts"]))
+    return Bundle(folder, manifest, facts)
 
 
 def ensure_bundle(source: Path, precision: str, cache_dir: Path, progress: Progress) -> Bundle:
@@ -125,6 +136,9 @@ def _build(
 
     key = bundle_key(source_hash, precision)
     partial = folder.with_name(f"{folder.name}.{key}.partial")
+    for older in folder.parent.glob(f"{folder.name}.*.partial"):
+        if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
+            shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
     pipeline = load_pipeline(source, precision)
     facts = load_facts(source, pipeline)
@@ -133,6 +147,8 @@ def _build(
         progress(f"compiling {part.name}", index, len(parts) + 1)
         done = partial / f"{part.name}.done"
         if not done.exists():
+            for half_written in partial.glob(f"{part.name}.onnx*"):
+                half_written.unlink()
             export_onnx(part, partial / f"{part.name}.onnx")
             done.touch()
     progress("writing the manifest", len(parts), len(parts) + 1)
