@@ -104,6 +104,7 @@ class Scheduler(Generic[R]):
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
         self._num_denoise_calls = 0
         self._num_running_lanes = 0
+        self._encoded_last = False
         self._decoded_last = False
 
     @property
@@ -134,14 +135,20 @@ class Scheduler(Generic[R]):
     def schedule(self) -> Work[R] | None:
         """The next engine call, or None when there is nothing to do.
 
-        Encoding comes first: it is cheap and lets a row join the very next step. Decoding and
+        Encoding comes first: it is cheap and lets a row join the very next step; but never twice
+        in a row while others could go on, so that a flood of arrivals stops nobody. Decoding and
         denoising take turns: a finished row is never kept behind more than one step of the
         others, nor are the steps kept behind more than one chunk of decoding.
         """
         self._admit()
-        work = self._encode() or self._decode_or_denoise()
+        choices = (self._encode, self._decode_or_denoise)
+        work = None
+        for choose in reversed(choices) if self._encoded_last else choices:
+            work = work or choose()
         if work is not None:
-            self._decoded_last = work.kind is WorkKind.DECODE
+            self._encoded_last = work.kind in (WorkKind.ENCODE_TEXT, WorkKind.ENCODE_IMAGE)
+            if not self._encoded_last:
+                self._decoded_last = work.kind is WorkKind.DECODE
             self._num_denoise_calls += work.kind is WorkKind.DENOISE
         return work
 

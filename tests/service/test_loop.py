@@ -1,0 +1,164 @@
+"""The engine loop under faults: every accepted request resolves exactly once."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from engines.drawing import Drawing
+from engines.runner import Runner
+from service.errors import DeadlineExceeded, EngineFailure, NotReady, Overloaded
+from service.loop import EngineLoop
+from service.metrics import Metrics
+from service.request import Event, Finished, Request, Resolved, Row, Status
+from service.scheduler import Limits
+
+
+class Gate:
+    """A runner that waits at every denoise call until it is let through, and can be told to fail."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.passes = threading.Semaphore(0)
+        self.open = False
+        self.poison: str | None = None
+
+    def encode_text(self, drawings: Sequence[Drawing]) -> None:
+        self._runner.encode_text(drawings)
+
+    def encode_image(self, drawings: Sequence[Drawing]) -> None:
+        self._runner.encode_image(drawings)
+
+    def denoise(self, drawings: Sequence[Drawing]) -> None:
+        if not self.open:
+            self.passes.acquire()
+        if any(drawing.recipe.prompt == self.poison for drawing in drawings):
+            raise RuntimeError("device lost")
+        self._runner.denoise(drawings)
+
+    def decode(self, drawings: Sequence[Drawing]) -> None:
+        self._runner.decode(drawings)
+
+
+@pytest.fixture(scope="module")
+def runner(lcm_checkpoint: Path, cache_dir: Path) -> Runner:
+    return Runner.open(str(lcm_checkpoint), backend="onnxruntime", cache_dir=cache_dir)
+
+
+@pytest.fixture
+def gate(runner: Runner) -> Gate:
+    return Gate(runner)
+
+
+@pytest.fixture
+def loop(gate: Gate) -> Iterator[EngineLoop]:
+    loop = EngineLoop(gate, Limits(max_batch=2), Metrics("test"), max_waiting=4)
+    loop.start()
+    yield loop
+    gate.open = True
+    gate.passes.release()
+    loop.close()
+
+
+def make_request(
+    loop: EngineLoop, runner: Runner, prompt: str, *, num_images: int = 1, timeout_s: float = 60.0
+) -> tuple[Request, queue.Queue[Event]]:
+    events: queue.Queue[Event] = queue.Queue()
+    now = loop.clock()
+    request = Request(prompt, arrived_at=now, deadline=now + timeout_s, send=events.put)
+    request.rows = [
+        Row(request, k, runner.start(runner.default_recipe(k, prompt, num_steps=2)))
+        for k in range(num_images)
+    ]
+    return request, events
+
+
+def last(events: queue.Queue[Event]) -> Resolved:
+    while not isinstance(event := events.get(timeout=30), Resolved):
+        pass
+    assert events.empty(), "nothing follows Resolved"
+    return event
+
+
+def test_images_then_resolved(loop: EngineLoop, gate: Gate, runner: Runner) -> None:
+    gate.open = True
+    request, events = make_request(loop, runner, "x", num_images=3)
+    loop.submit(request)
+    kinds = [type(events.get(timeout=30)) for _ in range(4)]
+    assert kinds == [Finished, Finished, Finished, Resolved]
+    assert request.status is Status.COMPLETED
+    assert request.timings.total_s >= request.timings.denoise_s > 0
+
+
+def test_overload_is_refused_and_accepts_nothing(
+    loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    first, first_events = make_request(loop, runner, "first", num_images=3)
+    loop.submit(first)
+    second, second_events = make_request(loop, runner, "second", num_images=2)
+    with pytest.raises(Overloaded, match="at most 4"):
+        loop.submit(second)
+    gate.open = True
+    gate.passes.release()
+    assert last(first_events).error is None
+    assert second_events.empty()
+
+
+def test_a_fault_fails_its_rows_only(loop: EngineLoop, gate: Gate, runner: Runner) -> None:
+    gate.open, gate.poison = True, "poison"
+    bad, bad_events = make_request(loop, runner, "poison")
+    loop.submit(bad)
+    assert isinstance(last(bad_events).error, EngineFailure)
+    good, good_events = make_request(loop, runner, "good")
+    loop.submit(good)
+    assert last(good_events).error is None
+
+
+def test_cancel_frees_rows_and_nothing_is_decoded(
+    loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    request, events = make_request(loop, runner, "x")
+    loop.submit(request)
+    loop.cancel(request)
+    gate.passes.release()
+    assert last(events).error is not None
+    assert request.status is Status.CANCELLED
+    assert request.rows[0].drawing.pixels is None
+
+
+def test_deadline(loop: EngineLoop, runner: Runner) -> None:
+    request, events = make_request(loop, runner, "x", timeout_s=0.0)
+    loop.submit(request)
+    assert isinstance(last(events).error, DeadlineExceeded)
+    assert request.rows[0].drawing.step_index == 0, "an expired row costs no denoise call"
+
+
+def test_close_drains_then_refuses(gate: Gate, runner: Runner) -> None:
+    loop = EngineLoop(gate, Limits(max_batch=2), Metrics("test"))
+    loop.start()
+    gate.open = True
+    request, events = make_request(loop, runner, "x", num_images=3)
+    loop.submit(request)
+    loop.close(drain_s=30)
+    assert last(events).error is None
+    late, _ = make_request(loop, runner, "late")
+    with pytest.raises(NotReady):
+        loop.submit(late)
+
+
+def test_a_dead_loop_resolves_everyone(gate: Gate, runner: Runner) -> None:
+    class Broken(Metrics):
+        def engine_call(self, *_: object) -> None:
+            raise SystemError("a bug outside the engine")
+
+    loop = EngineLoop(gate, Limits(max_batch=2), Broken("test"))
+    loop.start()
+    gate.open = True
+    request, events = make_request(loop, runner, "x")
+    loop.submit(request)
+    assert isinstance(last(events).error, EngineFailure)
+    assert not loop.healthy

@@ -1,0 +1,171 @@
+"""Invariants of the scheduler, for any arrivals, cancellations and engine faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.stage import Stage
+from service.scheduler import Limits, Scheduler, Work, WorkKind
+
+
+@dataclass(eq=False)
+class FakeRow:
+    """A row without tensors: counts what was done to it."""
+
+    num_steps: int
+    size: int
+    num_lanes: int = 1
+    needs_image: bool = False
+    deadline: float = float("inf")
+    cancelled: bool = False
+    stage: Stage = Stage.ENCODE_TEXT
+    num_steps_left: int = field(init=False)
+    num_calls: dict[WorkKind, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.num_steps_left = self.num_steps
+
+    @property
+    def group(self) -> tuple[int, int]:
+        return (self.size, self.size)
+
+    def advance(self, kind: WorkKind) -> None:
+        self.num_calls[kind] = self.num_calls.get(kind, 0) + 1
+        if kind is WorkKind.ENCODE_TEXT:
+            self.stage = Stage.ENCODE_IMAGE if self.needs_image else Stage.DENOISE
+        elif kind is WorkKind.ENCODE_IMAGE:
+            self.stage = Stage.DENOISE
+        elif kind is WorkKind.DENOISE:
+            self.num_steps_left -= 1
+            self.stage = Stage.DENOISE if self.num_steps_left else Stage.DECODE
+        else:
+            self.stage = Stage.DONE
+
+
+rows = st.builds(
+    FakeRow,
+    num_steps=st.integers(1, 8),
+    size=st.sampled_from([64, 96]),
+    num_lanes=st.integers(1, 2),
+    needs_image=st.booleans(),
+)
+limits = st.builds(
+    Limits,
+    max_batch=st.integers(2, 8),
+    max_decode_batch=st.integers(1, 4),
+    max_running=st.integers(8, 24),
+    patience=st.integers(0, 8),
+)
+
+
+def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
+    assert work.rows
+    assert len(set(map(id, work.rows))) == len(work.rows)
+    if work.kind is not WorkKind.ENCODE_TEXT:
+        assert len({row.group for row in work.rows}) == 1
+    if work.kind is WorkKind.DENOISE:
+        assert sum(row.num_lanes for row in work.rows) <= scheduler.limits.max_batch
+    else:
+        assert len(work.rows) <= scheduler.limits.max_decode_batch
+    assert sum(row.num_lanes for row in scheduler.running) <= scheduler.limits.max_running
+    wanted = {
+        WorkKind.ENCODE_TEXT: Stage.ENCODE_TEXT,
+        WorkKind.ENCODE_IMAGE: Stage.ENCODE_IMAGE,
+        WorkKind.DENOISE: Stage.DENOISE,
+        WorkKind.DECODE: Stage.DECODE,
+    }
+    assert all(row.stage is wanted[work.kind] for row in work.rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(limits=limits, arrivals=st.lists(st.lists(rows, max_size=5), max_size=12), data=st.data())
+def test_every_row_leaves_exactly_once(
+    limits: Limits, arrivals: list[list[FakeRow]], data: st.DataObject
+) -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(limits)
+    left: list[FakeRow] = []
+    pending = list(arrivals)
+    everyone = [row for group in arrivals for row in group]
+    for now in range(10_000):
+        if pending and (scheduler.idle or data.draw(st.booleans())):
+            scheduler.add(pending.pop(0))
+        if scheduler.running and data.draw(st.integers(0, 9)) == 0:
+            victim = data.draw(st.sampled_from(scheduler.running))
+            if data.draw(st.booleans()):
+                victim.cancelled = True
+            else:
+                victim.deadline = now
+        left += scheduler.sweep(now)
+        work = scheduler.schedule()
+        if work is None:
+            assert scheduler.idle
+            if not pending:
+                break
+            continue
+        check_work(work, scheduler)
+        assert not any(row.cancelled or row.deadline <= now for row in work.rows)
+        for row in work.rows:
+            row.advance(work.kind)
+        left += scheduler.update(work)
+    assert sorted(map(id, left)) == sorted(map(id, everyone))
+    for row in everyone:
+        if row.stage is Stage.DONE:
+            assert row.num_calls[WorkKind.DENOISE] == row.num_steps
+            assert row.num_calls[WorkKind.DECODE] == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(patience=st.integers(0, 8), num_steps=st.integers(2, 8), other=st.sampled_from([64, 96]))
+def test_bounded_wait_under_a_flood_of_short_rows(
+    patience: int, num_steps: int, other: int
+) -> None:
+    """One long row against newcomers at every step: overtaken for patience · steps calls at most."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 1, 64, patience))
+    patient = FakeRow(num_steps=num_steps, size=64)
+    scheduler.add([patient])
+    num_denoise_calls = 0
+    while patient.stage is not Stage.DECODE:
+        if num_denoise_calls < 500:
+            scheduler.add([FakeRow(num_steps=1, size=other)])
+        work = scheduler.schedule()
+        assert work is not None
+        for row in work.rows:
+            row.advance(work.kind)
+        scheduler.update(work)
+        num_denoise_calls += work.kind is WorkKind.DENOISE
+        assert num_denoise_calls <= 3 * (patience + 1) * num_steps + 3
+
+
+def test_zero_patience_is_order_of_arrival() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 1, 8, patience=0))
+    long, short = FakeRow(8, 64, num_lanes=2), FakeRow(1, 64, num_lanes=2)
+    for row in (long, short):
+        row.stage = Stage.DENOISE
+    scheduler.add([long, short])
+    work = scheduler.schedule()
+    assert work is not None
+    assert work.rows == (long,)
+
+
+def test_decoding_and_denoising_take_turns() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(4, 1, 16))
+    finished = [FakeRow(1, 64, stage=Stage.DECODE) for _ in range(3)]
+    scheduler.add([*finished, FakeRow(8, 64, stage=Stage.DENOISE)])
+    kinds = []
+    for _ in range(4):
+        work = scheduler.schedule()
+        assert work is not None
+        for row in work.rows:
+            row.advance(work.kind)
+        scheduler.update(work)
+        kinds.append(work.kind)
+    assert kinds == [WorkKind.DECODE, WorkKind.DENOISE, WorkKind.DECODE, WorkKind.DENOISE]
+
+
+def test_limits_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch >= 2"):
+        Limits(max_batch=1)
