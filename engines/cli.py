@@ -114,6 +114,7 @@ def generate(
     if sampler:
         changes["sampler"] = sampler
     drawing = runner.draw([dataclasses.replace(recipe, **changes)])[0]
+    assert drawing.pixels is not None, "draw() finishes what it starts"
     drawn = time.monotonic()
     partial = out.with_name(f".{out.name}.partial")
     Image.fromarray(drawing.pixels).save(partial, "PNG")

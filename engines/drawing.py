@@ -13,7 +13,7 @@ from engines.stage import Stage
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """What one image is to be. ``image`` uint8 ``[height_px, width_px, 3]`` starts image-to-image."""
+    """What one image is to be. ``image`` (uint8 ``[H, W, 3]``) makes it image-to-image."""
 
     prompt: str
     width_px: int

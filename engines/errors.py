@@ -1,11 +1,11 @@
 """What can go wrong between a checkpoint and an image.
 
-    EngineError
-     ├─ InvalidInput         a caller's value cannot be served
-     ├─ CheckpointError      the source model is missing, unsafe or of an unsupported kind
-     ├─ BundleError          a compiled bundle is missing, damaged or stale
-     ├─ BackendUnavailable   a package or a device is absent
-     └─ BuildError           compiling failed
+EngineError
+ ├─ InvalidInput         a caller's value cannot be served
+ ├─ CheckpointError      the source model is missing, unsafe or of an unsupported kind
+ ├─ BundleError          a compiled bundle is missing, damaged or stale
+ ├─ BackendUnavailable   a package or a device is absent
+ └─ BuildError           compiling failed
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class EngineError(Exception):
     """Base of everything `engines` raises on purpose."""
 
 
-class InvalidInput(EngineError):
+class InvalidInput(EngineError):  # noqa: N818 - reads better where it is raised
     """``field`` has a ``value`` that cannot be served; the message names limit and way out."""
 
     def __init__(self, field: str, value: object, message: str) -> None:
@@ -32,7 +32,7 @@ class BundleError(EngineError):
     """A compiled bundle is missing, damaged or stale; the message says how to rebuild it."""
 
 
-class BackendUnavailable(EngineError):
+class BackendUnavailable(EngineError):  # noqa: N818 - as above
     """A package or device is absent; the message says what to install or choose."""
 
 

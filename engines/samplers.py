@@ -11,6 +11,7 @@ step counts and strengths share one batch. Each table agrees with the diffusers 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     if kind == "linear":
         return np.linspace(start, end, count)
     if kind == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, count) ** 2
+        return np.square(np.linspace(start**0.5, end**0.5, count))
     if kind == "squaredcos_cap_v2":  # diffusers' betas_for_alpha_bar with the cosine
         steps = np.arange(count + 1) / count
         bar = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -179,7 +180,7 @@ def _distilled(noise: NoiseSchedule, num_steps: int, strength: float) -> np.ndar
     k = noise.num_train_timesteps // noise.original_steps
     origin = np.arange(1, int(noise.original_steps * strength) + 1) * k - 1
     indices = np.floor(np.linspace(0, len(origin), num=num_steps, endpoint=False)).astype(int)
-    return origin[::-1][indices].astype(np.float64)
+    return np.asarray(origin[::-1][indices], np.float64)
 
 
 def _after_strength(steps: np.ndarray, strength: float) -> np.ndarray:
@@ -297,7 +298,7 @@ def _euler_like(ancestral: bool) -> Callable[..., Schedule]:
             first = sigmas.max()
         sigmas = sigmas[len(every) - len(steps) :]
         rows: Table = []
-        for sigma, target in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, target in itertools.pairwise(sigmas):
             scale = 1 / math.sqrt(sigma**2 + 1)
             up = math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2) if ancestral else 0.0
             down = math.sqrt(target**2 - up**2)

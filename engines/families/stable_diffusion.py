@@ -44,7 +44,7 @@ class Denoiser(torch.nn.Module):
     Returns ``next_sample, denoised`` float32 ``[B, C, h, w]``.
     """
 
-    def __init__(self, unet: torch.nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
@@ -115,9 +115,7 @@ def facts(name: str, pipeline: Any) -> Facts:
     embedding = int(unet.time_cond_proj_dim or 0)
     sampler = SAMPLER_OF_SCHEDULER.get(type(pipeline.scheduler).__name__, "ddim")
     few = sampler in ("lcm", "tcd")
-    window = min(
-        tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings
-    )
+    window = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key[0] != "_"}
     return Facts(
         name=name,
@@ -147,7 +145,8 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     batch = ("batch", 1)
     step = known.size_multiple_px // known.vae_scale_factor
     latent_dims = [batch, None, ("rows", step), ("columns", step)]
-    pixel_dims = [batch, ("rows", known.size_multiple_px), ("columns", known.size_multiple_px), None]
+    pixel_step = known.size_multiple_px
+    pixel_dims = [batch, ("rows", pixel_step), ("columns", pixel_step), None]
     latents = torch.randn(2, channels, side, side)
     pixels = torch.zeros(2, side * known.vae_scale_factor, side * known.vae_scale_factor, 3)
     denoiser = {

@@ -34,12 +34,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's bundles are built, once each."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
 def runners(checkpoints: Path, cache_dir: Path) -> Iterator[dict[tuple[str, str], Runner]]:
     """Runners by (checkpoint, backend)."""
     opened = {

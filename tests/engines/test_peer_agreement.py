@@ -35,9 +35,9 @@ SCHEDULERS = {
     "euler_ancestral": EulerAncestralDiscreteScheduler,
     "tcd": TCDScheduler,
 }
-IMAGE = (np.add.outer(np.arange(64), np.arange(64))[..., None] * np.array([1, 2, 0.5]) % 256).astype(
-    np.uint8
-)
+IMAGE = (
+    np.add.outer(np.arange(64), np.arange(64))[..., None] * np.array([1, 2, 0.5]) % 256
+).astype(np.uint8)
 BASE = Recipe(
     prompt="a red star, ünïcode 星", width_px=64, height_px=64, seed=5, num_steps=4,
     guidance_scale=8.5, sampler="lcm",

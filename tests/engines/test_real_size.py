@@ -101,7 +101,7 @@ def run_all(folder: Path) -> list[Measured]:
         build = [FOURSTEP, "build", str(source), "--precision", precision, "--out", str(out)]
         results.append(measure(f"`fourstep build --precision {precision}`", build, out))
     command = [FOURSTEP, *draw, "--model", str(bundle), "-o", str(image)]
-    results.append(measure("`fourstep generate` 512×512, 4 steps, fp32", command, image))
+    results.append(measure("`fourstep generate` 512x512, 4 steps, fp32", command, image))
     return results
 
 

@@ -62,7 +62,7 @@ def test_agrees_with_diffusers(
     for index, timestep in enumerate(peer.timesteps):
         output = fake_unet(peer.scale_model_input(theirs, timestep), timestep)
         theirs = peer.step(output, timestep, theirs, generator=theirs_generator, **extra)[0]
-        i, a, b, p, q, r = (float(c) for c in table.coefficients[index])
+        i, _, _, p, q, r = (float(c) for c in table.coefficients[index])
         output = fake_unet(i * ours, timestep)
         noise = torch.zeros(shape)
         if table.draws_noise[index]:

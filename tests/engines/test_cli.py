@@ -1,0 +1,94 @@
+"""The command's engine half as a user meets it: exit codes, one-line errors, real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engines.bundle import ensure_bundle
+
+PROGRAM = "from engines.cli import app, run; run(app)"
+# Runs a command and then says which heavy packages it has imported, on the last line of stdout.
+SPYING = f"""
+import json, sys
+try:
+    exec({PROGRAM!r})
+finally:
+    heavy = ["torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"]
+    print(json.dumps([name for name in heavy if name in sys.modules]))
+"""
+
+
+def _fourstep(*arguments: object, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoints: Path, cache_dir: Path) -> Path:
+    return ensure_bundle(
+        checkpoints / "tiny-lcm", "fp32", cache_dir, lambda what, done, total: None
+    ).folder
+
+
+def test_generate_from_a_bundle_needs_no_diffusers(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    arguments = ("generate", "a red cube", "-o", out, "--model", bundle, "--size", "96x64")
+    done = _fourstep(*arguments, "--steps", 2, "--seed", 7, program=SPYING)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as image:
+        assert image.size == (96, 64)
+    assert json.loads(done.stdout.splitlines()[-1]) == ["torch", "onnxruntime"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    again = tmp_path / "again.png"
+    arguments = ("generate", "a red cube", "-o", again, "--model", bundle, "--size", "96x64")
+    assert _fourstep(*arguments, "--steps", 2, "--seed", 7).returncode == 0
+    with Image.open(out) as first, Image.open(again) as second:
+        assert first.tobytes() == second.tobytes()  # a seed is a picture
+
+
+def test_help_is_light() -> None:
+    done = _fourstep("--help", program=SPYING)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    for command in ("build", "inspect", "generate"):
+        assert command in done.stdout
+
+
+def test_inspect_shows_and_verifies(bundle: Path) -> None:
+    done = _fourstep("inspect", bundle)
+    assert done.returncode == 0, done.stderr
+    for word in ("tiny-lcm", "stable_diffusion", "fp32", "denoiser.onnx", "lcm"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("inspect", "/nowhere"), "fourstep build"),
+        (("build", "./nowhere", "--out", "/nowhere/out"), "./nowhere"),
+        (("generate", "x", "-o", "x.png", "--model", "no-such"), "no-such"),
+        (("generate", "x", "-o", "x.png", "--model", "./x", "--engine", "tensorrt"), "tensorrt"),
+    ],
+)
+def test_errors_are_one_clear_line(arguments: tuple[str, ...], word: str) -> None:
+    done = _fourstep(*arguments)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [("--size", "big", "512x512"), ("--steps", "0.5", "steps"), ("--size", "63x64", "multiple")],
+)
+def test_refuses_bad_values(option: str, value: str, word: str, bundle: Path) -> None:
+    done = _fourstep("generate", "x", "-o", "x.png", "--model", bundle, option, value)
+    assert done.returncode != 0
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
