@@ -1,1 +1,1 @@
-"""The microservice: REST schema, step-level batching, Ray Serve deployment, metrics, studio page."""
+"""The microservice: REST schema, step-level batching, Ray Serve deployment, metrics, studio."""

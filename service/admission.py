@@ -127,7 +127,7 @@ def _check_limits(params: ImageParams, settings: Settings) -> None:
 
 
 def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, int]:
-    """Width and height; ``auto`` is the model's own size, or for an edit the nearest to the input's."""
+    """Width and height; ``auto``: the model's own size, for an edit the nearest to the input's."""
     step = info.size_multiple
     if size != "auto":
         width, height = (int(side) for side in size.split("x"))
@@ -164,7 +164,9 @@ def _warnings(
             raise BadRequest(f"{message}; shorten it", param="prompt", code="prompt_too_long")
         found.append(f"{message}; the end was left out")
     if params.negative_prompt and drawing.num_lanes == 1:
-        reason = "has its guidance built in" if info.guidance_embedding else "needs guidance above 1"
+        reason = (
+            "has its guidance built in" if info.guidance_embedding else "needs guidance above 1"
+        )
         found.append(f"negative_prompt has no effect: this model {reason}")
     found += [
         f"{name} has no effect on this service"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import orjson
@@ -39,7 +39,13 @@ EDIT_BODY = {
             "schema": EditRequest.model_json_schema()
             | {
                 "properties": EditRequest.model_json_schema()["properties"]
-                | {"image": {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP"}},
+                | {
+                    "image": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "PNG, JPEG, WebP",
+                    }
+                },
                 "required": ["prompt", "image"],
             }
         }
@@ -151,9 +157,9 @@ async def _answer(
     if raw_format is not None:
         headers |= {"x-fourstep-seed": str(admitted.seed)}
         if admitted.warnings:
-            headers["x-fourstep-warnings"] = "; ".join(admitted.warnings).encode(
-                "ascii", "replace"
-            ).decode()
+            headers["x-fourstep-warnings"] = (
+                "; ".join(admitted.warnings).encode("ascii", "replace").decode()
+            )
         return Response(images[0].data, media_type=MEDIA_TYPES[raw_format], headers=headers)
     content = orjson.dumps(_images_response(replica, params, admitted, images, timings))
     return Response(content, media_type="application/json", headers=headers)
@@ -183,7 +189,9 @@ async def _collect(job: Job) -> list[EncodedImage]:
     return sorted(images, key=lambda image: image.row_index)
 
 
-async def _until_disconnect(request: Request, work: Any) -> list[EncodedImage]:
+async def _until_disconnect(
+    request: Request, work: Coroutine[Any, Any, list[EncodedImage]]
+) -> list[EncodedImage]:
     """Await ``work``; a client that closes its connection cancels it.
 
     Ray Serve cancels the handler itself; plain ASGI servers only say ``http.disconnect``.
@@ -235,7 +243,8 @@ def _payload(data: bytes, params: ImageParams) -> dict[str, str]:
 def _server_timing(timings: Timings) -> str:
     """The ``Server-Timing`` header: browsers draw it in their network panel."""
     return ", ".join(
-        f"{name.removesuffix('_ms')};dur={value:g}" for name, value in timings.milliseconds().items()
+        f"{name.removesuffix('_ms')};dur={value:g}"
+        for name, value in timings.milliseconds().items()
     )
 
 
@@ -252,7 +261,7 @@ async def _stream(
     try:
         async for image in job.items():
             kind = "completed" if image.preview_index is None else "partial_image"
-            event = {
+            event: dict[str, Any] = {
                 "type": f"{event_name}.{kind}",
                 "b64_json": to_base64(image.data),
                 "created_at": int(time.time()),

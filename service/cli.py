@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import CacheOption, DEFAULT_CACHE, app, run
+from engines.cli import DEFAULT_CACHE, CacheOption, app, run
 
 
 @app.command()
@@ -41,3 +41,7 @@ def serve(
 def main() -> None:
     """Entry point of the ``fourstep`` command."""
     run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         "num_cpus": float(values.pop("num_cpus", 1)),
     }
     settings = load_settings(values)  # refuse a wrong key here, not in a replica's log
-    return FourstepDeployment.options(
+    deployment: Any = FourstepDeployment  # the decorators' types are lost on mypy
+    return deployment.options(
         num_replicas=num_replicas,
         ray_actor_options=resources,
         graceful_shutdown_timeout_s=settings.drain_s + 10,

@@ -77,7 +77,10 @@ def decode_image(data: bytes, *, max_px: int, field: str = "image") -> np.ndarra
     if not data:
         raise BadRequest(f"{field} is empty; send a PNG, JPEG or WebP file", param=field)
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=INPUT_FORMATS) as image:
+        with (
+            warnings.catch_warnings(),
+            Image.open(io.BytesIO(data), formats=INPUT_FORMATS) as image,
+        ):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_px is our bound
             width, height = image.size
             if width * height > max_px:
@@ -102,4 +105,6 @@ def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     """Fit uint8 ``[H, W, 3]`` to ``width`` × ``height``: centre crop to the shape, then Lanczos."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(
+        ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.LANCZOS)
+    )

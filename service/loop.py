@@ -43,7 +43,9 @@ class Runner(Protocol):
 class Observer(Protocol):
     """Told of every engine call and every change of the two sets; `service.metrics` is one."""
 
-    def engine_call(self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float) -> None: ...
+    def engine_call(
+        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float
+    ) -> None: ...
     def rows(self, waiting: int, running: int) -> None: ...
     def queue_wait(self, seconds: float) -> None: ...
 
@@ -157,9 +159,7 @@ class EngineLoop:
     def _take_in(self) -> bool:
         """Move arrivals to the scheduler, sleeping while there is nothing to do. False: stop."""
         with self._wakeup:
-            self._wakeup.wait_for(
-                lambda: self._stopping or self._inbox or not self._scheduler.idle
-            )
+            self._wakeup.wait_for(lambda: self._stopping or self._inbox or not self._scheduler.idle)
             while self._inbox:
                 self._scheduler.add(self._inbox.popleft().rows)
             return not self._stopping

@@ -109,9 +109,9 @@ class Metrics:
         self._image_encode.observe(encode_s)
 
     def exposition(self) -> tuple[bytes, str]:
-        """The text format and its media type: this process's, or the node's in multiprocess mode."""
+        """The text format and its media type: this process's, or the node's when shared."""
         registry = self.registry
         if METRICS_ARE_SHARED:
             registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry), CONTENT_TYPE_LATEST

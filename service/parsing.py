@@ -7,7 +7,7 @@ import json
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
@@ -41,8 +41,8 @@ async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
     except (MultiPartException, HTTPException) as error:
         detail = getattr(error, "message", None) or getattr(error, "detail", str(error))
         raise BadRequest(f"the multipart body cannot be read: {detail}") from error
-    async with _closing(form):
-        files = [part for part in form.getlist("image") + form.getlist("image[]")]
+    try:
+        files = [*form.getlist("image"), *form.getlist("image[]")]
         if len(files) != 1 or not isinstance(files[0], UploadFile):
             raise BadRequest(
                 f"image must be exactly one file, got {len(files)} parts", param="image"
@@ -55,6 +55,8 @@ async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
             if key in fields:
                 raise BadRequest(f"{key} is given twice; send it once", param=key)
             fields[key] = value if isinstance(value, str) else "<file>"
+    finally:
+        await form.close()
     for name, reason in NOT_YET.items():
         if name in fields:
             raise BadRequest(reason, param=name, code="unsupported_parameter")
@@ -62,19 +64,6 @@ async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
         return EditRequest.model_validate(fields), data
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
-
-
-class _closing:
-    """Close the form's temporary files, whatever happens."""
-
-    def __init__(self, form: FormData) -> None:
-        self._form = form
-
-    async def __aenter__(self) -> FormData:
-        return self._form
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._form.close()
 
 
 def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:

@@ -33,7 +33,7 @@ class Replica:
         self._loop: EngineLoop | None = None
 
     def start(self) -> None:
-        """Load, warm up and begin to serve. Blocks; seconds for a small model, more for a large one.
+        """Load, warm up and begin to serve. Blocks for seconds, or minutes with a large model.
 
         Raises:
             engines.errors.EngineError: the model cannot be loaded here; the message says why.

@@ -1,6 +1,6 @@
 """``fourstep serve``: everything on this machine, from checks to the last process gone.
 
-    checks ─▶ bundles built (progress shown) ─▶ Ray, HAProxy, replicas ─▶ URLs ─▶ signal ─▶ drain
+checks ─▶ bundles built (progress shown) ─▶ Ray, HAProxy, replicas ─▶ URLs ─▶ signal ─▶ drain
 """
 
 from __future__ import annotations

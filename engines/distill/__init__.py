@@ -1,1 +1,1 @@
-"""Distillation on code that runs anywhere: a drawn picture world, a teacher, and its LCM student."""
+"""Distillation on code that runs anywhere: a drawn world, a teacher, and its LCM student."""

@@ -1,6 +1,6 @@
 """Paints a scene: pure drawing with Pillow and numpy, the same pixels for the same scene.
 
-Owns shapes, colours by day and night, outlines and the style textures. Reads no text, trains nothing.
+Owns shapes, colours by day and night, outlines and style textures. Reads no text, trains nothing.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def shape_mask(
         draw.line([*points, points[0], points[1]], fill=255, width=2 * width, joint="curve")
     else:
         draw.polygon(points, fill=255)
-    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255
+    return np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / np.float32(255)
 
 
 def background_rgb(background: str, time: str) -> Floats:
@@ -149,7 +149,7 @@ def paint(scene: Scene, width_px: int = 128, height_px: int = 128) -> Pixels:
         picture += (np.array(INK, np.float32) - picture) * ink * mask
     if scene.style == "halftone":
         picture *= _halftone(width_px, height_px)[..., None]
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(picture), 0, 255), np.uint8)
 
 
 def _add_stars(picture: Floats) -> None:

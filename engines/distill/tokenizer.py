@@ -6,6 +6,7 @@ into bytes.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -18,7 +19,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges: 256 bytes, 256 word-final bytes, then each word by left-most merges."""
+    """Vocabulary and merges: 256 bytes, 256 final bytes, then each word by left-most merges."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = dict.fromkeys([*alphabet, *(f"{letter}</w>" for letter in alphabet)])
     merges: dict[tuple[str, str], None] = {}
@@ -27,7 +28,7 @@ def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
             pair = next(
-                (p for p in merges if any(p == q for q in zip(parts, parts[1:], strict=False))),
+                (p for p in merges if any(p == q for q in itertools.pairwise(parts))),
                 (parts[0], parts[1]),
             )
             merges.setdefault(pair)

@@ -68,7 +68,7 @@ HELD_OUT_PLACES = dict(zip(SHAPES, _PLACES[1:], strict=True))
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training must never see this combination of shape with colour, or shape with place."""
+    """Whether training must never see this shape in this colour, or at this place."""
     return (
         HELD_OUT_COLORS[scene.shape] == scene.color
         or HELD_OUT_PLACES[scene.shape] == scene.position

@@ -1,4 +1,4 @@
-"""The HTTP surface over the real engine on a tiny model, through the `openai` client and raw HTTP."""
+"""The HTTP surface over the real engine on a tiny model: the `openai` client and raw HTTP."""
 
 from __future__ import annotations
 
@@ -217,7 +217,9 @@ def test_hostile_uploads(http: TestClient, upload: bytes, status: int) -> None:
 
 def test_edit_forms(http: TestClient) -> None:
     def post(data: dict[str, str], *names: str) -> httpx.Response:
-        return http.post("/v1/images/edits", data=data, files=[(n, ("x.png", png())) for n in names])
+        return http.post(
+            "/v1/images/edits", data=data, files=[(n, ("x.png", png())) for n in names]
+        )
 
     assert "exactly one file, got 0" in post({"prompt": "x"}, "other").text
     assert "got 2" in post({"prompt": "x"}, "image[]", "image[]").text

@@ -19,7 +19,7 @@ from service.scheduler import Limits
 
 
 class Gate:
-    """A runner that waits at every denoise call until it is let through, and can be told to fail."""
+    """A runner that waits at every denoise call until let through, and fails when told to."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner

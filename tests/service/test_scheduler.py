@@ -123,7 +123,7 @@ def test_every_row_leaves_exactly_once(
 def test_bounded_wait_under_a_flood_of_short_rows(
     patience: int, num_steps: int, other: int
 ) -> None:
-    """One long row against newcomers at every step: overtaken for patience · steps calls at most."""
+    """One long row against newcomers at every call: the time it is overtaken is bounded."""
     scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 1, 64, patience))
     patient = FakeRow(num_steps=num_steps, size=64)
     scheduler.add([patient])
