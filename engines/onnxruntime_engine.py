@@ -9,6 +9,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
+
 
 class OnnxRuntimeEngine:
     """Runs one ``.onnx`` file on ``num_threads`` CPU threads (None: ONNX Runtime's choice)."""
@@ -19,8 +21,11 @@ class OnnxRuntimeEngine:
         # Idle workers sleep: spinning ones take the cores from HTTP and image encoding.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # CUDA where the installed onnxruntime is a GPU build and finds a device.
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in PROVIDERS if name in available]
         self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            str(path), options, providers=providers
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
 

@@ -160,7 +160,7 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     if kind == "squaredcos_cap_v2":  # diffusers' betas_for_alpha_bar with the cosine
         steps = np.arange(count + 1) / count
         bar = np.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+        return np.asarray(np.minimum(1 - bar[1:] / bar[:-1], 0.999), np.float64)
     raise CheckpointError(f"scheduler beta_schedule={kind!r} is not supported")
 
 
