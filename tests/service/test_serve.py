@@ -104,7 +104,7 @@ def test_a_busy_port_is_one_clear_line(lcm_checkpoint: Path, cache_dir: Path) ->
 def test_unknown_settings_name_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="did you mean 'max_batch'"):
         load_settings({"max_bach": 4})
-    with pytest.raises(SettingsError, match="'png_level'.*less than or equal to 9.*got 12"):
+    with pytest.raises(SettingsError, match=r"'png_level'.*less than or equal to 9.*got 12"):
         load_settings({"png_level": 12})
     monkeypatch.setenv("FOURSTEP_PNG_LEVLE", "3")
     with pytest.raises(SettingsError, match="png_level"):

@@ -1,0 +1,1 @@
+"""How fast Fourstep is: commands that measure it, and simulate its policy."""

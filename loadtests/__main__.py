@@ -1,0 +1,15 @@
+"""`python -m loadtests <command>`; each command says on its own help what it measures."""
+
+from __future__ import annotations
+
+import typer
+
+from loadtests.overhead import overhead
+from loadtests.simulate import simulate
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(overhead)
+app.command()(simulate)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,170 @@
+"""The scheduler's own policy against request-level batching, in simulated time.
+
+The product's `Scheduler` runs unchanged; engines are replaced by timing doubles, so the figures say
+what the policy does and nothing about any machine. Arrivals are Poisson, steps drawn from 1, 2, 4
+and 8, sizes from two; both systems see the same arrivals.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
+
+from engines.stage import Stage
+from service.scheduler import Limits, Scheduler, WorkKind
+
+STEPS = (1, 2, 4, 8)
+PIXELS = {96: 0.5625, 128: 1.0}  # relative cost of the two sizes
+BATCH = 8
+BATCH_WAIT_S = 0.01  # Ray Serve's own default for `batch_wait_timeout_s`
+
+
+@dataclass(frozen=True)
+class TimingDouble:
+BATCH_WAIT_S = 0.01  # the default of Ray Serve's `batch_wait_timeout_s`
+
+    name: str
+    step: tuple[float, float]
+    decode: tuple[float, float]
+    by_pixels: bool
+    limits: Limits
+
+    def seconds(self, cost: tuple[float, float], sizes: Sequence[int]) -> float:
+        rows = sum(PIXELS[size] if self.by_pixels else 1.0 for size in sizes)
+        return cost[0] + cost[1] * rows
+
+
+CPU_SHAPED = TimingDouble(
+    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(2, 1)
+)
+GPU_SHAPED = TimingDouble(
+    "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 4)
+)
+ENGINES = (CPU_SHAPED, GPU_SHAPED)
+
+
+@dataclass(eq=False)
+class SimulatedRow:
+    """One request of one image."""
+
+    arrived_at: float
+    num_steps: int
+    size: int
+    stage: Stage = Stage.DENOISE
+    num_steps_left: int = field(init=False)
+    finished_at: float = 0.0
+    num_lanes: int = 1
+    deadline: float = float("inf")
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_steps_left = self.num_steps
+
+    @property
+    def group(self) -> tuple[int, int]:
+        return (self.size, self.size)
+
+
+def arrivals(rate: float, count: int, seed: int) -> list[SimulatedRow]:
+    """Poisson arrivals at ``rate`` requests a second."""
+    rng = random.Random(seed)
+    now, rows = 0.0, []
+    for _ in range(count):
+        now += rng.expovariate(rate)
+        rows.append(SimulatedRow(now, rng.choice(STEPS), rng.choice(list(PIXELS))))
+    return rows
+
+
+def run_fourstep(rows: list[SimulatedRow], engine: TimingDouble) -> None:
+    """Drive the product's scheduler; fills ``finished_at``."""
+    scheduler: Scheduler[SimulatedRow] = Scheduler(engine.limits)
+    now, index = 0.0, 0
+    while index < len(rows) or not scheduler.idle:
+        if scheduler.idle:
+            now = max(now, rows[index].arrived_at)
+        while index < len(rows) and rows[index].arrived_at <= now:
+            scheduler.add([rows[index]])
+            index += 1
+        work = scheduler.schedule()
+        assert work is not None, "an open row always has work"
+        cost = engine.step if work.kind is WorkKind.DENOISE else engine.decode
+        now += engine.seconds(cost, [row.size for row in work.rows])
+        for row in work.rows:
+            if work.kind is WorkKind.DENOISE:
+                row.num_steps_left -= 1
+                row.stage = Stage.DENOISE if row.num_steps_left else Stage.DECODE
+            else:
+                row.stage, row.finished_at = Stage.DONE, now
+        scheduler.update(work)
+
+
+def run_request_level(rows: list[SimulatedRow], engine: TimingDouble) -> None:
+    """`@serve.batch` over the same engine: whole calls collected, one run per size.
+
+    Kinder than a diffusers pipeline would be: rows of different step counts share the run, and a
+    row costs nothing after its last step. All answers leave when the batch is done.
+    """
+    now, index = 0.0, 0
+    while index < len(rows):
+        now = max(now, rows[index].arrived_at)
+        until = max(now, rows[index].arrived_at + BATCH_WAIT_S)
+        end = index
+        while end < len(rows) and end - index < BATCH and rows[end].arrived_at <= until:
+            end += 1
+        batch, index = rows[index:end], end
+        if len(batch) < BATCH:
+            now = until
+        for size in sorted({row.size for row in batch}):
+            rows_of_size = [row for row in batch if row.size == size]
+            for step in range(max(row.num_steps for row in rows_of_size)):
+                active = [size for row in rows_of_size if row.num_steps > step]
+                now += engine.seconds(engine.step, active)
+            now += engine.seconds(engine.decode, [size] * len(rows_of_size))
+        for row in batch:
+            row.finished_at = now
+
+
+def percentiles(rows: list[SimulatedRow]) -> tuple[float, float, float]:
+    """p50, p95 and p99 of the latency, in seconds."""
+    latencies = sorted(row.finished_at - row.arrived_at for row in rows)
+    return tuple(latencies[int(len(rows) * share)] for share in (0.5, 0.95, 0.99))  # type: ignore[return-value]
+
+
+def capacity(
+    run: Callable[[list[SimulatedRow], TimingDouble], None], engine: TimingDouble
+) -> float:
+    """Requests a second when everything has already arrived."""
+    rows = arrivals(1e9, 2000, seed=1)
+    run(rows, engine)
+    return len(rows) / max(row.finished_at for row in rows)
+
+
+def simulate(
+    count: Annotated[int, typer.Option(help="Requests per run.")] = 4000,
+    seeds: Annotated[int, typer.Option(help="Runs per cell, averaged.")] = 4,
+) -> None:
+    """Latency of Fourstep's policy over request-level batching, per engine shape and load."""
+    typer.echo("| engine | load | p50 | p95 | p99 | of Fourstep's, of request-level's capacity |")
+    typer.echo("| --- | --- | --- | --- | --- | --- |")
+    for engine in ENGINES:
+        ours, theirs = capacity(run_fourstep, engine), capacity(run_request_level, engine)
+        for load in (0.5, 0.7, 0.85):
+            ratios = [ratio(engine, load * ours, count, seed) for seed in range(seeds)]
+            p50, p95, p99 = (sum(r[k] for r in ratios) / seeds for k in range(3))
+            share = f"{load:.0%}, {load * ours / theirs:.0%}"
+            typer.echo(
+                f"| {engine.name} | {load:.0%} | {p50:.2f}x | {p95:.2f}x | {p99:.2f}x | {share} |"
+            )
+
+
+def ratio(engine: TimingDouble, rate: float, count: int, seed: int) -> tuple[float, float, float]:
+    """Fourstep's p50, p95, p99 over request-level batching's, on the same arrivals."""
+    ours, theirs = arrivals(rate, count, seed), arrivals(rate, count, seed)
+    run_fourstep(ours, engine)
+    run_request_level(theirs, engine)
+    a, b = percentiles(ours), percentiles(theirs)
+    return (a[0] / b[0], a[1] / b[1], a[2] / b[2])
