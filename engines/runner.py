@@ -22,6 +22,7 @@ from torch import Tensor
 from engines.bundle import Progress
 from engines.drawing import Drawing, Recipe, spread_previews
 from engines.errors import InvalidInput
+from engines.facts import Facts
 from engines.model import Model, load_model
 from engines.samplers import SAMPLERS, NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
@@ -116,15 +117,7 @@ class Runner:
             InvalidInput: a value the model or its samplers do not take.
         """
         facts = self._model.facts
-        for name, side in (("width_px", recipe.width_px), ("height_px", recipe.height_px)):
-            step = facts.size_multiple_px
-            if side % step or not facts.min_size_px <= side <= facts.max_size_px:
-                raise InvalidInput(
-                    name,
-                    side,
-                    f"{name} is {side}; it must be a multiple of {step} from "
-                    f"{facts.min_size_px} to {facts.max_size_px}",
-                )
+        _check(recipe, facts)
         image = recipe.image is not None
         schedule = self._schedule(
             recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
@@ -321,6 +314,31 @@ class Runner:
         """Free the engines."""
         for engine in self._model.engines.values():
             engine.close()
+
+
+def _check(recipe: Recipe, facts: Facts) -> None:
+    """Raise `InvalidInput` for what no sampler could make good."""
+    for name, side in (("width_px", recipe.width_px), ("height_px", recipe.height_px)):
+        step = facts.size_multiple_px
+        if side % step or not facts.min_size_px <= side <= facts.max_size_px:
+            raise InvalidInput(
+                name,
+                side,
+                f"{name} is {side}; it must be a multiple of {step} from "
+                f"{facts.min_size_px} to {facts.max_size_px}",
+            )
+    if not 0 <= recipe.seed < 2**64:
+        raise InvalidInput(
+            "seed", recipe.seed, f"seed is {recipe.seed}; it must be from 0 to 2**64 - 1"
+        )
+    if not math.isfinite(recipe.guidance_scale):
+        raise InvalidInput(
+            "guidance_scale", recipe.guidance_scale, "guidance_scale must be a finite number"
+        )
+    shape = (recipe.height_px, recipe.width_px, 3)
+    if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
+        found = f"{recipe.image.dtype} {recipe.image.shape}"
+        raise InvalidInput("image", found, f"image is {found}; it must be uint8 {shape}")
 
 
 def guidance_embedding(w: float, dim: int) -> Tensor:

@@ -131,6 +131,10 @@ def make_schedule(
         raise InvalidInput(
             "sampler", sampler, f"sampler is {sampler!r}; known are {', '.join(SAMPLERS)}"
         )
+    if not 0.0 < strength <= 1.0:
+        raise InvalidInput(
+            "strength", strength, f"strength is {strength:g}; it must be above 0 and at most 1"
+        )
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise InvalidInput("eta", eta, f"eta is {eta:g}; it must be from 0 to 1")
     limit = noise.num_train_timesteps - noise.steps_offset
