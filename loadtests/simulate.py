@@ -25,7 +25,7 @@ BATCH_WAIT_S = 0.01  # Ray Serve's own default for `batch_wait_timeout_s`
 
 @dataclass(frozen=True)
 class TimingDouble:
-BATCH_WAIT_S = 0.01  # the default of Ray Serve's `batch_wait_timeout_s`
+    """Seconds of an engine call: ``fixed + per_row · rows``, each row weighted by its pixels."""
 
     name: str
     step: tuple[float, float]
