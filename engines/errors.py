@@ -15,7 +15,7 @@ class EngineError(Exception):
     """Base of everything `engines` raises on purpose."""
 
 
-class InvalidInput(EngineError):  # noqa: N818 - reads better where it is raised
+class InvalidInput(EngineError):
     """``field`` has a ``value`` that cannot be served; the message names limit and way out."""
 
     def __init__(self, field: str, value: object, message: str) -> None:
@@ -32,7 +32,7 @@ class BundleError(EngineError):
     """A compiled bundle is missing, damaged or stale; the message says how to rebuild it."""
 
 
-class BackendUnavailable(EngineError):  # noqa: N818 - as above
+class BackendUnavailable(EngineError):
     """A package or device is absent; the message says what to install or choose."""
 
 
