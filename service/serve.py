@@ -26,7 +26,7 @@ from engines.errors import EngineError
 from service.settings import SettingsError, load_settings
 
 GIB = 1024**3
-MIN_MEMORY = 2 * GIB  # measured: Ray and one replica of the demo model take 1.6 GB
+MIN_MEMORY = 2 * GIB  # all processes with one replica of a tiny model: 1.6 GB (PSS, 2026-11-21)
 MIN_DISK = 1 * GIB
 EXIT_WAIT_S = 10.0
 IMPORT_PATH = "service.deployment:build"
@@ -143,6 +143,8 @@ def _run(plan: Plan, host: str, port: int, folder: str, stop: threading.Event) -
 
     os.environ.update(ray_environment(folder))
     os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
+    # Ray keeps a stopping replica for 30 s, for load balancers elsewhere; here there is only ours.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
     if haproxy_available():
         os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port())
         os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port())
