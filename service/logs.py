@@ -31,7 +31,8 @@ class JsonFormatter(logging.Formatter):
 def configure_logs(level: str) -> None:
     """Send the ``fourstep`` loggers to stderr as JSON. Safe to call again."""
     logger = logging.getLogger("fourstep")
-    handler = logging.StreamHandler(sys.stderr)
+    # Ray Serve replaces sys.stderr in its replicas and would hold the lines back in a buffer.
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonFormatter())
     logger.handlers = [handler]
     logger.setLevel(level.upper())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -83,6 +84,12 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
+    lines = [line[line.index("{") :] for line in output.splitlines() if '"logger": ' in line]
+    entries = [json.loads(line.removesuffix("\x1b[0m")) for line in lines]
+    (entry,) = [entry for entry in entries if entry["request_id"] == "given"]
+    assert entry["path"] == "/v1/images/generations"
+    assert entry["status"] == 200
+    assert entry["denoise_ms"] > 0
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
 
