@@ -29,9 +29,10 @@ def resolve(model: str) -> Path | None:
         if folder.is_dir():
             return folder
     if "/" not in model or model.startswith((".", "/", "~")):
-        shipped = sorted(path.parent.name for path in DEMO_MODELS.glob("*/model_index.json"))
+        names = sorted(path.parent.name for path in DEMO_MODELS.glob("*/model_index.json"))
+        shipped = ", ".join(names) or "none"
         raise CheckpointError(
-            f"model {model!r} is neither a folder nor a shipped model ({', '.join(shipped)}); "
+            f"model {model!r} is neither a folder nor a shipped model ({shipped}); "
             "give a diffusers folder, a bundle, or a hub id like owner/name"
         )
     return None
