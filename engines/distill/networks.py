@@ -1,0 +1,100 @@
+"""The demo models' networks: real diffusers and transformers classes, small ones.
+
+Owns every architecture choice, each with its reason. Trains nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+SIZE_PX = 128
+LATENT_CHANNELS = 4
+VAE_SCALE_FACTOR = 8
+TEXT_WIDTH = 96
+GUIDANCE_WIDTH = 64  # of the guidance embedding w: `time_cond_proj_dim`
+
+# Stable Diffusion's own noise schedule. With v prediction, because a one-step sample starts at
+# almost pure noise, where x0 from a predicted epsilon multiplies the network's error by 15.
+NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def build_vae() -> Any:
+    """AutoencoderKL, 0.94 M parameters: 8 times smaller latents of 4 channels, no attention."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=LATENT_CHANNELS,
+        mid_block_add_attention=False,
+        sample_size=SIZE_PX,
+    )
+
+
+def build_text_encoder(tokenizer: Any) -> Any:
+    """CLIPTextModel, 0.3 M parameters: two layers read a caption of the picture world."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(*, guidance_embedding: bool) -> Any:
+    """UNet2DConditionModel, 4 M parameters, with or without LCM's guidance embedding.
+
+    One halving only, so that every even latent size works; attention sees 8 x 8 at 128 px.
+    """
+    return UNet2DConditionModel(
+        sample_size=SIZE_PX // VAE_SCALE_FACTOR,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        time_cond_proj_dim=GUIDANCE_WIDTH if guidance_embedding else None,
+    )
+
+
+def prepare_for_training(unet: Any, device: torch.device) -> Any:
+    """Choose the layout and the attention that train fastest: in place, and returned.
+
+    On a CPU of November 2026 (2 cores, bfloat16) plain attention and channels-last made a step of
+    this UNet 1.6 times as fast as fused attention, whose backward pass is slow there.
+    """
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())
+    return unet.to(device=device, memory_format=torch.channels_last)
+
+
+def noise_schedule() -> Any:
+    """The teacher's DDIMScheduler."""
+    return DDIMScheduler(**NOISE)

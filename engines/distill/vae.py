@@ -1,0 +1,76 @@
+"""Stage 1: the autoencoder. Learns latents 8 times smaller than the picture, on crops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.distill.networks import build_vae
+from engines.distill.samples import Samples, make_samples, to_pixels
+from engines.distill.training import Course, Draws, Place, train
+
+COURSE = Course(num_steps=6_000, batch_size=16, learning_rate=1.5e-3, average=0.995)
+CROP_PX = 64  # a step costs a quarter of a whole picture's and sees as many edges
+KL_WEIGHT = 1e-5
+STYLED_EVERY = 4  # one crop in so many is of a style: what LoRAs draw, the VAE must decode
+NUM_PLAIN, NUM_STYLED = 24_000, 2_000
+
+
+def train_vae(course: Course, place: Place, tokenizer: Any) -> Any:
+    """Train and return the AutoencoderKL, its ``scaling_factor`` measured and set.
+
+    The loss is the mean absolute plus mean squared error of the pixels and a little KL divergence
+    from the standard normal, as of Stable Diffusion's autoencoder without its discriminator.
+    """
+    torch.manual_seed(place.seed)
+    vae = build_vae().to(place.device)
+    native = (128, 128)
+    plain = make_samples(place.folder, tokenizer, native, NUM_PLAIN, place.seed)
+    styled = [
+        make_samples(place.folder, tokenizer, native, NUM_STYLED, place.seed, style)
+        for style in ("halftone", "sunburst")
+    ]
+
+    def loss_of(draws: Draws) -> Tensor:
+        sources = [
+            styled[index // STYLED_EVERY % 2] if index % STYLED_EVERY == 0 else plain
+            for index in range(course.batch_size)
+        ]
+        pixels = _crops(sources, draws.numpy).to(place.device)  # [B, 3, 64, 64]
+        with place.autocast():
+            posterior = vae.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=draws.torch)
+            drawn = vae.decode(posterior.mean + posterior.std * noise.to(place.device)).sample
+        drawn, mean, logvar = drawn.float(), posterior.mean.float(), posterior.logvar.float()
+        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels) + KL_WEIGHT * divergence
+
+    train("vae", course, place, list(vae.parameters()), loss_of)
+    vae.eval().requires_grad_(False)
+    latents = encode(vae, plain.images[:1024], place)
+    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: Any, images: np.ndarray[Any, np.dtype[np.uint8]], place: Place) -> Tensor:
+    """The mean latents of uint8 [N, H, W, 3], not scaled: float32 [N, 4, H/8, W/8] on the CPU."""
+    chunks = []
+    for begin in range(0, len(images), 64):
+        pixels = to_pixels(images[begin : begin + 64]).to(place.device)
+        with place.autocast():
+            chunks.append(vae.encode(pixels).latent_dist.mean.float().cpu())
+    return torch.cat(chunks)
+
+
+def _crops(sources: list[Samples], rng: np.random.Generator) -> Tensor:
+    crops = []
+    for source in sources:
+        picture = source.images[rng.integers(len(source))]
+        top, left = rng.integers(0, picture.shape[0] - CROP_PX + 1, size=2)
+        crops.append(picture[top : top + CROP_PX, left : left + CROP_PX])
+    return to_pixels(np.stack(crops))
