@@ -47,7 +47,8 @@ def train_vae(course: Course, place: Place, tokenizer: Any) -> Any:
             drawn = vae.decode(posterior.mean + posterior.std * noise.to(place.device)).sample
         drawn, mean, logvar = drawn.float(), posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels) + KL_WEIGHT * divergence
+        loss: Tensor = F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels)
+        return loss + KL_WEIGHT * divergence
 
     train("vae", course, place, list(vae.parameters()), loss_of)
     vae.eval().requires_grad_(False)
