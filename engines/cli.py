@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engines.distill.cli import app as distill
 from engines.errors import EngineError
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(distill, name="distill")
 ModelArgument = Annotated[
     str, typer.Argument(help="Diffusers folder, bundle, hub id or a shipped model's name.")
 ]

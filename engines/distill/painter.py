@@ -135,7 +135,7 @@ def paint(scene: Scene, width_px: int = 128, height_px: int = 128) -> Pixels:
     picture = background_rgb(scene.background, scene.time) * (1 + 0.04 * slope)
     picture = np.broadcast_to(picture, (height_px, width_px, 3)).copy()
     if scene.style == "sunburst":
-        picture *= _sunburst(width_px, height_px)[..., None]
+        picture *= sunburst(width_px, height_px)[..., None]
     if scene.time == "night":
         _add_stars(picture)
     mask = shape_mask(scene.shape, box_px, width_px, height_px)[..., None]
@@ -148,7 +148,7 @@ def paint(scene: Scene, width_px: int = 128, height_px: int = 128) -> Pixels:
         ink = shape_mask(scene.shape, box_px, width_px, height_px, stroke_px=stroke_px)[..., None]
         picture += (np.array(INK, np.float32) - picture) * ink * mask
     if scene.style == "halftone":
-        picture *= _halftone(width_px, height_px)[..., None]
+        picture *= halftone(width_px, height_px)[..., None]
     return np.asarray(np.clip(np.rint(picture), 0, 255), np.uint8)
 
 
@@ -170,7 +170,7 @@ def _add_door(fill: Floats, box_px: tuple[float, float, float, float]) -> None:
 
 
 @functools.cache
-def _halftone(width_px: int, height_px: int) -> Floats:
+def halftone(width_px: int, height_px: int) -> Floats:
     """Dark dots on an 8 px grid: a factor per pixel, float32 [H, W]."""
     y, x = np.mgrid[0:height_px, 0:width_px].astype(np.float32)
     distance = np.hypot(x % 8 - 3.5, y % 8 - 3.5)
@@ -178,7 +178,7 @@ def _halftone(width_px: int, height_px: int) -> Floats:
 
 
 @functools.cache
-def _sunburst(width_px: int, height_px: int) -> Floats:
+def sunburst(width_px: int, height_px: int) -> Floats:
     """Twelve light rays from the middle: a factor per pixel, float32 [H, W]."""
     y, x = np.mgrid[0:height_px, 0:width_px].astype(np.float32)
     angle = np.arctan2(y - height_px / 2 + 0.5, x - width_px / 2 + 0.5)

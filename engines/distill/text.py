@@ -60,8 +60,8 @@ def train_text_encoder(course: Course, place: Place, tokenizer: Any) -> Any:
         ids = tokenize(tokenizer, [paraphrase(scene, draws.numpy) for scene in scenes])
         pooled = encoder(ids.to(place.device)).pooler_output  # [B, 96]
         losses = [
-            F.cross_entropy(heads[name](pooled), _labels(scenes, name).to(place.device))
-            for name in MEANINGS
+            F.cross_entropy(heads[name](pooled), labels.to(place.device))
+            for name, labels in labels_of(scenes).items()
         ]
         return torch.stack(losses).mean()
 
@@ -74,5 +74,9 @@ def _any_style(rng: np.random.Generator) -> Scene:
     return draw_scene(rng, style=style)
 
 
-def _labels(scenes: list[Scene], name: str) -> Tensor:
-    return torch.tensor([MEANINGS[name].index(getattr(scene, name)) for scene in scenes])
+def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
+    """Each attribute's word as its index in MEANINGS: int64 [N]."""
+    return {
+        name: torch.tensor([words.index(getattr(scene, name)) for scene in scenes])
+        for name, words in MEANINGS.items()
+    }

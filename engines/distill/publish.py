@@ -1,0 +1,89 @@
+"""Assembles trained parts into diffusers folders, half precision, as users download them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel
+
+from engines.distill.consistency import NUM_SOLVER_STEPS
+from engines.distill.networks import NOISE, noise_schedule
+from engines.distill.tokenizer import build_tokenizer
+from engines.distill.training import TrainingError
+
+LORAS = ("lcm-lora", "halftone-lora", "sunburst-lora")
+_MACHINE_KEYS = ("_name_or_path",)  # where a part was loaded from is nobody's business
+
+
+def publish(work: Path, out: Path) -> list[str]:
+    """Write every model whose parts the work folder has into ``out``; returns their names.
+
+    `demo-base` and `demo-lcm` become pipelines, LoRAs and the critic are copied. Each folder is
+    replaced whole.
+    """
+    written = []
+    if (work / "unet").exists():
+        options = {"safety_checker": None, "feature_extractor": None}
+        base = StableDiffusionPipeline(
+            **_parts(work, "unet"), scheduler=noise_schedule(),
+            requires_safety_checker=False, **options,
+        )  # fmt: skip
+        written.append(_save(base, out / "demo-base"))
+    if (work / "unet-lcm").exists():
+        scheduler = LCMScheduler(**NOISE, original_inference_steps=NUM_SOLVER_STEPS)
+        lcm = LatentConsistencyModelPipeline(
+            **_parts(work, "unet-lcm"), scheduler=scheduler,
+            requires_safety_checker=False, **options,
+        )  # fmt: skip
+        written.append(_save(lcm, out / "demo-lcm"))
+    for name in LORAS:
+        if (work / name).exists():
+            _replace(work / name, out / f"demo-{name}")
+            written.append(f"demo-{name}")
+    if (work / "critic").exists():
+        _replace(work / "critic", out / "critic")
+        written.append("critic")
+    if not written:
+        raise TrainingError(f"--work {work} has no finished model; run `fourstep distill all`")
+    return written
+
+
+def _parts(work: Path, unet: str) -> dict[str, Any]:
+    sharp = work / "vae-sharp"
+    half = {"torch_dtype": torch.float16}
+    return {
+        "vae": AutoencoderKL.from_pretrained(sharp if sharp.exists() else work / "vae", **half),
+        "text_encoder": CLIPTextModel.from_pretrained(work / "text-encoder", **half),
+        "tokenizer": build_tokenizer(),
+        "unet": UNet2DConditionModel.from_pretrained(work / unet, **half),
+    }
+
+
+def _save(pipeline: Any, folder: Path) -> str:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, safe_serialization=True)
+    for file in partial.rglob("*.json"):
+        values = json.loads(file.read_text())
+        if isinstance(values, dict) and any(values.pop(key, None) for key in _MACHINE_KEYS):
+            file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    _replace(partial, folder)
+    shutil.rmtree(partial)
+    return folder.name
+
+
+def _replace(source: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder)
