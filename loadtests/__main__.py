@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from loadtests.mixed import mixed
 from loadtests.overhead import overhead
 from loadtests.simulate import simulate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(mixed)
 app.command()(overhead)
 app.command()(simulate)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from engines.runner import Runner
@@ -19,11 +20,31 @@ from service.settings import Settings
 logger = logging.getLogger("fourstep.replica")
 
 
+def open_runner(settings: Settings) -> Runner:
+    """The runner these settings ask for; blocks while the model loads.
+
+    Raises:
+        engines.errors.EngineError: the model cannot be loaded here; the message says why.
+    """
+    return Runner.open(
+        settings.model,
+        backend=settings.engine,
+        precision=settings.precision,
+        max_batch=settings.max_batch or None,
+        num_threads=settings.num_threads or None,
+        cache_dir=settings.cache_dir,
+        model_id=settings.model_id,
+    )
+
+
 class Replica:
     """Constructed cheap; `start` loads and warms the engine, `close` drains and frees it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self, settings: Settings, open_runner: Callable[[Settings], Runner] = open_runner
+    ) -> None:
         self.settings = settings
+        self._open_runner = open_runner
         self.created = int(time.time())
         self.image_workers = ThreadPoolExecutor(
             settings.num_image_workers, thread_name_prefix="fourstep-image"
@@ -40,15 +61,7 @@ class Replica:
         """
         settings = self.settings
         begun = time.monotonic()
-        self._runner = runner = Runner.open(
-            settings.model,
-            backend=settings.engine,
-            precision=settings.precision,
-            max_batch=settings.max_batch or None,
-            num_threads=settings.num_threads or None,
-            cache_dir=settings.cache_dir,
-            model_id=settings.model_id,
-        )
+        self._runner = runner = self._open_runner(settings)
         runner.warm_up()
         self._metrics = Metrics(runner.info.model_id)
         limits = Limits(

@@ -5,6 +5,7 @@ checks ─▶ bundles built (progress shown) ─▶ Ray, HAProxy, replicas ─�
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -38,11 +39,17 @@ class ServeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """One model behind one route."""
+    """One model behind one route; ``import_path`` names the function that builds it."""
 
     name: str
     route_prefix: str
     args: dict[str, Any]
+    import_path: str = IMPORT_PATH
+
+    def build(self) -> Any:
+        """The Ray Serve application. Imports Ray, so its environment must stand by then."""
+        module, _, function = self.import_path.partition(":")
+        return getattr(importlib.import_module(module), function)(self.args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ RESOURCE_ARGS = ("num_replicas", "num_gpus", "num_cpus")
 
 
 def _run(plan: Plan, host: str, port: int, folder: str, stop: threading.Event) -> int:
-    from service.deployment import build, haproxy_available, ray_environment
+    from service.deployment import haproxy_available, ray_environment
 
     os.environ.update(ray_environment(folder))
     os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
@@ -155,12 +162,18 @@ def _run(plan: Plan, host: str, port: int, folder: str, stop: threading.Event) -
 
     typer.echo("Starting Ray Serve ...")
     num_replicas = sum(int(app.args.get("num_replicas", 1)) for app in plan.applications)
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, num_replicas + 1),
-        include_dashboard=False,
-        logging_level="ERROR",
-        configure_logging=True,
-    )
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, num_replicas + 1),
+            include_dashboard=False,
+            logging_level="ERROR",
+            configure_logging=True,
+        )
+    except Exception as error:  # Ray raises bare Exception here, when a busy machine starts slowly
+        what = str(error).strip().splitlines()[-1]
+        typer.echo(f"error: Ray did not start ({what}); is the machine overloaded?", err=True)
+        _end(psutil.Process().children(recursive=True))
+        return 1
     try:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
@@ -168,8 +181,7 @@ def _run(plan: Plan, host: str, port: int, folder: str, stop: threading.Event) -
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         targets = [
-            serve.RunTarget(build(app.args), app.name, app.route_prefix)
-            for app in plan.applications
+            serve.RunTarget(app.build(), app.name, app.route_prefix) for app in plan.applications
         ]
         serve.run_many(targets)
         _announce(plan, host, port)

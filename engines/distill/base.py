@@ -48,9 +48,10 @@ class LatentData:
         self._empty = tokenize(tokenizer, [""])[0]
         self._sets: list[LatentSamples] = []
         for size_px, count in SIZES.items():
-            file = place.folder / f"latents-{style}-{size_px[0]}x{size_px[1]}-{count}.pt"
+            name = f"latents-{style}-{size_px[0]}x{size_px[1]}-{place.count(count)}.pt"
+            file = place.folder / name
             if not file.exists():
-                samples = make_samples(place.folder, tokenizer, size_px, count, place.seed, style)
+                samples = make_samples(place, tokenizer, size_px, count, style)
                 latents = encode(vae, samples.images, place) * vae.config.scaling_factor
                 partial = file.with_suffix(".partial")
                 torch.save([latents, torch.from_numpy(samples.token_ids)], partial)
@@ -96,7 +97,7 @@ def denoising_loss(
     def loss_of(draws: Draws) -> Tensor:
         batch = data.draw(draws, course.batch_size, unconditional=UNCONDITIONAL_SHARE)
         rows = len(batch.latents)
-        timesteps = torch.randint(0, 1000, (rows,), generator=draws.torch).to(place.device)
+        timesteps = _draw_timesteps(rows, draws.torch).to(place.device)
         noisy = schedule.add_noise(batch.latents, batch.noise, timesteps)
         target = schedule.get_velocity(batch.latents, batch.noise, timesteps)
         embeds = encoder(batch.token_ids)[0]  # [B, 32, 96]
@@ -105,13 +106,20 @@ def denoising_loss(
     return loss_of
 
 
+def _draw_timesteps(rows: int, generator: torch.Generator) -> Tensor:
+    """int64 [B], near 999 twice as often as on average: there a picture's layout is settled."""
+    return (1000 * torch.rand(rows, generator=generator).sqrt()).long()
+
+
 def train_base(course: Course, place: Place, tokenizer: Any, vae: Any, encoder: Any) -> Any:
-    """Train and return the teacher's UNet; the text encoder is trained on, in place."""
+    """Train and return the teacher's UNet; the text encoder stays as it is.
+
+    Trained on together at this rate, it forgets what the UNet does not use yet: after 8,000 steps a
+    linear probe of its end token read the shape in 53 % of captions, before them in all.
+    """
     data = LatentData(vae, tokenizer, place)
     torch.manual_seed(place.seed)
     unet = prepare_for_training(build_unet(guidance_embedding=False), place.device)
     loss_of = denoising_loss(course, place, data, encoder, unet)
-    encoder.train().requires_grad_(True)
-    train("base", course, place, [*unet.parameters(), *encoder.parameters()], loss_of)
-    encoder.eval().requires_grad_(False)
+    train("base", course, place, list(unet.parameters()), loss_of)
     return unet.eval().requires_grad_(False)

@@ -42,6 +42,7 @@ NUM_SHADES = 13
 OPENING_PX = 7  # night stars and halftone dots are smaller, every object is thicker
 HALFTONE_BELOW = 0.85  # brightness of dots against the rest: 1 when plain, 0.65 when painted
 SUNBURST_ABOVE = 1.12  # brightness of rays against the rest: 1 when plain, 1.33 when painted
+MAX_HALF = 0.4  # half a box as a share of the shorter side; the largest painted is 0.284
 NOTHING = "none"
 
 
@@ -70,13 +71,14 @@ def read(pixels: Pixels) -> Reading:
     mask = _object_mask(picture, background_rgb(background, time))
     style = _style(picture, mask)
     if not mask.any():
-        none = NOTHING
-        return Reading(none, none, none, none, background, time, none, style)
+        return _nothing(background, time, style)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box_px = (float(columns[0]), float(rows[0]), columns[-1] + 1.0, rows[-1] + 1.0)
     height, width = mask.shape
     side = min(height, width)
     half = max(box_px[2] - box_px[0], box_px[3] - box_px[1]) / 2 / side
+    if half > MAX_HALF:
+        return _nothing(background, time, style)
     row = _nearest(ROWS, (box_px[1] + box_px[3]) / 2 / height)
     column = _nearest(COLUMNS, (box_px[0] + box_px[2]) / 2 / width)
     stroke_px = round(OUTLINE_SHARE * side)
@@ -93,6 +95,10 @@ def read(pixels: Pixels) -> Reading:
         line="outlined" if _distance(edge_rgb, INK) < 0.5 * _distance(inner_rgb, INK) else "flat",
         style=style,
     )
+
+
+def _nothing(background: str, time: str, style: str) -> Reading:
+    return Reading(NOTHING, NOTHING, NOTHING, NOTHING, background, time, NOTHING, style)
 
 
 def _distance(one: Any, other: Any) -> float:

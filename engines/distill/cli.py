@@ -22,6 +22,9 @@ CompileOption = Annotated[
     typer.Option("--compile/--no-compile", help="torch.compile; default: if a compiler is there."),
 ]
 ModelsOption = Annotated[Path, typer.Option(help="Folder of published models.")]
+DataOption = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Share of the recipe's samples: a quick trial.")
+]
 DEFAULT_WORK = Path("distill-work")
 # In the order in which they need one another; `stages.py` has the courses and the code.
 STAGES = {
@@ -38,7 +41,14 @@ STAGES = {
 SHIPPED = Path(__file__).parents[1] / "demo"
 
 
-def _place(work: Path, device: str, seed: int, threads: int, compile_: bool | None) -> Any:
+def _place(
+    work: Path,
+    device: str,
+    seed: int,
+    threads: int,
+    compile_: bool | None,
+    data_share: float = 1.0,
+) -> Any:
     import torch
 
     from engines.distill.training import Place, TrainingError
@@ -52,7 +62,8 @@ def _place(work: Path, device: str, seed: int, threads: int, compile_: bool | No
     except (RuntimeError, AssertionError) as error:
         raise TrainingError(f"--device {device!r} cannot be used: {error}") from error
     has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
-    return Place(work, torch.device(device), seed, has_compiler if compile_ is None else compile_)
+    compiles = has_compiler if compile_ is None else compile_
+    return Place(work, torch.device(device), seed, compiles, data_share)
 
 
 def _train(names: list[str], place: Any, changes: dict[str, Any]) -> None:
@@ -71,9 +82,10 @@ def train_all(
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     compile_: CompileOption = None,
+    data_share: DataOption = 1.0,
 ) -> None:
     """Train every stage in order; a killed run goes on where it was."""
-    _train(list(STAGES), _place(work, device, seed, threads, compile_), {})
+    _train(list(STAGES), _place(work, device, seed, threads, compile_, data_share), {})
 
 
 def _command(name: str) -> Callable[..., None]:
@@ -83,6 +95,7 @@ def _command(name: str) -> Callable[..., None]:
         seed: SeedOption = 0,
         threads: ThreadsOption = 0,
         compile_: CompileOption = None,
+        data_share: DataOption = 1.0,
         num_steps: Annotated[int | None, typer.Option(min=1, help="Not the recipe's.")] = None,
         batch_size: Annotated[int | None, typer.Option(min=1, help="Likewise.")] = None,
         learning_rate: Annotated[float | None, typer.Option(help="Likewise.")] = None,
@@ -92,7 +105,7 @@ def _command(name: str) -> Callable[..., None]:
         options: dict[str, float | None] = {"num_steps": num_steps, "batch_size": batch_size}
         options |= {"learning_rate": learning_rate}
         changes = {key: value for key, value in options.items() if value is not None}
-        _train([name], _place(work, device, seed, threads, compile_), changes)
+        _train([name], _place(work, device, seed, threads, compile_, data_share), changes)
 
     return train_one
 

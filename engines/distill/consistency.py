@@ -80,8 +80,8 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     As LatentConsistencyModelPipeline.get_guidance_scale_embedding.
     """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=guidance.device) / (half - 1)
-    angles = 1000 * guidance[:, None] * torch.exp(-math.log(10_000.0) * exponents)
+    index = torch.arange(half, dtype=torch.float32, device=guidance.device)
+    angles = 1000 * guidance[:, None] * torch.exp(index * -(math.log(10_000.0) / (half - 1)))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

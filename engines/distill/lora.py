@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -20,7 +19,7 @@ from engines.distill.base import LatentData, denoising_loss
 from engines.distill.networks import prepare_for_training
 from engines.distill.training import Course, Place, train
 
-STYLE_COURSE = Course(num_steps=600, batch_size=64, learning_rate=2e-3, average=0.98)
+STYLE_COURSE = Course(num_steps=400, batch_size=64, learning_rate=2e-3, average=0.98)
 STYLE_RANK = 8
 STYLE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 # Every linear and convolution of the blocks, as diffusers' LCM-LoRA distillation script.
@@ -39,7 +38,7 @@ def add_lora(unet: Any, rank: int, targets: tuple[str, ...]) -> list[nn.Paramete
 
 def save_lora(unet: Any, folder: Path) -> None:
     """Write the UNet's LoRA as float16 `pytorch_lora_weights.safetensors` in ``folder``."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    layers = get_peft_model_state_dict(unet)  # peft's names, which every diffusers >= 0.22 reads
     halves = {name: tensor.half().contiguous() for name, tensor in layers.items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=halves)
 

@@ -64,7 +64,7 @@ def _parts(work: Path, unet: str) -> dict[str, Any]:
     half = {"torch_dtype": torch.float16}
     return {
         "vae": AutoencoderKL.from_pretrained(sharp if sharp.exists() else work / "vae", **half),
-        "text_encoder": CLIPTextModel.from_pretrained(work / "text-encoder", **half),
+        "text_encoder": CLIPTextModel.from_pretrained(work / "text", **half),
         "tokenizer": build_tokenizer(),
         "unet": UNet2DConditionModel.from_pretrained(work / unet, **half),
     }

@@ -6,7 +6,6 @@ Owns sizes, counts and the cache. Every sample is from the training side of the 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from tqdm import tqdm
 
 from engines.distill.captions import caption, paraphrase
 from engines.distill.painter import paint
-from engines.distill.world import Scene, draw_scene
+from engines.distill.training import Place
+from engines.distill.world import draw_scene
 
 CAPTIONS_PER_SAMPLE = 4
 # Width x height in pixels, and how many scenes of each: most at the native size, the others so
@@ -45,14 +45,10 @@ class Samples:
 
 
 def make_samples(
-    folder: Path,
-    tokenizer: Any,
-    size_px: tuple[int, int],
-    num_samples: int,
-    seed: int,
-    style: str = "plain",
+    place: Place, tokenizer: Any, size_px: tuple[int, int], num_samples: int, style: str = "plain"
 ) -> Samples:
-    """Paint ``num_samples`` scenes of one size and caption them, or read them back from disk."""
+    """Paint the run's share of ``num_samples`` scenes and caption them, or read them from disk."""
+    folder, seed, num_samples = place.folder, place.seed, place.count(num_samples)
     width, height = size_px
     file = folder / f"samples-{style}-{width}x{height}-{num_samples}-{seed}.npz"
     if not file.exists():
@@ -84,9 +80,3 @@ def tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
 def to_pixels(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def scenes_of(seed: int, count: int, *, held_out: bool) -> list[Scene]:
-    """Scenes to ask for in an evaluation, from one side of the split."""
-    rng = np.random.default_rng((seed, 7, held_out))
-    return [draw_scene(rng, held_out=held_out) for _ in range(count)]

@@ -69,7 +69,6 @@ def _base(course: Course, place: Place) -> None:
     encoder = _load(CLIPTextModel, place, "text")
     autoencoder = _load(AutoencoderKL, place, "vae")
     unet = base.train_base(course, place, build_tokenizer(), autoencoder, encoder)
-    _write(encoder, place, "text-encoder")
     _write(unet, place, "unet")
 
 
@@ -81,7 +80,7 @@ def _decoder(course: Course, place: Place) -> None:
 def _student_parts(place: Place, style: str = "plain") -> dict[str, Any]:
     return {
         "data": LatentData(_load(AutoencoderKL, place, "vae"), build_tokenizer(), place, style),
-        "encoder": _load(CLIPTextModel, place, "text-encoder"),
+        "encoder": _load(CLIPTextModel, place, "text"),
         "teacher": _load(UNet2DConditionModel, place, "unet"),
     }
 
@@ -133,7 +132,7 @@ def run_stage(name: str, place: Place, changes: dict[str, Any]) -> bool:
     stage = STAGES[name]
     course = dataclasses.replace(stage.course, **changes)
     stamp = place.folder / f"{name}.json"
-    asked = {"seed": place.seed, **dataclasses.asdict(course)}
+    asked = {"seed": place.seed, "data_share": place.data_share, **dataclasses.asdict(course)}
     if stamp.exists() and (place.folder / stage.output).exists():
         done = json.loads(stamp.read_text())
         if done == asked:

@@ -1,7 +1,7 @@
 """Stage 2: the text encoder. Learns to read, before any picture, what a caption says.
 
 CLIP learns from pictures and words together; this world is small enough to say outright what a
-caption means. The UNet's stage goes on training it.
+caption means. Later stages leave it alone, as Stable Diffusion leaves CLIP.
 """
 
 from __future__ import annotations

@@ -61,6 +61,11 @@ class Place:
     device: torch.device
     seed: int = 0
     compile: bool = False
+    data_share: float = 1.0  # of the recipe's samples: little for a quick trial
+
+    def count(self, num_samples: int) -> int:
+        """How many of the recipe's samples this run makes."""
+        return max(32, round(num_samples * self.data_share))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 for what tolerates it; parameters and losses stay float32."""
@@ -169,7 +174,8 @@ class _Keeper:
     ) -> None:
         self._file = place.folder / f"{stage}.checkpoint.pt"
         shapes = [list(p.shape) for p in parameters]
-        identity = json.dumps([stage, place.seed, dataclasses.asdict(course), shapes])
+        run = [stage, place.seed, place.data_share]
+        identity = json.dumps([run, dataclasses.asdict(course), shapes])
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
         self._parameters, self._average = parameters, average
         self._optimizer, self._extra = optimizer, extra_state

@@ -35,9 +35,9 @@ def train_vae(course: Course, place: Place, tokenizer: Any) -> Any:
     torch.manual_seed(place.seed)
     vae = build_vae().to(place.device)
     native = (128, 128)
-    plain = make_samples(place.folder, tokenizer, native, NUM_PLAIN, place.seed)
+    plain = make_samples(place, tokenizer, native, NUM_PLAIN)
     styled = [
-        make_samples(place.folder, tokenizer, native, NUM_STYLED, place.seed, style)
+        make_samples(place, tokenizer, native, NUM_STYLED, style)
         for style in ("halftone", "sunburst")
     ]
 
@@ -86,7 +86,7 @@ def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any
     counts = {"plain": NUM_PLAIN, "halftone": NUM_STYLED, "sunburst": NUM_STYLED}
     images, latents = [], []
     for style, count in counts.items():
-        samples = make_samples(place.folder, tokenizer, native, count, place.seed, style)
+        samples = make_samples(place, tokenizer, native, count, style)
         images.append(samples.images)
         latents.append(encode(vae, samples.images, place))
     scale = 1 / vae.config.scaling_factor
