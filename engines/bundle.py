@@ -55,8 +55,15 @@ def is_bundle(folder: Path) -> bool:
 def bundle_key(source_hash: str, precision: str) -> str:
     """What a bundle's contents depend on, as 16 hex digits."""
     versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
-    text = "\n".join([str(FORMAT), source_hash, precision, *versions])
+    text = "\n".join([str(FORMAT), source_hash, precision, _exporter_hash(), *versions])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _exporter_hash() -> str:
+    """Of our own code that makes the graphs: an edit there makes other bundles."""
+    here = Path(__file__).parent
+    files = [here / "export.py", *sorted((here / "families").glob("*.py"))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def open_bundle(folder: Path) -> Bundle:

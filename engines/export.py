@@ -19,11 +19,9 @@ from engines.errors import BuildError
 from engines.families.part import Part
 
 # Largest size of each dynamic dimension. diffusers' Upsample2D branches at a batch of 64, and the
-# exporter insists on one branch; the graph itself has no limit.
+# exporter insists on one branch; the graph itself has no limit. Sides are latents, or pixels over 8.
 MAX_BATCH, MAX_SIDE = 63, 8192
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
-MAX_BATCH = 63  # diffusers' Upsample2D takes another path from 64 rows on
-MAX_SIDE = 8192  # pixels or latents of one side, over the declared multiple
 
 
 def export_onnx(part: Part, path: Path) -> None:

@@ -47,6 +47,9 @@ class Denoiser(torch.nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        # UNet2DConditionModel hands the up path its sizes only where a side is no multiple of
+        # 2 ** num_upsamplers. No side is one of 2 ** 30: one graph for every size, odd ones too.
+        unet.num_upsamplers = 30
 
     def forward(
         self,
@@ -110,7 +113,7 @@ def facts(name: str, pipeline: Any) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
     unet, vae, tokenizer = pipeline.unet.config, pipeline.vae.config, pipeline.tokenizer
     scale = 2 ** (len(vae.block_out_channels) - 1)
-    multiple = scale * 2 ** (len(unet.block_out_channels) - 1)
+    smallest = scale * 2 ** (len(unet.block_out_channels) - 1)  # one latent at the lowest level
     default = int(unet.sample_size) * scale
     embedding = int(unet.time_cond_proj_dim or 0)
     sampler = SAMPLER_OF_SCHEDULER.get(type(pipeline.scheduler).__name__, "ddim")
@@ -123,9 +126,9 @@ def facts(name: str, pipeline: Any) -> Facts:
         latent_channels=int(unet.in_channels),
         vae_scale_factor=scale,
         default_size_px=default,
-        size_multiple_px=multiple,
-        min_size_px=max(multiple, default // 2 // multiple * multiple),
-        max_size_px=default * 2 // multiple * multiple,
+        size_multiple_px=scale,
+        min_size_px=max(smallest, default // 2 // scale * scale),
+        max_size_px=default * 2,
         max_tokens=int(window),
         pad_token_id=int(tokenizer.pad_token_id),
         eos_token_id=int(tokenizer.eos_token_id),
@@ -140,15 +143,14 @@ def facts(name: str, pipeline: Any) -> Facts:
 def parts(pipeline: Any, known: Facts) -> list[Part]:
     """The four graphs of a pipeline, smallest first."""
     unet, channels = pipeline.unet, known.latent_channels
-    side = known.size_multiple_px // known.vae_scale_factor * 2
+    side = known.default_size_px // known.vae_scale_factor // 2 + 1
     width = int(unet.config.cross_attention_dim)
     batch = ("batch", 1)
-    step = known.size_multiple_px // known.vae_scale_factor
-    latent_dims = [batch, None, ("rows", step), ("columns", step)]
-    pixel_step = known.size_multiple_px
-    pixel_dims = [batch, ("rows", pixel_step), ("columns", pixel_step), None]
+    latent_dims = [batch, None, ("rows", 1), ("columns", 1)]
+    scale = known.vae_scale_factor
+    pixel_dims = [batch, ("rows", scale), ("columns", scale), None]
     latents = torch.randn(2, channels, side, side)
-    pixels = torch.zeros(2, side * known.vae_scale_factor, side * known.vae_scale_factor, 3)
+    pixels = torch.zeros(2, side * scale, side * scale, 3)
     denoiser = {
         "sample": latents,
         "timestep": torch.tensor([999.0, 499.0]),

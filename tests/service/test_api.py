@@ -142,7 +142,7 @@ GENERATIONS = [
     ({"prompt": "x", "n": 1.5}, "n", "integer"),
     ({"prompt": "x", "size": "64"}, "size", "match"),
     ({"prompt": "x", "size": "0x64"}, "size", "match"),
-    ({"prompt": "x", "size": "64x4096"}, "size", "multiples of 16 from 32 to 128"),
+    ({"prompt": "x", "size": "64x4096"}, "size", "multiples of 8 from 32 to 128"),
     ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
     ({"prompt": "x", "num_inference_steps": 51}, "num_inference_steps", "at most 50"),
     ({"prompt": "x", "num_inference_steps": 0}, "num_inference_steps", "greater than or equal"),
