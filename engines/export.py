@@ -19,7 +19,7 @@ from engines.errors import BuildError
 from engines.families.part import Part
 
 # Largest size of each dynamic dimension. diffusers' Upsample2D branches at a batch of 64, and the
-# exporter insists on one branch; the graph itself has no limit. Sides are latents, or pixels over 8.
+# exporter insists on one branch; the graph itself has no limit. A side is in latents.
 MAX_BATCH, MAX_SIDE = 63, 8192
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
 
