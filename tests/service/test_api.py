@@ -97,7 +97,7 @@ def test_the_openai_client_edits_and_lists(client: openai.OpenAI) -> None:
         image=("in.png", png(100, 70)), prompt="redraw", extra_body={"strength": 0.5, "seed": 3}
     )
     assert answer.data is not None
-    assert picture(answer.data[0].b64_json).size == (96, 64)  # nearest size the model draws
+    assert picture(answer.data[0].b64_json).size == (96, 72)  # nearest size the model draws
     (model,) = client.models.list().data
     assert client.models.retrieve(model.id).id == model.id == "tiny-lcm"
     with pytest.raises(openai.NotFoundError, match="model 'gpt-image-9' is not served"):
