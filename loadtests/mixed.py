@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -62,7 +63,8 @@ def arrivals(rate: float, count: int, seed: int) -> list[Arrival]:
 def percentile(values: list[float], share: float) -> float:
     """The value that ``share`` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    rank = math.ceil(share * len(ordered) - 1e-9)  # 0.95 * 20 is a little above 19 in binary
+    return ordered[max(0, rank - 1)]
 
 
 async def send(url: str, load: list[Arrival], max_open: int = 10_000) -> list[float]:
