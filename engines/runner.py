@@ -60,7 +60,9 @@ class Runner:
 
     def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
         self._model = model
-        self._noise = NoiseSchedule.from_config(model.facts.scheduler)
+        self._noise = NoiseSchedule.from_config(
+            model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
+        )
         self._prompts: OrderedDict[bytes, Tensor] = OrderedDict()
         self._prompts_lock = threading.Lock()  # start() reads on other threads
         self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)

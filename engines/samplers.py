@@ -53,10 +53,17 @@ class NoiseSchedule:
     final_alpha: float  # ᾱ before the first training step
     timestep_scaling: float  # LCM's s in c_skip and c_out
     original_steps: int  # LCM's and TCD's solver steps at distillation
+    strength_drops_steps: bool  # of LCM and TCD; see `from_config`
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(
+        cls, config: Mapping[str, Any], *, strength_drops_steps: bool = False
+    ) -> NoiseSchedule:
         """Read a diffusers ``scheduler_config.json``.
+
+        Image-to-image with LCM and TCD differs between diffusers' pipelines. Stable Diffusion's
+        drops the first of ``num_steps`` steps (``strength_drops_steps``), as with every sampler;
+        the one of models with a guidance embedding spreads all of them over what strength leaves.
 
         Raises:
             CheckpointError: an option whose effect these tables do not hold.
@@ -85,6 +92,7 @@ class NoiseSchedule:
             final_alpha=1.0 if config.get("set_alpha_to_one", True) else float(alphas[0]),
             timestep_scaling=float(config.get("timestep_scaling", 10.0)),
             original_steps=int(config.get("original_inference_steps", 50)),
+            strength_drops_steps=strength_drops_steps,
         )
 
     @property
@@ -139,7 +147,8 @@ def make_schedule(
         raise InvalidInput("eta", eta, f"eta is {eta:g}; it must be from 0 to 1")
     limit = noise.num_train_timesteps - noise.steps_offset
     if sampler in ("lcm", "tcd"):
-        limit = math.floor(noise.original_steps * strength)
+        spread = 1.0 if noise.strength_drops_steps else strength
+        limit = math.floor(noise.original_steps * spread)
     if not 1 <= num_steps <= limit:
         raise InvalidInput(
             "num_steps",
@@ -182,9 +191,11 @@ def _spaced(noise: NoiseSchedule, num_steps: int, *, fractional: bool) -> np.nda
 def _distilled(noise: NoiseSchedule, num_steps: int, strength: float) -> np.ndarray:
     """Descending timesteps of LCM and TCD: every k-th of the solver's own steps."""
     k = noise.num_train_timesteps // noise.original_steps
-    origin = np.arange(1, int(noise.original_steps * strength) + 1) * k - 1
+    spread = 1.0 if noise.strength_drops_steps else strength
+    origin = np.arange(1, int(noise.original_steps * spread) + 1) * k - 1
     indices = np.floor(np.linspace(0, len(origin), num=num_steps, endpoint=False)).astype(int)
-    return np.asarray(origin[::-1][indices], np.float64)
+    steps = np.asarray(origin[::-1][indices], np.float64)
+    return _after_strength(steps, strength) if noise.strength_drops_steps else steps
 
 
 def _after_strength(steps: np.ndarray, strength: float) -> np.ndarray:

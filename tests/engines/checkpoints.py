@@ -33,8 +33,14 @@ def make_tokenizer(folder: Path, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     return CLIPTokenizer(str(vocab), str(merges), model_max_length=max_tokens)
 
 
-def make_checkpoint(folder: Path, *, lcm: bool, prediction_type: str = "epsilon") -> Path:
-    """Write a tiny Stable Diffusion (or LCM, with guidance embedding) checkpoint to ``folder``."""
+def make_checkpoint(
+    folder: Path, *, lcm: bool, prediction_type: str = "epsilon", three_levels: bool = False
+) -> Path:
+    """Write a tiny Stable Diffusion (or LCM, with guidance embedding) checkpoint to ``folder``.
+
+    ``three_levels`` gives the UNet the demo models' build: two halvings, so that sides of 8 n + 1
+    and 16 n + 1 latents are odd at both, and the prompt pooled into the time embedding.
+    """
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "raw_tokenizer")
     text = CLIPTextModel(
@@ -45,12 +51,15 @@ def make_checkpoint(folder: Path, *, lcm: bool, prediction_type: str = "epsilon"
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+    num_deep = 2 if three_levels else 1
+    pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64),
-        layers_per_block=1, cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        time_cond_proj_dim=32 if lcm else None,
+        sample_size=16 if three_levels else 8, in_channels=4, out_channels=4,
+        block_out_channels=(32, 64, 64)[: 1 + num_deep], layers_per_block=1,
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * num_deep),
+        up_block_types=(*("CrossAttnUpBlock2D",) * num_deep, "UpBlock2D"),
+        time_cond_proj_dim=32 if lcm else None, **(pooled if three_levels else {}),
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,

@@ -13,7 +13,7 @@ from tests.engines.checkpoints import make_checkpoint
 
 BACKENDS = ("torch", "onnxruntime")
 COMBINATIONS = [
-    *((name, backend) for name in ("tiny-lcm", "tiny-sd") for backend in BACKENDS),
+    *((name, backend) for name in ("tiny-lcm", "tiny-sd", "tiny-demo") for backend in BACKENDS),
     ("tiny-v", "torch"),  # its graphs are those of tiny-sd; only the tables differ
 ]
 
@@ -25,11 +25,17 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``tiny-lcm`` (guidance embedding), ``tiny-sd`` (none) and ``tiny-v``."""
+    """A folder with ``tiny-lcm`` (guidance embedding), ``tiny-sd`` and ``tiny-v`` (none).
+
+    ``tiny-demo`` is built as the demo model is: three levels, guidance embedding, v prediction.
+    """
     folder = tmp_path_factory.mktemp("checkpoints")
     make_checkpoint(folder / "tiny-lcm", lcm=True)
     make_checkpoint(folder / "tiny-sd", lcm=False)
     make_checkpoint(folder / "tiny-v", lcm=False, prediction_type="v_prediction")
+    make_checkpoint(
+        folder / "tiny-demo", lcm=True, prediction_type="v_prediction", three_levels=True
+    )
     return folder
 
 

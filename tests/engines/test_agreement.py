@@ -23,8 +23,8 @@ Runners = dict[tuple[str, str], Runner]
 @pytest.fixture(scope="module")
 def peers(checkpoints: Path) -> dict[str, Peer]:
     return {
-        name: Peer(checkpoints / name, lcm=name == "tiny-lcm")
-        for name in ("tiny-lcm", "tiny-sd", "tiny-v")
+        name: Peer(checkpoints / name, lcm=name in ("tiny-lcm", "tiny-demo"))
+        for name in ("tiny-lcm", "tiny-sd", "tiny-v", "tiny-demo")
     }
 
 
@@ -57,10 +57,18 @@ SD_IMAGES = [
     for sampler in ("ddim", "euler", "euler_ancestral")
     for n, s, w in [(4, 0.5, 1.0), (8, 0.75, 7.5)]
 ]
+# LCM-LoRA's and TCD's image-to-image over a plain checkpoint: strength drops steps there. (diffusers
+# has no peer for TCD over a guidance embedding: its LCM pipelines hand TCDScheduler no eta.)
+SD_IMAGES += [
+    recipe(sampler=sampler, num_steps=n, image=_image(n), strength=s, guidance_scale=w, eta=eta)
+    for sampler, eta in (("lcm", 0.0), ("tcd", 0.0), ("tcd", 0.3))
+    for n, s, w in [(1, 1.0, 1.0), (4, 0.5, 1.0), (8, 0.75, 7.5)]
+]
 RECIPES: dict[str, list[Recipe]] = {
     "tiny-lcm": LCM,
     "tiny-sd": SD + SD_IMAGES,
-    "tiny-v": [r for r in SD if r.num_steps in (1, 4, 7)],
+    "tiny-v": [r for r in SD if r.num_steps in (1, 4, 7)] + SD_IMAGES,
+    "tiny-demo": LCM,
 }
 
 
@@ -85,14 +93,27 @@ def test_mixed_in_one_batch(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("width", "height"), [(96, 64), (64, 128), (72, 104)])
+@pytest.mark.parametrize(
+    ("name", "width", "height"),
+    [
+        ("tiny-lcm", 96, 64), ("tiny-lcm", 64, 128), ("tiny-lcm", 72, 104),
+        # 13 x 12 and 17 x 15 latents, and both bounds of the range
+        ("tiny-demo", 104, 96), ("tiny-demo", 136, 120), ("tiny-demo", 64, 256),
+    ],
+)  # fmt: skip
 def test_other_sizes(
-    width: int, height: int, backend: str, runners: Runners, peers: dict[str, Peer]
+    name: str, width: int, height: int, backend: str, runners: Runners, peers: dict[str, Peer]
 ) -> None:
-    wanted = recipe(width_px=width, height_px=height, guidance_scale=8.5)
-    (ours,) = draw_together(runners["tiny-lcm", backend], [wanted])
-    assert ours.pixels.shape == (height, width, 3)
-    assert_agree(ours, peers["tiny-lcm"].draw(wanted), wanted)
+    """Every multiple of 8 px, sides that halve to odd ones too; from text and from an image."""
+    size = {"width_px": width, "height_px": height}
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    for wanted in (
+        recipe(**size, guidance_scale=8.5),
+        recipe(**size, guidance_scale=2.0, num_steps=2, image=image, strength=0.6),
+    ):
+        (ours,) = draw_together(runners[name, backend], [wanted])
+        assert ours.pixels.shape == (height, width, 3)
+        assert_agree(ours, peers[name].draw(wanted), wanted)
 
 
 @pytest.mark.parametrize("prompt", ["", "日本の城 🏯", "a\u0301 zero\u200bwidth", "word " * 200])
