@@ -57,8 +57,8 @@ SD_IMAGES = [
     for sampler in ("ddim", "euler", "euler_ancestral")
     for n, s, w in [(4, 0.5, 1.0), (8, 0.75, 7.5)]
 ]
-# LCM-LoRA's and TCD's image-to-image over a plain checkpoint: strength drops steps there. TCD over a
-# guidance embedding has no peer: diffusers' LCM pipelines hand TCDScheduler no eta.
+# LCM-LoRA's and TCD's image-to-image over a plain checkpoint: strength drops steps there. TCD over
+# a guidance embedding has no peer: diffusers' LCM pipelines hand TCDScheduler no eta.
 SD_IMAGES += [
     recipe(sampler=sampler, num_steps=n, image=_image(n), strength=s, guidance_scale=w, eta=eta)
     for sampler, eta in (("lcm", 0.0), ("tcd", 0.0), ("tcd", 0.3))
