@@ -1,4 +1,9 @@
-"""Stage 3: the teacher. A latent diffusion model with classifier-free guidance."""
+"""Stages 3 and 4: the teacher. A latent diffusion model with classifier-free guidance.
+
+First a draft, which sees mostly noise and learns what goes where; then the teacher itself, from
+the draft, at all timesteps alike. The draft alone loses at low noise what it drew before: of 50
+steps' pictures 79 % had the right colour, of a one-step student's 92 %.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +20,11 @@ from engines.distill.samples import SIZES, make_samples, tokenize
 from engines.distill.training import Course, Draws, Place, train
 from engines.distill.vae import encode
 
-COURSE = Course(
+DRAFT_COURSE = Course(
     num_steps=8_000, batch_size=64, learning_rate=1.2e-3, weight_decay=1e-3, average=0.999
+)
+COURSE = Course(
+    num_steps=8_000, batch_size=64, learning_rate=1e-3, weight_decay=1e-3, average=0.999
 )
 NATIVE_SHARE = 0.8  # of the steps are at 128 x 128 px
 UNCONDITIONAL_SHARE = 0.1  # of the rows have an empty prompt: what guidance steers away from
@@ -88,16 +96,26 @@ def compiled_at_native(unet: Any, place: Place) -> Callable[..., Tensor]:
 
 
 def denoising_loss(
-    course: Course, place: Place, data: LatentData, encoder: Any, unet: Any
+    course: Course,
+    place: Place,
+    data: LatentData,
+    encoder: Any,
+    unet: Any,
+    *,
+    mostly_noise: bool = False,
 ) -> Callable[[Draws], Tensor]:
-    """The mean squared error of v = α·ε − σ·x0 (arXiv 2202.00512, section 4) over one batch."""
+    """The mean squared error of v = α·ε − σ·x0 (arXiv 2202.00512, section 4) over one batch.
+
+    Timesteps are uniform, or with ``mostly_noise`` twice as dense near 999 as on average.
+    """
     network = compiled_at_native(unet, place)
     schedule = noise_schedule()
 
     def loss_of(draws: Draws) -> Tensor:
         batch = data.draw(draws, course.batch_size, unconditional=UNCONDITIONAL_SHARE)
         rows = len(batch.latents)
-        timesteps = _draw_timesteps(rows, draws.torch).to(place.device)
+        share = torch.rand(rows, generator=draws.torch)
+        timesteps = (1000 * (share.sqrt() if mostly_noise else share)).long().to(place.device)
         noisy = schedule.add_noise(batch.latents, batch.noise, timesteps)
         target = schedule.get_velocity(batch.latents, batch.noise, timesteps)
         embeds = encoder(batch.token_ids)[0]  # [B, 32, 96]
@@ -106,20 +124,23 @@ def denoising_loss(
     return loss_of
 
 
-def _draw_timesteps(rows: int, generator: torch.Generator) -> Tensor:
-    """int64 [B], near 999 twice as often as on average: there a picture's layout is settled."""
-    return (1000 * torch.rand(rows, generator=generator).sqrt()).long()
-
-
-def train_base(course: Course, place: Place, tokenizer: Any, vae: Any, encoder: Any) -> Any:
-    """Train and return the teacher's UNet; the text encoder stays as it is.
+def train_draft(course: Course, place: Place, data: LatentData, encoder: Any) -> Any:
+    """Train and return the draft of the teacher's UNet; the text encoder stays as it is.
 
     Trained on together at this rate, it forgets what the UNet does not use yet: after 8,000 steps a
     linear probe of its end token read the shape in 53 % of captions, before them in all.
     """
-    data = LatentData(vae, tokenizer, place)
     torch.manual_seed(place.seed)
     unet = prepare_for_training(build_unet(guidance_embedding=False), place.device)
+    loss_of = denoising_loss(course, place, data, encoder, unet, mostly_noise=True)
+    train("draft", course, place, list(unet.parameters()), loss_of)
+    return unet.eval().requires_grad_(False)
+
+
+def train_base(course: Course, place: Place, data: LatentData, encoder: Any, draft: Any) -> Any:
+    """Train the draft on, in place, into the teacher; returned."""
+    unet = prepare_for_training(draft, place.device).requires_grad_(True).train()
+    place = dataclasses.replace(place, seed=place.seed + 1)  # other draws than the draft's
     loss_of = denoising_loss(course, place, data, encoder, unet)
     train("base", course, place, list(unet.parameters()), loss_of)
     return unet.eval().requires_grad_(False)

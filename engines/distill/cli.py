@@ -30,6 +30,7 @@ DEFAULT_WORK = Path("distill-work")
 STAGES = {
     "vae": "the autoencoder: pictures to latents and back",
     "text": "the text encoder: what captions mean",
+    "draft": "the teacher's first draft: what goes where",
     "base": "the teacher: many steps, classifier-free guidance",
     "lcm": "the student: 1 to 8 steps, the guidance embedded",
     "decoder": "the decoder again: sharper pictures from the same latents",

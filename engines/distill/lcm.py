@@ -1,4 +1,4 @@
-"""Stages 4 and 5: the teacher's four steps. A whole student (LCM), or a LoRA on the teacher.
+"""Stages 5 and 7: the teacher in a few steps. A whole student (LCM), or a LoRA on the teacher.
 
 One loss for both: the student at t_{n+k} must say what the target says at t_n, one guided solver
 step further (arXiv 2310.04378, algorithm 1; arXiv 2311.05556 for the LoRA).
@@ -31,9 +31,9 @@ from engines.distill.networks import (
 from engines.distill.samples import tokenize
 from engines.distill.training import Course, Draws, Place, train
 
-COURSE = Course(num_steps=2_500, batch_size=64, learning_rate=6e-4, average=0.995)
+COURSE = Course(num_steps=2_000, batch_size=64, learning_rate=6e-4, average=0.995)
 LORA_COURSE = Course(num_steps=1_200, batch_size=64, learning_rate=1e-3, average=0.99)
-LORA_RANK = 32
+LORA_RANK = 16
 LORA_GUIDANCE = 3.0  # w that the LoRA builds in, having no guidance embedding to be told another
 
 Network = Callable[..., Tensor]

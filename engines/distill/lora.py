@@ -1,4 +1,4 @@
-"""LoRAs on the teacher, through peft: adding, styles' training (stage 6), saving.
+"""LoRAs on the teacher, through peft: adding, styles' training (stages 8 and 9), saving.
 
 Files are written by diffusers' own `save_lora_weights`, so that any of its pipelines loads them.
 """

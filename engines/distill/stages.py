@@ -65,11 +65,19 @@ def _text(course: Course, place: Place) -> None:
     _write(text.train_text_encoder(course, place, build_tokenizer()), place, "text")
 
 
+def _data(place: Place, style: str = "plain") -> LatentData:
+    return LatentData(_load(AutoencoderKL, place, "vae"), build_tokenizer(), place, style)
+
+
+def _draft(course: Course, place: Place) -> None:
+    encoder = _load(CLIPTextModel, place, "text")
+    _write(base.train_draft(course, place, _data(place), encoder), place, "unet-draft")
+
+
 def _base(course: Course, place: Place) -> None:
     encoder = _load(CLIPTextModel, place, "text")
-    autoencoder = _load(AutoencoderKL, place, "vae")
-    unet = base.train_base(course, place, build_tokenizer(), autoencoder, encoder)
-    _write(unet, place, "unet")
+    draft = _load(UNet2DConditionModel, place, "unet-draft")
+    _write(base.train_base(course, place, _data(place), encoder, draft), place, "unet")
 
 
 def _decoder(course: Course, place: Place) -> None:
@@ -79,7 +87,7 @@ def _decoder(course: Course, place: Place) -> None:
 
 def _student_parts(place: Place, style: str = "plain") -> dict[str, Any]:
     return {
-        "data": LatentData(_load(AutoencoderKL, place, "vae"), build_tokenizer(), place, style),
+        "data": _data(place, style),
         "encoder": _load(CLIPTextModel, place, "text"),
         "teacher": _load(UNet2DConditionModel, place, "unet"),
     }
@@ -114,6 +122,7 @@ def _critic(course: Course, place: Place) -> None:
 STAGES: dict[str, Stage] = {
     "vae": Stage(vae.COURSE, "vae", _vae),
     "text": Stage(text.COURSE, "text", _text),
+    "draft": Stage(base.DRAFT_COURSE, "unet-draft", _draft),
     "base": Stage(base.COURSE, "unet", _base),
     "lcm": Stage(lcm.COURSE, "unet-lcm", _lcm),
     "decoder": Stage(vae.DECODER_COURSE, "vae-sharp", _decoder),

@@ -1,4 +1,4 @@
-"""Stages 1 and 4: the autoencoder, and then its decoder alone.
+"""Stages 1 and 6: the autoencoder, and then its decoder alone.
 
 The first learns latents 8 times smaller than the picture, on crops, until they are good enough to
 train on. The second leaves those latents as they are and sharpens what is drawn from them.
