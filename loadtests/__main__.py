@@ -7,11 +7,13 @@ import typer
 from loadtests.mixed import mixed
 from loadtests.overhead import overhead
 from loadtests.simulate import simulate
+from loadtests.soak import soak
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(mixed)
 app.command()(overhead)
 app.command()(simulate)
+app.command()(soak)
 
 if __name__ == "__main__":
     app()

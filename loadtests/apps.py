@@ -27,8 +27,9 @@ from loadtests.simulate import BATCH_WAIT_S, GPU_SHAPED
 from service.app import build_app
 from service.images import encode_image
 from service.logs import configure_logs
+from service.plan import Application, Plan
 from service.replica import Replica, open_runner
-from service.serve import Application, Plan, serve_here
+from service.serve import serve_here
 from service.settings import Settings, load_settings
 
 KINDS = ("fourstep", "request_level")

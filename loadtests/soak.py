@@ -1,0 +1,88 @@
+"""Does a replica keep its memory? Thousands of mixed requests at saturation, memory watched."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from loadtests.open_loop import arrivals, send, serving
+
+MIB = 2**20
+SAMPLE_EVERY_S = 1.0
+
+
+class _MemoryWatch:
+    """Samples what the replica alone holds (unique set size) in a thread, until it is left."""
+
+    def __init__(self, pid: int) -> None:
+        self._replica = next(
+            process
+            for process in psutil.Process(pid).children(recursive=True)
+            if "ServeReplica" in " ".join(process.cmdline())
+        )
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.samples: list[int] = []  # bytes
+
+    def _run(self) -> None:
+        while not self._left.wait(SAMPLE_EVERY_S):
+            self.samples.append(self._replica.memory_full_info().uss)
+
+    def __enter__(self) -> _MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+
+
+def quarters(samples: list[int]) -> list[float]:
+    """The median of each quarter of the samples, in order.
+
+    Raises:
+        ValueError: fewer than four samples; the run was too short to say anything.
+    """
+    if len(samples) < 4:
+        raise ValueError(f"{len(samples)} memory samples are too few; ask for more requests")
+    bounds = [round(len(samples) * k / 4) for k in range(5)]
+    return [statistics.median(samples[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def soak(
+    model: Annotated[str, typer.Option(help="The model served.")] = "demo-lcm",
+    count: Annotated[int, typer.Option(min=100, max=100_000, help="Requests.")] = 10_000,
+    clients: Annotated[int, typer.Option(min=1, max=256, help="Requests open at a time.")] = 16,
+    engine: Annotated[str, typer.Option(help="cpu, or gpu_shaped (a timing double).")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of steps and sizes.")] = 1,
+    cache_dir: Annotated[Path, typer.Option(envvar="FOURSTEP_CACHE_DIR")] = Path(
+        "~/.cache/fourstep"
+    ),
+) -> None:
+    """Memory of the replica over many requests at saturation: the last quarter over the first.
+
+    Every request must be answered with 200, or the command fails.
+    """
+    with serving("fourstep", engine, model, cache_dir.expanduser()) as service:
+        asyncio.run(send(service.url, arrivals(float("inf"), 64, seed), max_open=clients))
+        begun = time.perf_counter()
+        with _MemoryWatch(service.pid) as watch:
+            load = arrivals(float("inf"), count, seed)
+            asyncio.run(send(service.url, load, max_open=clients))
+        seconds = time.perf_counter() - begun
+    medians = quarters(watch.samples)
+    typer.echo("| requests | seconds | requests/s | MiB in each quarter | last / first |")
+    typer.echo("| --- | --- | --- | --- | --- |")
+    cells = ", ".join(f"{median / MIB:.1f}" for median in medians)
+    typer.echo(
+        f"| {count} | {seconds:.0f} | {count / seconds:.1f} | {cells} | "
+        f"{medians[-1] / medians[0]:.3f}x |"
+    )
