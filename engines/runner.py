@@ -343,8 +343,9 @@ def _check(recipe: Recipe, facts: Facts) -> None:
         raise InvalidInput("image", found, f"image is {found}; it must be uint8 {shape}")
 
 
+@functools.lru_cache(maxsize=256)  # most requests leave w at the model's default
 def guidance_embedding(w: float, dim: int) -> Tensor:
-    """Sinusoidal embedding of the guidance weight w, float32 ``[dim]``.
+    """Sinusoidal embedding of the guidance weight w, float32 ``[dim]``; not to be changed in place.
 
     Agrees with ``LatentConsistencyModelPipeline.get_guidance_scale_embedding`` (w times 1000).
     """

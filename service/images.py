@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,13 @@ def encode_image(
         chunks = PngImagePlugin.PngInfo()
         for key, value in (text or {}).items():
             chunks.add_text(key, value)
-        image.save(buffer, "PNG", compress_level=settings.png_level, pnginfo=chunks)
+        image.save(
+            buffer,
+            "PNG",
+            compress_level=settings.png_level,
+            compress_type=zlib.Z_HUFFMAN_ONLY if settings.png_level == 1 else -1,
+            pnginfo=chunks,
+        )
     elif output_format == "jpeg":
         image.save(buffer, "JPEG", quality=DEFAULT_QUALITY if quality is None else quality)
     else:
