@@ -31,14 +31,15 @@ STUDIO_PAGE = Path(__file__).parent / "static" / "index.html"
 
 
 def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
-    """The whole HTTP surface over ``replica``; its lifespan starts and closes the replica.
+    """The whole HTTP surface over ``replica``; its lifespan starts (if need be) and closes it.
 
     ``behind_ray`` leaves the ``X-Request-ID`` answer header to Ray Serve, which sends it already.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(replica.start)
+        if not replica.started:
+            await asyncio.to_thread(replica.start)
         yield
         await asyncio.to_thread(replica.close)
 

