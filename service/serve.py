@@ -55,8 +55,6 @@ def _set_environment(folder: str) -> None:
     os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
     # Ray keeps a stopping replica for 30 s, for load balancers elsewhere; here there is only ours.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-    # Ray's controller looks ten times a second; beside one engine that is a percent of two cores.
-    os.environ["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] = "0.5"
     # A model that cannot be loaded here cannot be loaded here a second time.
     os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"
 
