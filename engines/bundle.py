@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from engines.checkpoint import fingerprint, load_facts, load_pipeline, pipeline_class
+from engines.checkpoint import fingerprint, load_facts, load_pipeline, name_of, pipeline_class
 from engines.errors import BundleError
 from engines.facts import Facts
 
@@ -110,7 +110,8 @@ def ensure_bundle(source: Path, precision: str, cache_dir: Path, progress: Progr
     """
     source_hash = fingerprint(source)
     key = bundle_key(source_hash, precision)
-    folder = cache_dir / "bundles" / f"{source.name}-{precision}-{key}"
+    name = name_of(source).rpartition("/")[2]
+    folder = cache_dir / "bundles" / f"{name}-{precision}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if is_bundle(folder):
@@ -137,7 +138,7 @@ def _build(
 ) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
     pipeline_class(source)  # a clear error before anything heavy is imported
-    progress(f"loading {source.name}", 0, 5)
+    progress(f"loading {name_of(source)}", 0, 5)
     from engines.export import OPSET, export_onnx
     from engines.families import family_of
 
@@ -165,7 +166,7 @@ def _build(
     manifest = {
         "format": FORMAT,
         "key": key,
-        "source": {"name": source.name, "sha256": source_hash},
+        "source": {"name": name_of(source), "sha256": source_hash},
         "precision": precision,
         "opset": OPSET,
         "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},

@@ -51,6 +51,13 @@ def download(hub_id: str) -> Path:
         ) from error
 
 
+def name_of(folder: Path) -> str:
+    """What users call the model: the folder's name, or ``owner/name`` of a hub snapshot."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
 def pipeline_class(folder: Path) -> str:
     """The diffusers class named in ``model_index.json``."""
     index = folder / "model_index.json"
@@ -104,6 +111,6 @@ def load_facts(folder: Path, pipeline: Any) -> Facts:
     from engines.families import family_of
     from engines.samplers import NoiseSchedule
 
-    facts: Facts = family_of(pipeline_class(folder)).facts(folder.name, pipeline)
+    facts: Facts = family_of(pipeline_class(folder)).facts(name_of(folder), pipeline)
     NoiseSchedule.from_config(facts.scheduler)
     return facts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engines.bundle import ensure_bundle
+from engines.bundle import ensure_bundle, open_bundle
 
 PROGRAM = "from engines.cli import app, run; run(app)"
 # Runs a command and then says which heavy packages it has imported, on the last line of stdout.
@@ -24,9 +26,14 @@ finally:
 """
 
 
-def _fourstep(*arguments: object, program: str = PROGRAM) -> subprocess.CompletedProcess[str]:
+def _fourstep(
+    *arguments: object, program: str = PROGRAM, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,28 @@ def test_generate_from_a_bundle_needs_no_diffusers(bundle: Path, tmp_path: Path)
     assert _fourstep(*arguments, "--steps", 2, "--seed", 7).returncode == 0
     with Image.open(out) as first, Image.open(again) as second:
         assert first.tobytes() == second.tobytes()  # a seed is a picture
+
+
+def test_a_hub_id_is_served_from_the_hub_cache(checkpoints: Path, tmp_path: Path) -> None:
+    """The hub client itself finds the model, in a cache laid out as the hub's own, offline."""
+    hub, commit = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--someone--tiny-lcm"
+    shutil.copytree(checkpoints / "tiny-lcm", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    out, bundle = tmp_path / "out.png", tmp_path / "bundle"
+    done = _fourstep("build", "someone/tiny-lcm", "--out", bundle, **offline)
+    assert done.returncode == 0, done.stderr
+    assert open_bundle(bundle).facts.name == "someone/tiny-lcm"
+    arguments = ("generate", "x", "-o", out, "--model", "someone/tiny-lcm", "--steps", 1)
+    done = _fourstep(*arguments, "--engine", "torch", **offline)
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
+    done = _fourstep("build", "someone/absent", "--out", tmp_path / "absent", **offline)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]  # diffusers warns first that it is offline
+    assert last.startswith("error: model 'someone/absent' cannot be fetched from the hub")
 
 
 def test_help_is_light() -> None:
