@@ -7,8 +7,10 @@ away), leaving the job frees the request's rows at the next step boundary.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -17,7 +19,7 @@ import numpy as np
 from service.admission import Admitted
 from service.images import encode_image
 from service.replica import Replica
-from service.request import Finished, Preview, Request, Resolved, Row, channel
+from service.request import Event, Finished, Preview, Request, Resolved, Row
 from service.schema import ImageParams, OutputFormat
 
 
@@ -50,9 +52,12 @@ class Job:
         self._params = params
         self._admitted = admitted
         self._output_format = output_format
-        self._queue, send = channel()
+        self._event_loop = asyncio.get_running_loop()
+        self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
         now = replica.loop.clock()
-        self.request = Request(request_id, arrived_at=now, deadline=now + timeout_s, send=send)
+        self.request = Request(
+            request_id, arrived_at=now, deadline=now + timeout_s, send=self._receive
+        )
         self.request.rows = [
             Row(self.request, index, drawing) for index, drawing in enumerate(admitted.drawings)
         ]
@@ -75,21 +80,21 @@ class Job:
         Raises:
             ServiceError: the request ended any other way than with all its images.
         """
-        event_loop = asyncio.get_running_loop()
-        encoding: list[asyncio.Future[EncodedImage]] = []
-        while not isinstance(event := await self._queue.get(), Resolved):
-            encoding.append(
-                event_loop.run_in_executor(self._replica.image_workers, self._encode, event)
-            )
-            while encoding and encoding[0].done():
-                yield encoding.pop(0).result()
-            if isinstance(event, Preview) and encoding:  # a preview is worth nothing late
-                yield await encoding.pop(0)
-        if event.error is not None:
-            raise event.error
-        for future in encoding:
-            yield await future
+        while not isinstance(item := await self._inbox.get(), Resolved):
+            yield await asyncio.wrap_future(item)
+        if item.error is not None:
+            raise item.error
         self.request.timings.total_s = self._replica.loop.clock() - self.request.arrived_at
+
+    def _receive(self, event: Event) -> None:
+        """Called on the engine thread: encoding begins at once, not when the handler next runs."""
+        item: Future[EncodedImage] | Resolved = (
+            event
+            if isinstance(event, Resolved)
+            else self._replica.image_workers.submit(self._encode, event)
+        )
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
+            self._event_loop.call_soon_threadsafe(self._inbox.put_nowait, item)
 
     def _encode(self, event: Preview | Finished) -> EncodedImage:
         begun = time.perf_counter()

@@ -7,8 +7,6 @@ reads this module, so it imports no torch.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,15 +136,3 @@ class Request:
     cancelled: bool = False  # set by the handler, honoured at the next step boundary
     num_finished: int = 0
     timings: Timings = field(default_factory=Timings)
-
-
-def channel() -> tuple[asyncio.Queue[Event], Callable[[Event], None]]:
-    """A queue on the running event loop and a thread-safe function that puts events into it."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Event] = asyncio.Queue()
-
-    def send(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
-            loop.call_soon_threadsafe(queue.put_nowait, event)
-
-    return queue, send
