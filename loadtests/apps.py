@@ -27,9 +27,9 @@ from loadtests.simulate import BATCH_WAIT_S, GPU_SHAPED
 from service.app import build_app
 from service.images import encode_image
 from service.logs import configure_logs
-from service.plan import Application, Plan
 from service.replica import Replica, open_runner
 from service.serve import serve_here
+from service.serve_config import Application, ServeConfig
 from service.settings import Settings, load_settings
 
 KINDS = ("fourstep", "request_level")
@@ -152,7 +152,7 @@ def main(kind: str, engine: str, model: str, cache_dir: Path, port: int) -> int:
     """Serve one application until SIGINT or SIGTERM."""
     args = {"model": model, "cache_dir": str(cache_dir), "engine": "onnxruntime"}
     app = _Compared(kind, "/", args, kind=kind, gpu_shaped=engine == "gpu_shaped")
-    return serve_here(Plan((app,)), host="127.0.0.1", port=port)
+    return serve_here(ServeConfig((app,)), host="127.0.0.1", port=port)
 
 
 if __name__ == "__main__":

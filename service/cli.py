@@ -25,8 +25,8 @@ def serve(
     cache_dir: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Serve a model over HTTP on this machine."""
-    from service.plan import Plan
     from service.serve import serve_here
+    from service.serve_config import ServeConfig
 
     args: dict[str, Any] = {
         "model": model,
@@ -35,7 +35,7 @@ def serve(
         "cache_dir": str(cache_dir),
         "num_replicas": replicas,
     }
-    sys.exit(serve_here(config or Plan.of_one(args), host=host, port=port))
+    sys.exit(serve_here(config or ServeConfig.of_one(args), host=host, port=port))
 
 
 def main() -> None:

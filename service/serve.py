@@ -21,8 +21,8 @@ import typer
 from engines.cli import show_progress
 from engines.errors import EngineError
 from service.machine import ServeError, check_disk, check_memory, check_port
-from service.plan import Plan
 from service.ray_environment import haproxy_available, own_ports, ray_environment
+from service.serve_config import ServeConfig
 from service.settings import Settings, SettingsError, load_settings
 
 EXIT_WAIT_S = 10.0
@@ -30,18 +30,18 @@ RESOURCE_ARGS = ("num_replicas", "num_gpus", "num_cpus")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
 
-def serve_here(what: Plan | Path, *, host: str, port: int) -> int:
+def serve_here(what: ServeConfig | Path, *, host: str, port: int) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; failures are one line on stderr.
 
-    ``what`` is a plan, or the path of a Ray Serve config file.
+    ``what`` is a Ray Serve config file's path, or what one would say.
     """
     with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
         _set_environment(folder)
         try:
             check_port(host, port)
-            plan = Plan.from_config(what) if isinstance(what, Path) else what
-            _check(plan)
-            return _run(plan, host, port)
+            config = ServeConfig.from_file(what) if isinstance(what, Path) else what
+            _check(config)
+            return _run(config, host, port)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
             return 1
@@ -59,15 +59,15 @@ def _set_environment(folder: str) -> None:
     os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"
 
 
-def _check(plan: Plan) -> None:
-    if plan.ignored:
-        names = ", ".join(plan.ignored)
+def _check(config: ServeConfig) -> None:
+    if config.ignored:
+        names = ", ".join(config.ignored)
         typer.echo(f"note: {names}: for a cluster, without effect on this machine", err=True)
     settings = [
         load_settings({k: v for k, v in app.args.items() if k not in RESOURCE_ARGS})
-        for app in plan.applications
+        for app in config.applications
     ]
-    check_memory(sum(app.num_replicas for app in plan.applications))
+    check_memory(sum(app.num_replicas for app in config.applications))
     check_disk(each.cache_dir for each in settings)
     for each in settings:
         _prepare_model(each)
@@ -93,14 +93,14 @@ def _on_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _run(plan: Plan, host: str, port: int) -> int:
+def _run(config: ServeConfig, host: str, port: int) -> int:
     if not haproxy_available():
         typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
     import ray
     from ray import serve
 
     typer.echo("Starting Ray Serve ...")
-    num_replicas = sum(app.num_replicas for app in plan.applications)
+    num_replicas = sum(app.num_replicas for app in config.applications)
     serving = False
     try:
         _start_ray(max(os.cpu_count() or 1, num_replicas + 1))
@@ -111,10 +111,10 @@ def _run(plan: Plan, host: str, port: int) -> int:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         targets = [
-            serve.RunTarget(app.build(), app.name, app.route_prefix) for app in plan.applications
+            serve.RunTarget(app.build(), app.name, app.route_prefix) for app in config.applications
         ]
         serve.run_many(targets)
-        _announce(plan, host, port)
+        _announce(config, host, port)
         serving = True
         while True:
             signal.pause()
@@ -175,8 +175,8 @@ def _end(processes: list[psutil.Process]) -> None:
         _, processes = psutil.wait_procs(alive, timeout=EXIT_WAIT_S / 3)
 
 
-def _announce(plan: Plan, host: str, port: int) -> None:
-    for app in plan.applications:
+def _announce(config: ServeConfig, host: str, port: int) -> None:
+    for app in config.applications:
         base = f"http://{host}:{port}{app.route_prefix.rstrip('/')}"
         typer.echo(
             f"""

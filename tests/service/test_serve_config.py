@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.machine import ServeError
-from service.plan import Plan
+from service.serve_config import ServeConfig
 
 TWO = """
 http_options: {port: 9000}
@@ -24,18 +24,18 @@ applications:
 """
 
 
-def plan_of(folder: Path, text: str) -> Plan:
+def config_of(folder: Path, text: str) -> ServeConfig:
     file = folder / "serve.yaml"
     file.write_text(text)
-    return Plan.from_config(file)
+    return ServeConfig.from_file(file)
 
 
 def test_two_applications_are_read(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, TWO)
-    sketch, poster = plan.applications
+    config = config_of(tmp_path, TWO)
+    sketch, poster = config.applications
     assert (sketch.name, sketch.route_prefix, sketch.num_replicas) == ("sketch", "/sketch", 2)
     assert poster.args == {"model": "demo-lcm", "max_batch": 4}
-    assert plan.ignored == ("http_options", "sketch.runtime_env")
+    assert config.ignored == ("http_options", "sketch.runtime_env")
 
 
 @pytest.mark.parametrize(
@@ -54,16 +54,16 @@ def test_what_is_refused_names_its_place_on_one_line(
     tmp_path: Path, text: str, message: str
 ) -> None:
     with pytest.raises(ServeError, match=message) as caught:
-        plan_of(tmp_path, text)
+        config_of(tmp_path, text)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"absent\.yaml cannot be read: .*No such file"):
-        Plan.from_config(tmp_path / "absent.yaml")
+        ServeConfig.from_file(tmp_path / "absent.yaml")
 
 
 def test_autoscaling_is_refused_here(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, TWO.replace("num_replicas: 2", "num_replicas: auto"))
+    config = config_of(tmp_path, TWO.replace("num_replicas: 2", "num_replicas: auto"))
     with pytest.raises(ServeError, match="'sketch': num_replicas is 'auto'"):
-        _ = plan.applications[0].num_replicas
+        _ = config.applications[0].num_replicas

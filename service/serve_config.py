@@ -41,18 +41,18 @@ class Application:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ServeConfig:
     """``ignored`` names what a config file holds for a cluster and this command leaves aside."""
 
     applications: tuple[Application, ...]
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def of_one(cls, args: dict[str, Any]) -> Plan:
+    def of_one(cls, args: dict[str, Any]) -> ServeConfig:
         return cls((Application("fourstep", "/", args),))
 
     @classmethod
-    def from_config(cls, path: Path) -> Plan:
+    def from_file(cls, path: Path) -> ServeConfig:
         """Read a Ray Serve config file, the same that a RayService's ``serveConfigV2`` holds.
 
         Imports Ray, as `Application.build` does.
