@@ -86,7 +86,7 @@ def _fast_png(pixels: np.ndarray, info: PngImagePlugin.PngInfo) -> bytes:
     PngImagePlugin.putchunk(buffer, b"IHDR", header)
     for kind, data, *_ in info.chunks:
         PngImagePlugin.putchunk(buffer, kind, data)
-    PngImagePlugin.putchunk(buffer, b"IDAT", packer.compress(filtered), packer.flush())
+    PngImagePlugin.putchunk(buffer, b"IDAT", packer.compress(filtered.data), packer.flush())
     PngImagePlugin.putchunk(buffer, b"IEND")
     return buffer.getvalue()
 
