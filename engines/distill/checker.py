@@ -42,7 +42,7 @@ NUM_SHADES = 13
 OPENING_PX = 7  # night stars and halftone dots are smaller, every object is thicker
 HALFTONE_BELOW = 0.85  # brightness of dots against the rest: 1 when plain, 0.65 when painted
 SUNBURST_ABOVE = 1.12  # brightness of rays against the rest: 1 when plain, 1.33 when painted
-MAX_HALF = 0.4  # half a box as a share of the shorter side; the largest painted is 0.284
+MAX_HALF = 0.4  # half a box as a share of the shorter side; the largest painted is 0.305
 NOTHING = "none"
 
 

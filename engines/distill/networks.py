@@ -85,6 +85,7 @@ def build_unet(*, guidance_embedding: bool) -> Any:
         norm_num_groups=16,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
         time_cond_proj_dim=GUIDANCE_WIDTH if guidance_embedding else None,
     )
 

@@ -28,9 +28,9 @@ BACKGROUND_COLORS = {
     "blue": (110, 185, 240),
     "pink": (250, 165, 190),
 }
-SIZES = {"small": 0.17, "large": 0.27}  # half the object's box, as a share of the shorter side
-COLUMNS = {"left": 0.28, "center": 0.5, "right": 0.72}
-ROWS = {"top": 0.28, "middle": 0.5, "bottom": 0.72}
+SIZES = {"small": 0.21, "large": 0.29}  # half the object's box, as a share of the shorter side
+COLUMNS = {"left": 0.3, "center": 0.5, "right": 0.7}
+ROWS = {"top": 0.3, "middle": 0.5, "bottom": 0.7}
 TIMES = ("day", "night")
 LINES = ("flat", "outlined")
 STYLES = ("plain", "halftone", "sunburst")  # only `plain` is ever shown to the base model
