@@ -3,6 +3,7 @@
     manifest.json   format, key, source hash, precision, versions, facts, files with size and hash
     tokenizer.json  for the `tokenizers` library: serving needs neither transformers nor diffusers
     <part>.onnx, <part>.onnx.data
+    <part>.plan     where it was built for TensorRT
 
 Nothing stale or damaged is used: the key covers all that the files depend on, every file is
 checked against its hash when a bundle is opened, and a folder appears under its name only whole.
@@ -10,6 +11,7 @@ checked against its hash when a bundle is opened, and a folder appears under its
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +26,8 @@ from filelock import FileLock
 from engines.checkpoint import fingerprint, load_facts, load_pipeline, name_of, pipeline_class
 from engines.errors import BundleError
 from engines.facts import Facts
+from engines.families.part import Part
+from engines.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -52,17 +56,19 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def bundle_key(source_hash: str, precision: str) -> str:
+def bundle_key(source_hash: str, precision: str, target: PlanTarget | None = None) -> str:
     """What a bundle's contents depend on, as 16 hex digits."""
     versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
-    text = "\n".join([str(FORMAT), source_hash, precision, _exporter_hash(), *versions])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    lines = [str(FORMAT), source_hash, precision, _exporter_hash(), *versions]
+    if target:
+        lines += [str(target), str(import_tensorrt(target.engine).__version__)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _exporter_hash() -> str:
     """Of our own code that makes the graphs: an edit there makes other bundles."""
     here = Path(__file__).parent
-    files = [here / "export.py", *sorted((here / "families").glob("*.py"))]
+    files = [here / "export.py", here / "plan.py", *sorted((here / "families").glob("*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -102,14 +108,20 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest, facts)
 
 
-def ensure_bundle(source: Path, precision: str, cache_dir: Path, progress: Progress) -> Bundle:
+def ensure_bundle(
+    source: Path,
+    precision: str,
+    cache_dir: Path,
+    progress: Progress,
+    target: PlanTarget | None = None,
+) -> Bundle:
     """The bundle of a checkpoint folder from the cache, built first where it is not there.
 
     Two processes asking at once build once: the second waits and opens. A damaged cache entry is
     built again.
     """
     source_hash = fingerprint(source)
-    key = bundle_key(source_hash, precision)
+    key = bundle_key(source_hash, precision, target)
     name = name_of(source).rpartition("/")[2]
     folder = cache_dir / "bundles" / f"{name}-{precision}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,22 +131,36 @@ def ensure_bundle(source: Path, precision: str, cache_dir: Path, progress: Progr
                 return open_bundle(folder)
             except BundleError:
                 shutil.rmtree(folder)
-        _build(source, source_hash, precision, folder, progress)
+        _build(source, source_hash, precision, folder, progress, target)
     return open_bundle(folder)
 
 
-def build_bundle(source: Path, precision: str, folder: Path, progress: Progress) -> Bundle:
-    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced)."""
+def build_bundle(
+    source: Path,
+    precision: str,
+    folder: Path,
+    progress: Progress,
+    target: PlanTarget | None = None,
+) -> Bundle:
+    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced).
+
+    With a ``target`` every part is compiled to a plan too, beside its ONNX.
+    """
     if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
         raise BundleError(f"{folder} exists and is not a bundle; choose another --out")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        _build(source, fingerprint(source), precision, folder, progress)
+        _build(source, fingerprint(source), precision, folder, progress, target)
     return open_bundle(folder)
 
 
 def _build(
-    source: Path, source_hash: str, precision: str, folder: Path, progress: Progress
+    source: Path,
+    source_hash: str,
+    precision: str,
+    folder: Path,
+    progress: Progress,
+    target: PlanTarget | None = None,
 ) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
     pipeline_class(source)  # a clear error before anything heavy is imported
@@ -142,7 +168,7 @@ def _build(
     from engines.export import OPSET, export_onnx
     from engines.families import family_of
 
-    key = bundle_key(source_hash, precision)
+    key = bundle_key(source_hash, precision, target)
     partial = folder.with_name(f"{folder.name}.{key}.partial")
     for older in folder.parent.glob(f"{folder.name}.*.partial"):
         if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
@@ -150,16 +176,22 @@ def _build(
     partial.mkdir(exist_ok=True)
     pipeline = load_pipeline(source, precision)
     facts = load_facts(source, pipeline)
+    if target:
+        own_size = (facts.default_size_px, facts.default_size_px)
+        target = dataclasses.replace(target, sizes_px=target.sizes_px or (own_size,))
+        check_target(target, facts)
     parts = family_of(pipeline_class(source)).parts(pipeline, facts)
+    num_pieces = len(parts) * (2 if target else 1) + 1
     for index, part in enumerate(parts):
-        progress(f"compiling {part.name}", index, len(parts) + 1)
+        progress(f"exporting {part.name}", index, num_pieces)
         done = partial / f"{part.name}.done"
         if not done.exists():
             for half_written in partial.glob(f"{part.name}.onnx*"):
                 half_written.unlink()
             export_onnx(part, partial / f"{part.name}.onnx")
             done.touch()
-    progress("writing the manifest", len(parts), len(parts) + 1)
+    plans = _compile(parts, facts, target, partial, progress) if target else None
+    progress("writing the manifest", num_pieces - 1, num_pieces)
     pipeline.tokenizer.backend_tokenizer.save(str(partial / TOKENIZER))
     for mark in partial.glob("*.done"):
         mark.unlink()
@@ -171,6 +203,7 @@ def _build(
         "opset": OPSET,
         "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},
         "facts": facts.to_json(),
+        **({"plans": plans} if plans else {}),
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(partial.iterdir())
@@ -180,7 +213,34 @@ def _build(
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-    progress("done", len(parts) + 1, len(parts) + 1)
+    progress("done", num_pieces, num_pieces)
+
+
+def _compile(
+    parts: list[Part], facts: Facts, target: PlanTarget, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Compile each part's ONNX in ``folder`` to a plan; what the manifest says of them."""
+    version = str(import_tensorrt(target.engine).__version__)
+    # Beside the bundle, where the next build finds it too.
+    cache = folder.parent / f"{target.engine}-{version}.timing-cache"
+    num_pieces = 2 * len(parts) + 1
+    reports = {}
+    for index, part in enumerate(parts, start=len(parts)):
+        done = folder / f"{part.name}.plan.done"
+        if not done.exists():
+            report = compile_plan(
+                folder / f"{part.name}.onnx",
+                folder / f"{part.name}.plan",
+                profiles_of(part, target, facts.vae_scale_factor),
+                target,
+                timing_cache=cache,
+                steps=lambda step, total, part=part, index=index: progress(  # type: ignore[misc]
+                    f"compiling {part.name}, phase {step} of {total}", index, num_pieces
+                ),
+            )
+            done.write_text(json.dumps(dataclasses.asdict(report)))
+        reports[part.name] = json.loads(done.read_text())
+    return {"target": dataclasses.asdict(target), "version": version, "parts": reports}
 
 
 def _sha256(path: Path) -> str:

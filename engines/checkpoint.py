@@ -16,6 +16,7 @@ from engines.errors import CheckpointError
 if TYPE_CHECKING:
     from engines.facts import Facts
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEMO_MODELS = Path(__file__).parent / "demo"
 
 
@@ -78,7 +79,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_pipeline(folder: Path, precision: str) -> Any:
-    """The diffusers pipeline with weights in ``fp32`` or ``fp16``, on the CPU."""
+    """The diffusers pipeline with weights in ``fp32``, ``fp16`` or ``bf16``, on the CPU."""
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -95,7 +96,7 @@ def load_pipeline(folder: Path, precision: str) -> Any:
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
-            dtype=torch.float16 if precision == "fp16" else torch.float32,
+            dtype=getattr(torch, DTYPES[precision]),
             use_safetensors=True,
             local_files_only=True,
             safety_checker=None,

@@ -25,6 +25,10 @@ ModelArgument = Annotated[
 CacheOption = Annotated[
     Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=FILE or NAME=FILE@WEIGHT, a LoRA to draw with; repeat for several."),
+]
 DEFAULT_CACHE = Path("~/.cache/fourstep").expanduser()
 
 
@@ -37,21 +41,94 @@ def show_progress(what: str, done: int, total: int) -> None:
 def build(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
-    engine: Annotated[str, typer.Option(help="Engine the bundle is for.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    engine: Annotated[
+        str, typer.Option(help="onnxruntime; tensorrt or tensorrt-rtx compile plans too.")
+    ] = "onnxruntime",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Plans: WIDTHxHEIGHT, repeat for several; default: the model's."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=63, help="Plans: the largest batch.")] = 8,
+    compute_capability: Annotated[
+        list[int] | None,
+        typer.Option(help="tensorrt-rtx: GPUs to compile for, as 89; default: this machine's."),
+    ] = None,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="tensorrt: none, ampere_plus or same_compute_capability.")
+    ] = "none",
+    version_compatible: Annotated[
+        bool, typer.Option(help="tensorrt: a plan that later versions run too, more slowly.")
+    ] = False,
+    refit: Annotated[bool, typer.Option(help="Plans whose weights can be replaced.")] = False,
+    strip: Annotated[bool, typer.Option(help="Plans without weights, to be refitted.")] = False,
 ) -> None:
     """Compile a model's parts into a bundle."""
     from engines.bundle import build_bundle
-    from engines.checkpoint import download, resolve
-    from engines.model import choose_backend
+    from engines.checkpoint import DTYPES, download, resolve
+    from engines.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
 
-    if precision not in ("fp32", "fp16"):
-        raise typer.BadParameter(f"--precision is {precision!r}; use fp32 or fp16")
-    choose_backend(engine)
+    _one_of("--engine", engine, ("onnxruntime", *MODULES))
+    _one_of("--precision", precision, tuple(DTYPES))
+    _one_of("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
+    target = None
+    if engine in MODULES:
+        target = PlanTarget(
+            engine=engine,
+            sizes_px=tuple(_size(text) for text in size or ()),
+            max_batch=max_batch,
+            compute_capabilities=tuple(compute_capability or ()),
+            hardware_compatibility=hardware_compatibility,
+            version_compatible=version_compatible,
+            refit=refit,
+            strip=strip,
+        )
     begun = time.monotonic()
-    bundle = build_bundle(resolve(model) or download(model), precision, out, show_progress)
-    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
-    typer.echo(f"{out}: {size / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
+    source = resolve(model) or download(model)
+    bundle = build_bundle(source, precision, out, show_progress, target)
+    num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"{option} is {value!r}; use {', '.join(allowed)}")
+
+
+def parse_loras(texts: list[str] | None) -> tuple[dict[str, Path], dict[str, float]]:
+    """Files by name, and the weights of those that say one."""
+    paths: dict[str, Path] = {}
+    weights: dict[str, float] = {}
+    for text in texts or ():
+        name, found, rest = text.partition("=")
+        path, at, weight = rest.rpartition("@")
+        try:
+            if not (found and name and rest) or name in paths:
+                raise ValueError(text)
+            paths[name] = find_lora(path if at else rest)
+            if at:
+                weights[name] = float(weight)
+        except ValueError:
+            raise typer.BadParameter(
+                f"--lora is {text!r}; write it as NAME=FILE or NAME=FILE@WEIGHT, each name once"
+            ) from None
+    return paths, weights
+
+
+def find_lora(text: str) -> Path:
+    """A file or folder, or a LoRA that ships with the demo models."""
+    from engines.checkpoint import DEMO_MODELS
+
+    path = Path(text).expanduser()
+    return DEMO_MODELS / text if not path.exists() and (DEMO_MODELS / text).is_dir() else path
+
+
+def _size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT in pixels."""
+    width, found, height = text.partition("x")
+    if not (found and width.isdigit() and height.isdigit()):
+        raise typer.BadParameter(f"--size is {text!r}; write it as 512x512")
+    return int(width), int(height)
 
 
 @app.command()
@@ -71,6 +148,17 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
         "sampler": f"{facts['default_sampler']}, {facts['default_num_steps']} steps, guidance "
         f"{facts['default_guidance_scale']}",
     }
+    if plans := manifest.get("plans"):
+        target = plans["target"]
+        sizes = ", ".join(f"{width}x{height}" for width, height in target["sizes_px"])
+        gpus = ", ".join(map(str, target["compute_capabilities"])) or "the building machine's"
+        lines["plans"] = f"{target['engine']} {plans['version']}, compute capability {gpus}"
+        lines["plans take"] = f"{sizes} px, up to {target['max_batch']} rows"
+        for part, report in plans["parts"].items():
+            lines[f"  {part}"] = (
+                f"{report['num_layers']} layers in, {report['seconds']:.1f} s, "
+                f"{report['peak_process_bytes'] / 1e9:.1f} GB at most"
+            )
     for name, entry in manifest["files"].items():
         lines[name] = f"{entry['bytes'] / 1e6:.2f} MB, sha256 {entry['sha256'][:16]}"
     for key, value in lines.items():
@@ -82,7 +170,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")],
     model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
-    engine: Annotated[str, typer.Option(help="auto, onnxruntime or torch.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT; default: the model's.")] = "",
     steps: Annotated[int, typer.Option(help="Denoise calls; 0: the model's default.")] = 0,
@@ -90,6 +180,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sampler: Annotated[str, typer.Option(help="lcm, ddim, euler, ... Default: the model's.")] = "",
+    lora: LoraOption = None,
     cache_dir: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Draw one image without a server."""
@@ -100,17 +191,23 @@ def generate(
     from engines.runner import Runner
 
     begun = time.monotonic()
+    paths, weights = parse_loras(lora)
     runner = Runner.open(
-        model, backend=engine, precision=precision, cache_dir=cache_dir, progress=show_progress
+        model,
+        backend=engine,
+        precision=precision,
+        cache_dir=cache_dir,
+        loras=paths,
+        progress=show_progress,
     )
     loaded = time.monotonic()
     recipe = runner.default_recipe(seed, prompt, steps or runner.info.default_num_steps)
-    changes: dict[str, Any] = {"negative_prompt": negative}
+    changes: dict[str, Any] = {
+        "negative_prompt": negative,
+        "loras": {name: weights.get(name, 1.0) for name in paths},
+    }
     if size:
-        width, found, height = size.partition("x")
-        if not (found and width.isdigit() and height.isdigit()):
-            raise typer.BadParameter(f"--size is {size!r}; write it as 512x512")
-        changes |= {"width_px": int(width), "height_px": int(height)}
+        changes["width_px"], changes["height_px"] = _size(size)
     if guidance is not None:
         changes["guidance_scale"] = guidance
     if sampler:

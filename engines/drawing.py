@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from engines.adapters import AdapterSet
 from engines.samplers import Schedule
 from engines.stage import Stage
 
@@ -27,6 +29,7 @@ class Recipe:
     eta: float | None = None
     image: np.ndarray | None = None
     num_previews: int = 0
+    loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +38,8 @@ class Drawing:
 
     recipe: Recipe
     schedule: Schedule
-    group: tuple[int, int]  # latent height and width: only rows of one group share a call
+    # Latent height, latent width and LoRAs: only rows of one group share a call.
+    group: tuple[int, int, AdapterSet]
     num_lanes: int  # 2 where classifier-free guidance needs an unconditional row
     generator: torch.Generator  # the row's own, on the CPU: results ignore neighbours and devices
     token_ids: tuple[np.ndarray, ...]  # int64 [L]: the prompt's, then the negative prompt's

@@ -15,5 +15,11 @@ class Engine(Protocol):
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All inputs by name (CPU or the engine's device), all outputs by name."""
 
+    def weight(self, name: str) -> Tensor:
+        """A weight as it was built, on the CPU; KeyError where the part has none of that name."""
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """From now on these weights stand in for the built ones, and no others do."""
+
     def close(self) -> None:
         """Free what the engine holds; it is not called again."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from engines.adapters import Adapters, read_lora
 from engines.bundle import (
     TOKENIZER,
     Bundle,
@@ -18,11 +18,16 @@ from engines.bundle import (
     open_bundle,
 )
 from engines.checkpoint import download, load_facts, load_pipeline, pipeline_class, resolve
+from engines.choice import Choice, Machine, choose_backend
 from engines.engine import Engine
-from engines.errors import BackendUnavailable, BundleError
+from engines.errors import BundleError
 from engines.facts import Facts
+from engines.plan import MODULES, PlanTarget, import_tensorrt
 
-BACKENDS = ("auto", "onnxruntime", "tensorrt", "torch")
+DEFAULT_CACHE_DIR = Path("~/.cache/fourstep").expanduser()
+# Rows of one denoise call. A CPU's cost grows with the rows, so small batches keep the latency low
+# and lose nothing; a GPU is not full before eight.
+DEFAULT_MAX_BATCH = {"cpu": 2, "cuda": 8}
 PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
 
@@ -33,80 +38,124 @@ class Model:
     facts: Facts
     tokenizer: Tokenizer
     engines: Mapping[str, Engine]
-    backend: str
+    adapters: Adapters
+    choice: Choice
     precision: str
     device: str
+    target: PlanTarget | None = None  # what its plans take, where it runs on plans
 
 
-def choose_backend(backend: str) -> str:
-    """Resolve ``auto``: torch where CUDA answers, ONNX Runtime elsewhere.
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a model is to be loaded as; ``precision`` may be ``auto``."""
 
-    Raises:
-        BackendUnavailable: the named backend cannot run here.
+    model: str
+    backend: str = "auto"
+    precision: str = "auto"
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    num_threads: int | None = None
+    max_batch: int | None = None
+    plan_sizes_px: tuple[tuple[int, int], ...] = ()  # width, height; empty: the model's own
+    loras: Mapping[str, Path] = field(default_factory=dict)
+
+
+def prepare(order: Order, progress: Progress) -> Bundle:
+    """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
+
+    With a TensorRT backend it holds plans for this machine's GPU.
     """
-    if backend == "auto":
-        if not Path("/proc/driver/nvidia/version").exists():
-            return "onnxruntime"  # torch, which takes seconds to import, need not be asked
-        import torch
-
-        return "torch" if torch.cuda.is_available() else "onnxruntime"
-    if backend == "tensorrt":
-        raise BackendUnavailable(
-            "engine 'tensorrt' is not part of this version; use --engine torch on an NVIDIA GPU "
-            "or --engine onnxruntime on a CPU"
-        )
-    if backend not in BACKENDS:
-        raise BackendUnavailable(f"engine {backend!r} is unknown; known are {', '.join(BACKENDS)}")
-    if importlib.util.find_spec(backend) is None:
-        raise BackendUnavailable(f"engine {backend!r} needs the package: pip install {backend}")
-    return backend
-
-
-def prepare(model: str, precision: str, cache_dir: Path, progress: Progress) -> Bundle:
-    """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet."""
-    folder = resolve(model) or download(model)
+    choice = choose_backend(order.backend)
+    folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):
         bundle = open_bundle(folder)
-        if precision not in ("auto", bundle.precision):
+        if order.precision not in ("auto", bundle.precision):
             raise BundleError(
-                f"{folder} was built with {bundle.precision}, not {precision}; "
-                f"fourstep build MODEL --precision {precision} makes another"
+                f"{folder} was built with {bundle.precision}, not {order.precision}; "
+                f"fourstep build MODEL --precision {order.precision} makes another"
             )
+        if choice.backend in MODULES:
+            check_plans(bundle, choice.backend, Machine.here())
         return bundle
-    return ensure_bundle(folder, "fp32" if precision == "auto" else precision, cache_dir, progress)
+    plans = choice.backend in MODULES
+    precision = ("fp16" if plans else "fp32") if order.precision == "auto" else order.precision
+    target = _target(order, choice.backend) if plans else None
+    return ensure_bundle(folder, precision, order.cache_dir, progress, target)
 
 
-def load_model(
-    model: str,
-    *,
-    backend: str,
-    precision: str,
-    cache_dir: Path,
-    num_threads: int | None,
-    progress: Progress,
-) -> Model:
-    """Load every part of ``model`` on ``backend``."""
-    backend = choose_backend(backend)
-    if backend == "torch":
-        return _load_torch(model, precision)
-    from engines.onnxruntime_engine import OnnxRuntimeEngine
+def _target(order: Order, backend: str) -> PlanTarget:
+    capability = Machine.here().compute_capability
+    return PlanTarget(
+        engine=backend,
+        sizes_px=order.plan_sizes_px,
+        max_batch=order.max_batch or DEFAULT_MAX_BATCH["cuda"],
+        compute_capabilities=(capability,) if backend == "tensorrt-rtx" and capability else (),
+        refit=bool(order.loras),
+    )
 
-    bundle = prepare(model, precision, cache_dir, progress)
-    engines = {name: OnnxRuntimeEngine(bundle.part(name), num_threads) for name in PARTS}
+
+def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
+    """Raise BundleError where the bundle's plans are absent or for another package or GPU."""
+    plans = bundle.manifest.get("plans")
+    way_out = f"fourstep build MODEL --engine {backend} --out {bundle.folder} builds them anew"
+    if plans is None:
+        raise BundleError(f"{bundle.folder} has no TensorRT plans; {way_out}")
+    target, version = plans["target"], str(import_tensorrt(backend).__version__)
+    if target["engine"] != backend or (plans["version"] != version):
+        raise BundleError(
+            f"{bundle.folder} has plans of {target['engine']} {plans['version']}, here is "
+            f"{backend} {version}; {way_out}"
+        )
+    built_for = target["compute_capabilities"]
+    if built_for and machine.compute_capability not in built_for:
+        raise BundleError(
+            f"{bundle.folder} has plans for compute capability {', '.join(map(str, built_for))}, "
+            f"this GPU has {machine.compute_capability}; {way_out}"
+        )
+
+
+def load_model(order: Order, progress: Progress) -> Model:
+    """Load every part of a model, and the LoRAs it may be asked for."""
+    choice = choose_backend(order.backend)
+    if choice.backend == "torch":
+        return _load_torch(order, choice)
+    bundle = prepare(order, progress)
+    engines: dict[str, Engine] = {}
+    target = None
+    if choice.backend in MODULES:
+        from engines.tensorrt_engine import TensorRtEngine
+
+        target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
+        for name in PARTS:
+            plan = bundle.part(name).with_suffix(".plan")
+            engines[name] = TensorRtEngine(plan, choice.backend, target.batches)
+    else:
+        from engines.onnxruntime_engine import OnnxRuntimeEngine
+
+        for name in PARTS:
+            engines[name] = OnnxRuntimeEngine(bundle.part(name), order.num_threads)
     tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
-    return Model(bundle.facts, tokenizer, engines, backend, bundle.precision, "cpu")
+    device = "cuda" if choice.backend in MODULES else "cpu"
+    adapters = _load_adapters(order.loras, engines)
+    return Model(
+        bundle.facts, tokenizer, engines, adapters, choice, bundle.precision, device, target
+    )
 
 
-def _load_torch(model: str, precision: str) -> Model:
+def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
+    return Adapters({name: read_lora(path) for name, path in loras.items()}, engines)
+
+
+def _load_torch(order: Order, choice: Choice) -> Model:
     import torch
 
     from engines.families import family_of
     from engines.torch_engine import TorchEngine
 
-    folder = resolve(model) or download(model)
+    folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):
         raise BundleError(f"{folder} is a bundle; --engine torch needs the checkpoint itself")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = order.precision
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "fp32"
     pipeline = load_pipeline(folder, precision)
@@ -114,4 +163,5 @@ def _load_torch(model: str, precision: str) -> Model:
     parts = family_of(pipeline_class(folder)).parts(pipeline, facts)
     engines = {part.name: TorchEngine(part, device) for part in parts}
     tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
-    return Model(facts, tokenizer, engines, "torch", precision, device)
+    adapters = _load_adapters(order.loras, engines)
+    return Model(facts, tokenizer, engines, adapters, choice, precision, device)

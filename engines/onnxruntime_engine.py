@@ -9,6 +9,8 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from engines.onnx_weights import OnnxWeights
+
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
 
 
@@ -16,20 +18,27 @@ class OnnxRuntimeEngine:
     """Runs one ``.onnx`` file on ``num_threads`` CPU threads (None: ONNX Runtime's choice)."""
 
     def __init__(self, path: Path, num_threads: int | None) -> None:
+        self._path, self._num_threads = path, num_threads
+        self._weights = OnnxWeights(path)
+        self._session: onnxruntime.InferenceSession | None = self._open({})
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def _open(self, weights: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
+        """A session in which ``weights`` stand in for the file's own."""
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads or 0
+        options.intra_op_num_threads = self._num_threads or 0
         # Within a call, workers spin from one operator to the next (a third more images/s on two
         # cores, November 2026); between calls they sleep, or they would take the cores from HTTP.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(w.numpy()) for w in weights.values()]
+        if values:
+            options.add_external_initializers(list(weights), values)
         # CUDA where the installed onnxruntime is a GPU build and finds a device.
         available = onnxruntime.get_available_providers()
         providers = [name for name in PROVIDERS if name in available]
-        self._session: onnxruntime.InferenceSession | None = onnxruntime.InferenceSession(
-            str(path), options, providers=providers
-        )
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        return onnxruntime.InferenceSession(str(self._path), options, providers=providers)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert self._session is not None, "closed"
@@ -39,6 +48,12 @@ class OnnxRuntimeEngine:
             name: torch.from_numpy(array)
             for name, array in zip(self._outputs, results, strict=True)
         }
+
+    def weight(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        self._session = self._open(weights)
 
     def close(self) -> None:
         self._session = None

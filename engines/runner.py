@@ -7,30 +7,31 @@ drawings in place. Noise belongs to the row: its own CPU generator draws in diff
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engines.adapters import AdapterSet
 from engines.bundle import Progress
 from engines.drawing import Drawing, Recipe, spread_previews
 from engines.errors import InvalidInput
 from engines.facts import Facts
-from engines.model import Model, load_model
+from engines.model import DEFAULT_CACHE_DIR, DEFAULT_MAX_BATCH, Model, Order, load_model
+from engines.plan import PlanTarget
 from engines.samplers import SAMPLERS, NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
 
 NUM_CACHED_PROMPTS = 1024
-# Rows of one denoise call. A CPU's cost grows with the rows, so small batches keep the latency low
-# and lose nothing; a GPU is not full before eight.
-DEFAULT_MAX_BATCH = {"cpu": 2, "cuda": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class ModelInfo:
     model_id: str
     family: str
     backend: str
+    backend_reason: str
     precision: str
     default_width: int
     default_height: int
@@ -52,6 +54,7 @@ class ModelInfo:
     default_num_steps: int
     default_guidance_scale: float
     samplers: tuple[str, ...]
+    loras: tuple[str, ...]
     max_batch: int
 
 
@@ -63,14 +66,15 @@ class Runner:
         self._noise = NoiseSchedule.from_config(
             model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
         )
-        self._prompts: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._prompts: OrderedDict[tuple[AdapterSet, bytes], Tensor] = OrderedDict()
         self._prompts_lock = threading.Lock()  # start() reads on other threads
         self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
         facts = model.facts
         self.info = ModelInfo(
             model_id=model_id or facts.name,
             family=facts.family,
-            backend=model.backend,
+            backend=model.choice.backend,
+            backend_reason=model.choice.reason,
             precision=model.precision,
             default_width=facts.default_size_px,
             default_height=facts.default_size_px,
@@ -83,6 +87,7 @@ class Runner:
             default_num_steps=facts.default_num_steps,
             default_guidance_scale=facts.default_guidance_scale,
             samplers=SAMPLERS,
+            loras=model.adapters.names,
             max_batch=max_batch or DEFAULT_MAX_BATCH[model.device],
         )
 
@@ -97,18 +102,23 @@ class Runner:
         num_threads: int | None = None,
         cache_dir: Path | None = None,
         model_id: str | None = None,
+        loras: Mapping[str, Path] | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> Runner:
-        """Load a folder, shipped name, hub id or bundle; ONNX bundles are built on first use."""
-        loaded = load_model(
-            model,
+        """Load a folder, shipped name, hub id or bundle; ONNX bundles are built on first use.
+
+        ``loras`` are those that a recipe may name.
+        """
+        order = Order(
+            model=model,
             backend=backend,
             precision=precision,
-            cache_dir=cache_dir or Path("~/.cache/fourstep").expanduser(),
+            cache_dir=cache_dir or DEFAULT_CACHE_DIR,
             num_threads=num_threads,
-            progress=progress,
+            max_batch=max_batch,
+            loras=loras or {},
         )
-        return cls(loaded, max_batch=max_batch, model_id=model_id)
+        return cls(load_model(order, progress), max_batch=max_batch, model_id=model_id)
 
     # -- any thread --------------------------------------------------------------------------
 
@@ -119,7 +129,7 @@ class Runner:
             InvalidInput: a value the model or its samplers do not take.
         """
         facts = self._model.facts
-        _check(recipe, facts)
+        _check(recipe, facts, self._model.target)
         image = recipe.image is not None
         schedule = self._schedule(
             recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
@@ -127,12 +137,13 @@ class Runner:
         guided = not facts.time_cond_dim and recipe.guidance_scale > 1
         texts = (recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,)
         tokens = [self._tokenize(text) for text in texts]
+        loras = self._model.adapters.settle(recipe.loras)
         ids = tuple(row for row, _ in tokens)
         scale = facts.vae_scale_factor
         drawing = Drawing(
             recipe=recipe,
             schedule=schedule,
-            group=(recipe.height_px // scale, recipe.width_px // scale),
+            group=(recipe.height_px // scale, recipe.width_px // scale, loras),
             num_lanes=len(ids),
             generator=torch.Generator().manual_seed(recipe.seed),
             token_ids=ids,
@@ -143,7 +154,7 @@ class Runner:
             drawing.timestep_cond = guidance_embedding(
                 recipe.guidance_scale - 1.0, facts.time_cond_dim
             )
-        drawing.prompt_embeds = self._cached(ids)
+        drawing.prompt_embeds = self._cached(loras, ids)
         return drawing
 
     def _make_schedule(
@@ -163,34 +174,43 @@ class Runner:
         padding = [facts.pad_token_id] * (facts.max_tokens - len(ids))
         return np.asarray(ids + padding, np.int64), num_lost
 
-    def _cached(self, ids: tuple[np.ndarray, ...]) -> tuple[Tensor, ...] | None:
+    def _cached(self, loras: AdapterSet, ids: tuple[np.ndarray, ...]) -> tuple[Tensor, ...] | None:
         with self._prompts_lock:
-            found = [self._prompts.get(row.tobytes()) for row in ids]
+            found = [self._prompts.get((loras, row.tobytes())) for row in ids]
             if any(embeds is None for embeds in found):
                 return None
             for row in ids:
-                self._prompts.move_to_end(row.tobytes())
+                self._prompts.move_to_end((loras, row.tobytes()))
         return tuple(embeds for embeds in found if embeds is not None)
 
     # -- the engine thread -------------------------------------------------------------------
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
-        unknown: dict[bytes, np.ndarray] = {}
-        for drawing in drawings:
-            for ids in drawing.token_ids:
-                if ids.tobytes() not in self._prompts:
-                    unknown[ids.tobytes()] = ids
-        if unknown:
-            input_ids = torch.from_numpy(np.stack(list(unknown.values())))  # [B, L]
-            embeds = self._run("text_encoder", input_ids=input_ids)["prompt_embeds"]  # [B, L, D]
-            with self._prompts_lock:
-                self._prompts.update(zip(unknown, embeds.unbind(0), strict=True))
-        for drawing in drawings:
-            drawing.prompt_embeds = tuple(self._prompts[ids.tobytes()] for ids in drawing.token_ids)
+        for loras in dict.fromkeys(drawing.group[2] for drawing in drawings):
+            alike = [drawing for drawing in drawings if drawing.group[2] == loras]
+            self._encode_alike(loras, alike)
         with self._prompts_lock:
             while len(self._prompts) > NUM_CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
+
+    def _encode_alike(self, loras: AdapterSet, drawings: list[Drawing]) -> None:
+        unknown: dict[bytes, np.ndarray] = {}
+        for drawing in drawings:
+            for ids in drawing.token_ids:
+                if (loras, ids.tobytes()) not in self._prompts:
+                    unknown[ids.tobytes()] = ids
+        if unknown:
+            input_ids = torch.from_numpy(np.stack(list(unknown.values())))  # [B, L]
+            self._model.adapters.switch(loras)
+            embeds = self._run("text_encoder", input_ids=input_ids)["prompt_embeds"]  # [B, L, D]
+            with self._prompts_lock:
+                keys = [(loras, key) for key in unknown]
+                self._prompts.update(zip(keys, embeds.unbind(0), strict=True))
+        for drawing in drawings:
+            drawing.prompt_embeds = tuple(
+                self._prompts[loras, ids.tobytes()] for ids in drawing.token_ids
+            )
 
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
@@ -204,7 +224,7 @@ class Runner:
             drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
 
     def denoise(self, drawings: Sequence[Drawing]) -> None:
-        """One step of each row, rows of one size, any step, sampler and guidance, in one call."""
+        """One step of each row, rows of one group, any step, sampler and guidance, in one call."""
         lanes = [drawing for drawing in drawings for _ in range(drawing.num_lanes)]
         first = np.cumsum([0] + [drawing.num_lanes for drawing in drawings])[:-1]
         for drawing in drawings:
@@ -238,6 +258,7 @@ class Runner:
         if self._model.facts.time_cond_dim:
             conds = [lane.timestep_cond for lane in lanes if lane.timestep_cond is not None]
             inputs["timestep_cond"] = torch.stack(conds)
+        self._model.adapters.switch(drawings[0].group[2])
         outputs = self._run("denoiser", **inputs)
         for drawing, lane in zip(drawings, first, strict=True):
             drawing.latents = outputs["next_sample"][lane]
@@ -265,7 +286,7 @@ class Runner:
 
     def _draw_noise(self, drawing: Drawing) -> Tensor:
         """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
-        shape = (1, self._model.facts.latent_channels, *drawing.group)
+        shape = (1, self._model.facts.latent_channels, *drawing.group[:2])
         return torch.randn(shape, generator=drawing.generator)[0]
 
     def _step_noise(self, drawing: Drawing) -> Tensor:
@@ -293,10 +314,11 @@ class Runner:
             calls[leader.stage](alike[:num_rows])
         return drawings
 
-    def warm_up(self) -> None:
+    def warm_up(self, loras: Mapping[str, float] = MappingProxyType({})) -> None:
         """Run every part at every batch size once, so that no request pays for a first time."""
         for count in range(1, self.info.max_batch + 1):
-            self.draw([self.default_recipe(seed) for seed in range(count)])
+            recipes = [self.default_recipe(seed) for seed in range(count)]
+            self.draw([dataclasses.replace(recipe, loras=loras) for recipe in recipes])
         self._prompts.clear()
 
     def default_recipe(self, seed: int, prompt: str = "warm-up", num_steps: int = 1) -> Recipe:
@@ -318,7 +340,7 @@ class Runner:
             engine.close()
 
 
-def _check(recipe: Recipe, facts: Facts) -> None:
+def _check(recipe: Recipe, facts: Facts, target: PlanTarget | None) -> None:
     """Raise `InvalidInput` for what no sampler could make good."""
     for name, side in (("width_px", recipe.width_px), ("height_px", recipe.height_px)):
         step = facts.size_multiple_px
@@ -329,6 +351,12 @@ def _check(recipe: Recipe, facts: Facts) -> None:
                 f"{name} is {side}; it must be a multiple of {step} from "
                 f"{facts.min_size_px} to {facts.max_size_px}",
             )
+    if target and not target.takes(recipe.width_px, recipe.height_px):
+        size = f"{recipe.width_px}x{recipe.height_px}"
+        built = ", ".join(f"{width}x{height}" for width, height in target.sizes_px)
+        raise InvalidInput(
+            "width_px", size, f"size is {size}; this model's plans were built for {built}"
+        )
     if not 0 <= recipe.seed < 2**64:
         raise InvalidInput(
             "seed", recipe.seed, f"seed is {recipe.seed}; it must be from 0 to 2**64 - 1"

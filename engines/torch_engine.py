@@ -17,6 +17,8 @@ class TorchEngine:
         self._module: torch.nn.Module | None = part.module.eval().to(device)
         self._device = device
         self._outputs = part.outputs
+        self._weights = dict(part.module.named_parameters())
+        self._built: dict[str, Tensor] = {}  # what refit replaced, as it was, on the CPU
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,5 +28,18 @@ class TorchEngine:
         values = (result,) if isinstance(result, Tensor) else result
         return dict(zip(self._outputs, values, strict=True))
 
+    def weight(self, name: str) -> Tensor:
+        return self._built[name] if name in self._built else self._weights[name].detach().cpu()
+
+    @torch.no_grad()
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        for name in self._built.keys() - weights.keys():
+            self._weights[name].copy_(self._built.pop(name))
+        for name, value in weights.items():
+            if name not in self._built:
+                self._built[name] = self._weights[name].detach().cpu().clone()
+            self._weights[name].copy_(value)
+
     def close(self) -> None:
         self._module = None
+        self._weights, self._built = {}, {}

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from engines.model import load_model
+from engines.model import Order, load_model
 from engines.runner import Runner
 from loadtests.simulate import BATCH_WAIT_S, GPU_SHAPED
 from service.app import build_app
@@ -60,10 +60,8 @@ class TimingDoubleEngine:
 
 def open_gpu_shaped(settings: Settings) -> Runner:
     """The model's tokenizer and text encoder, with timing doubles for the heavy parts."""
-    model = load_model(
-        settings.model, backend="onnxruntime", precision="auto", cache_dir=settings.cache_dir,
-        num_threads=1, progress=lambda what, done, total: None,
-    )  # fmt: skip
+    order = Order(settings.model, "onnxruntime", cache_dir=settings.cache_dir, num_threads=1)
+    model = load_model(order, lambda what, done, total: None)
     doubles = {part: TimingDoubleEngine(part) for part in ("denoiser", "vae_decoder")}
     model = dataclasses.replace(model, engines={**model.engines, **doubles})
     return Runner(model, max_batch=GPU_SHAPED.limits.max_batch)

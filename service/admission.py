@@ -7,6 +7,7 @@ value, the limit and the way out in the message.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +34,7 @@ class Admitted:
     num_steps: int
     guidance_scale: float
     sampler: str
+    loras: Mapping[str, float]
     seed: int
     warnings: list[str] = field(default_factory=list)
 
@@ -60,14 +62,12 @@ def admit(
     info = runner.info
     _check_limits(params, settings)
     width, height = _size(params.size, info, image)
-    num_steps = params.num_inference_steps or STEPS_OF_QUALITY.get(
-        params.quality, info.default_num_steps
-    )
+    default_steps = settings.default_steps or info.default_num_steps
+    num_steps = params.num_inference_steps or STEPS_OF_QUALITY.get(params.quality, default_steps)
     _at_most("num_inference_steps", num_steps, settings.max_steps)
-    guidance = info.default_guidance_scale
-    if params.guidance_scale is not None:
-        guidance = params.guidance_scale
-    sampler = params.sampler or info.default_sampler
+    guidance = _first(params.guidance_scale, settings.default_guidance, info.default_guidance_scale)
+    sampler = params.sampler or settings.default_sampler or info.default_sampler
+    loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     fitted = None if image is None else resize(image, width, height)
     drawings = []
@@ -85,13 +85,29 @@ def admit(
             eta=params.eta,
             image=fitted,
             num_previews=params.partial_images if params.stream else 0,
+            loras=loras,
         )
         try:
             drawings.append(runner.start(recipe))
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _warnings(params, info, drawings[0], settings)
-    return Admitted(drawings, width, height, num_steps, guidance, sampler, seed, warnings)
+    return Admitted(drawings, width, height, num_steps, guidance, sampler, loras, seed, warnings)
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def _loras(params: ImageParams, settings: Settings) -> Mapping[str, float]:
+    """Name → weight, as asked or as the service has it by default."""
+    if params.loras is None:
+        return settings.default_loras
+    names = [lora.name for lora in params.loras]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadRequest(f"loras names {name!r} twice; give it one weight", param="loras")
+    return {lora.name: lora.weight for lora in params.loras if lora.weight}
 
 
 _API_NAMES = {"num_steps": "num_inference_steps", "width_px": "size", "height_px": "size"}

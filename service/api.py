@@ -110,18 +110,25 @@ def _model_object(replica: Replica) -> ModelObject:
     info, settings = replica.runner.info, replica.settings
     details = {
         "engine": info.backend,
+        "engine_reason": info.backend_reason,
         "precision": info.precision,
         "aliases": list(settings.aliases),
         "default_size": f"{info.default_width}x{info.default_height}",
         "size_multiple_px": info.size_multiple,
         "min_size_px": info.min_size_px,
         "max_size_px": info.max_size_px,
-        "default_num_inference_steps": info.default_num_steps,
+        "default_num_inference_steps": settings.default_steps or info.default_num_steps,
         "max_num_inference_steps": settings.max_steps,
-        "default_guidance_scale": info.default_guidance_scale,
+        "default_guidance_scale": (
+            info.default_guidance_scale
+            if settings.default_guidance is None
+            else settings.default_guidance
+        ),
         "guidance_embedding": info.guidance_embedding,
-        "default_sampler": info.default_sampler,
+        "default_sampler": settings.default_sampler or info.default_sampler,
         "samplers": list(info.samplers),
+        "loras": list(info.loras),
+        "default_loras": settings.default_loras,
         "max_prompt_tokens": info.max_tokens,
         "max_images": settings.max_images,
     }
@@ -229,6 +236,7 @@ def _images_response(
         "num_inference_steps": admitted.num_steps,
         "guidance_scale": admitted.guidance_scale,
         "sampler": admitted.sampler,
+        "loras": dict(admitted.loras),
         "timings": timings.milliseconds(),
         "warnings": admitted.warnings,
     }

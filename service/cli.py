@@ -8,13 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import DEFAULT_CACHE, CacheOption, app, run
+from engines.cli import DEFAULT_CACHE, CacheOption, LoraOption, app, parse_loras, run
 
 
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
-    engine: Annotated[str, typer.Option(help="auto, onnxruntime or torch.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
+    ] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -22,13 +24,23 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="Ray Serve config (YAML) of several applications.")
     ] = None,
+    lora: LoraOption = None,
+    steps: Annotated[int, typer.Option(min=0, help="Default denoise calls; 0: the model's.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
+    sampler: Annotated[str, typer.Option(help="Default sampler; empty: the model's.")] = "",
     cache_dir: CacheOption = DEFAULT_CACHE,
 ) -> None:
     """Serve a model over HTTP on this machine."""
     from service.serve import serve_here
     from service.serve_config import ServeConfig
 
+    paths, weights = parse_loras(lora)
     args: dict[str, Any] = {
+        "loras": {name: str(path) for name, path in paths.items()},
+        "default_loras": weights,
+        "default_steps": steps or None,
+        "default_guidance": guidance,
+        "default_sampler": sampler or None,
         "model": model,
         "engine": engine,
         "precision": precision,

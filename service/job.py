@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -127,6 +127,7 @@ def parameters_text(
         for name, value in {
             "Steps": admitted.num_steps,
             "Sampler": admitted.sampler,
+            **({"LoRAs": _listed(admitted.loras)} if admitted.loras else {}),
             "CFG scale": admitted.guidance_scale,
             "Seed": admitted.seed + row_index,
             "Size": f"{admitted.width}x{admitted.height}",
@@ -134,3 +135,8 @@ def parameters_text(
         }.items()
     )
     return {"parameters": f"{params.prompt}\n{negative}{settings}", "Software": "Fourstep"}
+
+
+def _listed(loras: Mapping[str, float]) -> str:
+    listed = ", ".join(f"{name}: {weight:g}" for name, weight in sorted(loras.items()))
+    return f'"{listed}"'  # quoted, as readers of this text split it at commas

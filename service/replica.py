@@ -34,6 +34,7 @@ def open_runner(settings: Settings) -> Runner:
         num_threads=settings.num_threads or None,
         cache_dir=settings.cache_dir,
         model_id=settings.model_id,
+        loras=settings.loras,
     )
 
 
@@ -62,7 +63,7 @@ class Replica:
         settings = self.settings
         begun = time.monotonic()
         self._runner = runner = self._open_runner(settings)
-        runner.warm_up()
+        runner.warm_up(settings.default_loras)
         self._metrics = Metrics(runner.info.model_id)
         limits = Limits(
             max_batch=runner.info.max_batch,
@@ -73,8 +74,9 @@ class Replica:
         self._loop = EngineLoop(runner, limits, self._metrics, max_waiting=settings.max_waiting)
         self._loop.start()
         logger.info(
-            "serving %s on %s, batches of %d, ready after %.1f s",
-            runner.info.model_id, runner.info.backend, limits.max_batch, time.monotonic() - begun,
+            "serving %s on %s (%s), batches of %d, ready after %.1f s",
+            runner.info.model_id, runner.info.backend, runner.info.backend_reason,
+            limits.max_batch, time.monotonic() - begun,
         )  # fmt: skip
 
     @property

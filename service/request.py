@@ -8,7 +8,7 @@ reads this module, so it imports no torch.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -99,7 +99,7 @@ class Row:
         return self.drawing.stage
 
     @property
-    def group(self) -> tuple[int, int]:
+    def group(self) -> Hashable:
         return self.drawing.group
 
     @property

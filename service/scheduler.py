@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -32,7 +32,7 @@ class Schedulable(Protocol):
     @property
     def stage(self) -> Stage: ...
     @property
-    def group(self) -> tuple[int, int]: ...
+    def group(self) -> Hashable: ...
     @property
     def num_lanes(self) -> int: ...
     @property

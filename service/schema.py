@@ -6,13 +6,23 @@ and shown in ``/docs``; what depends on the model or on settings is checked in `
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"]
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")]
+
+
+class LoraChoice(BaseModel):
+    """One LoRA of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = Field(description="As GET /v1/models lists it under `loras`.")
+    weight: float = Field(1.0, ge=-4, le=4, description="Its share λ; 0 leaves it out.")
 
 
 class ImageParams(BaseModel):
@@ -56,6 +66,9 @@ class ImageParams(BaseModel):
     eta: float | None = Field(
         None, ge=0, le=1, description="Stochasticity of DDIM (default 0) and TCD (default 0.3)."
     )
+    loras: list[LoraChoice] | None = Field(
+        None, max_length=8, description="LoRAs to draw with; default: those the service names."
+    )
 
 
 class GenerationRequest(ImageParams):
@@ -71,6 +84,15 @@ class EditRequest(ImageParams):
         0.8, gt=0, le=1, description="How far from the input: 1 keeps nothing of it."
     )
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Has no effect here.")
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _from_form(cls, value: object) -> object:
+        """A form carries the list as JSON text."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError('write it as JSON, [{"name": "...", "weight": 1.0}]') from None
 
 
 class ImageObject(BaseModel):
@@ -94,6 +116,7 @@ class ImagesResponse(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    loras: dict[str, float]
     timings: dict[str, float]
     warnings: list[str]
 

@@ -76,10 +76,12 @@ def _check(config: ServeConfig) -> None:
 def _prepare_model(settings: Settings) -> None:
     """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
     from engines.checkpoint import download, resolve
-    from engines.model import choose_backend, prepare
+    from engines.choice import choose_backend
+    from engines.model import Order, prepare
 
-    if choose_backend(settings.engine) == "onnxruntime":
-        prepare(settings.model, settings.precision, settings.cache_dir, show_progress)
+    if choose_backend(settings.engine).backend != "torch":
+        order = Order(settings.model, settings.engine, settings.precision, settings.cache_dir)
+        prepare(order, show_progress)
     elif resolve(settings.model) is None:
         download(settings.model)
 

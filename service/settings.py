@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -33,8 +33,11 @@ class Settings(BaseSettings):
     model: str = Field("demo-lcm", description="folder, bundle, hub id or a shipped model's name")
     model_id: str | None = Field(None, description="name in the API; default: taken from `model`")
     aliases: tuple[str, ...] = Field((), description="further names the API accepts for the model")
-    engine: Literal["auto", "onnxruntime", "tensorrt", "torch"] = "auto"
-    precision: Literal["auto", "fp32", "fp16"] = "auto"
+    loras: dict[str, Path] = Field(
+        {}, description="LoRAs a request may name: name → file or folder of safetensors"
+    )
+    engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     cache_dir: Path = Field(
         Path("~/.cache/fourstep").expanduser(), description="where built bundles are kept"
     )
@@ -58,6 +61,12 @@ class Settings(BaseSettings):
     )
     request_timeout_s: float = Field(60.0, gt=0, le=3600, description="deadline; X-Request-Timeout")
 
+    # What a request gets that does not say; None: the model's own.
+    default_loras: dict[str, float] = Field({}, description="name → weight λ, of `loras`")
+    default_sampler: Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"] | None = None
+    default_steps: int | None = Field(None, ge=1, le=1000)
+    default_guidance: float | None = Field(None, ge=0, le=50)
+
     # Answers.
     png_level: int = Field(
         1, ge=0, le=9, description="effort of PNG answers: 1 by our own fast path, others by zlib"
@@ -69,6 +78,14 @@ class Settings(BaseSettings):
         None, description="folder that the replicas of a node share for their metrics; environment"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _default_loras_are_served(self) -> Settings:
+        for name in self.default_loras:
+            if name not in self.loras:
+                known = ", ".join(self.loras) or "none"
+                raise ValueError(f"default_loras names {name!r}, loras has {known}")
+        return self
 
 
 def share_metrics() -> bool:

@@ -99,7 +99,7 @@ class VaeEncoder(torch.nn.Module):
         self.vae = vae
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
         moments = self.vae.encoder(image.to(self.vae.dtype))
         if self.vae.quant_conv is not None:
             moments = self.vae.quant_conv(moments)

@@ -9,11 +9,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 16
@@ -53,6 +56,7 @@ def make_checkpoint(
     )  # fmt: skip
     num_deep = 2 if three_levels else 1
     pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+    pooled |= {"resnet_time_scale_shift": "scale_shift"}
     unet = UNet2DConditionModel(
         sample_size=16 if three_levels else 8, in_channels=4, out_channels=4,
         block_out_channels=(32, 64, 64)[: 1 + num_deep], layers_per_block=1,
@@ -77,4 +81,25 @@ def make_checkpoint(
         scheduler = DDIMScheduler(**options, set_alpha_to_one=False, steps_offset=1)
         pipeline = StableDiffusionPipeline(scheduler=scheduler, **parts)
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_lora(
+    checkpoint: Path, folder: Path, targets: list[str], *, text_encoder: bool = False, rank: int = 4
+) -> Path:
+    """Write random pairs for the UNet's ``targets``, by diffusers' own `save_lora_weights`."""
+    torch.manual_seed(len(targets))
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
+    models = {"unet": (pipeline.unet, targets)}
+    if text_encoder:
+        models["text_encoder"] = (pipeline.text_encoder, ["q_proj", "v_proj"])
+    layers = {}
+    for kind, (model, modules) in models.items():
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=modules, init_lora_weights=False
+        )
+        model.add_adapter(config)
+        layers[f"{kind}_lora_layers"] = get_peft_model_state_dict(model)
+        layers[f"{kind}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder

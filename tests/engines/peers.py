@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,25 +57,43 @@ def recipe(**changes: Any) -> Recipe:
 class Peer:
     """The diffusers pipelines over one checkpoint folder."""
 
-    def __init__(self, folder: Path, *, lcm: bool) -> None:
+    def __init__(self, folder: Path, *, lcm: bool, loras: Mapping[str, Path] | None = None) -> None:
         self._text_class = LatentConsistencyModelPipeline if lcm else StableDiffusionPipeline
         self._image_class = (
             LatentConsistencyModelImg2ImgPipeline if lcm else StableDiffusionImg2ImgPipeline
         )
         self._pipeline = self._text_class.from_pretrained(folder, use_safetensors=True)
+        self._folder, self._loras = folder, dict(loras or {})
+        for name, path in self._loras.items():
+            self._pipeline.load_lora_weights(path, adapter_name=name)
         self._lcm = lcm
         self._known: dict[Any, Result] = {}
 
     def draw(self, wanted: Recipe) -> Result:
         """What diffusers makes of a recipe, with a generator of the recipe's seed."""
         image = None if wanted.image is None else wanted.image.tobytes()
-        values = (getattr(wanted, name) for name in wanted.__slots__ if name != "image")
+        values = (repr(getattr(wanted, name)) for name in wanted.__slots__ if name != "image")
         key = (*values, image)
         if key not in self._known:
             self._known[key] = self._draw(wanted)
         return self._known[key]
 
+    def fuse(self, wanted: Recipe) -> dict[str, torch.Tensor]:
+        """The UNet's weights by name after diffusers' own `fuse_lora`, on a pipeline of its own."""
+        pipeline = self._text_class.from_pretrained(self._folder, use_safetensors=True)
+        for name in wanted.loras:
+            pipeline.load_lora_weights(self._loras[name], adapter_name=name)
+        pipeline.set_adapters(list(wanted.loras), list(wanted.loras.values()))
+        pipeline.fuse_lora(components=["unet"], adapter_names=list(wanted.loras))
+        named = pipeline.unet.named_parameters()
+        return {name.replace(".base_layer", ""): weight.detach() for name, weight in named}
+
     def _draw(self, wanted: Recipe) -> Result:
+        if wanted.loras:
+            self._pipeline.enable_lora()
+            self._pipeline.set_adapters(list(wanted.loras), list(wanted.loras.values()))
+        elif self._loras:
+            self._pipeline.disable_lora()
         scheduler = SCHEDULERS[wanted.sampler].from_config(self._pipeline.scheduler.config)
         parts = self._pipeline.components | {"scheduler": scheduler}
         parts |= {"safety_checker": None, "feature_extractor": None}
@@ -123,7 +141,7 @@ def draw_together(runner: Runner, recipes: Sequence[Recipe]) -> list[Result]:
         if stage is Stage.DECODE:
             for row in rows:
                 assert row.latents is not None
-                latents[id(row)] = row.latents.numpy().copy()
+                latents[id(row)] = row.latents.cpu().numpy().copy()
         calls[stage](rows)
     results = []
     for drawing in drawings:

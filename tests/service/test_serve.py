@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from engines.model import prepare
+from engines.model import Order, prepare
 from service.settings import SettingsError, load_settings
 
 START_TIMEOUT_S = 180
@@ -157,7 +157,7 @@ def test_a_config_file_serves_several_applications_and_replicas(
 def test_a_damaged_bundle_is_one_clear_line(
     lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    bundle = prepare(str(lcm_checkpoint), "fp32", cache_dir, lambda *_: None)
+    bundle = prepare(Order(str(lcm_checkpoint), "onnxruntime", "fp32", cache_dir), lambda *_: None)
     damaged = shutil.copytree(bundle.folder, tmp_path / "damaged")
     graph = next(damaged.glob("denoiser*.onnx"))
     graph.write_bytes(graph.read_bytes()[:-1])

@@ -1,0 +1,89 @@
+"""Which backend draws: what was asked for, or the best this machine has, and why.
+
+tensorrt  ◀ an NVIDIA GPU and the package      otherwise ▶ tensorrt-rtx ▶ torch ▶ onnxruntime
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.errors import BackendUnavailable
+from engines.plan import MODULES, RTX_CAPABILITY_BITS
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the choice depends on. ``compute_capability`` (89 for 8.9) is None without a GPU."""
+
+    compute_capability: int | None
+    packages: frozenset[str]  # of those that backends need
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Look; torch, which takes seconds to import, is asked only where there is a driver."""
+        needed = ("onnxruntime", "torch", *MODULES.values())
+        packages = frozenset(name for name in needed if importlib.util.find_spec(name))
+        if not Path("/proc/driver/nvidia/version").exists():
+            return cls(None, packages)
+        import torch
+
+        if not torch.cuda.is_available():
+            return cls(None, packages)
+        major, minor = torch.cuda.get_device_capability()
+        return cls(10 * major + minor, packages)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend and the reason, for the log and for ``/v1/models``."""
+
+    backend: str
+    reason: str
+
+
+def choose_backend(backend: str, machine: Machine | None = None) -> Choice:
+    """Resolve ``auto``, or check that the named backend can run here.
+
+    Raises:
+        BackendUnavailable: it cannot; the message says what is missing.
+    """
+    if backend not in BACKENDS:
+        raise BackendUnavailable(f"engine {backend!r} is unknown; known are {', '.join(BACKENDS)}")
+    machine = machine or Machine.here()
+    if backend != "auto":
+        missing = _missing(backend, machine)
+        if missing:
+            raise BackendUnavailable(f"engine {backend!r} {missing}")
+        return Choice(backend, "asked for")
+    if machine.compute_capability is None:
+        return Choice("onnxruntime", "no NVIDIA GPU here")
+    passed_over: list[str] = []
+    for candidate in ("tensorrt", "tensorrt-rtx"):
+        missing = _missing(candidate, machine)
+        if not missing:
+            return Choice(candidate, "; ".join([*passed_over, "an NVIDIA GPU and the package"]))
+        passed_over.append(f"{candidate} {missing.split(':')[0]}")
+    return Choice("torch", "; ".join(passed_over))
+
+
+def _missing(backend: str, machine: Machine) -> str:
+    """What keeps a backend from running here; empty if nothing does."""
+    package = MODULES.get(backend, backend)
+    if package not in machine.packages:
+        return f"needs a package: pip install {backend}"
+    if backend not in MODULES:
+        return ""
+    capability = machine.compute_capability
+    if capability is None:
+        return (
+            "needs an NVIDIA GPU and its driver, none is here: choose --engine onnxruntime (plans "
+            "can be built without one: fourstep build)"
+        )
+    if backend == "tensorrt-rtx" and capability not in RTX_CAPABILITY_BITS:
+        known = ", ".join(str(value) for value in RTX_CAPABILITY_BITS)
+        return f"has no compute capability {capability}: it has {known}; use --engine torch"
+    return ""

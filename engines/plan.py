@@ -1,0 +1,336 @@
+"""A plan: one part's ONNX compiled by TensorRT, for shapes and GPUs that are named beforehand.
+
+Owns targets, profiles, the builder and the plan's header. Serves both NVIDIA packages, which share
+an API; what only one of them can do is gated on it. Runs no plan: see `engines.tensorrt_engine`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import resource
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.errors import BackendUnavailable, BuildError, InvalidInput
+from engines.facts import Facts
+from engines.families.part import Part
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine → Python package
+HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
+RTX_MAGIC = b"vtrt"
+# Bits of the header's mask, as TensorRT-RTX 1.7 sets them for each target asked of it.
+RTX_CAPABILITY_BITS = {75: 0x01, 80: 0x02, 86: 0x04, 89: 0x08, 120: 0x10, 121: 0x20}
+
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input → min, opt, max
+Steps = Callable[[int, int], None]  # of the builder's own phases: done, in all
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTarget:
+    """What a plan is compiled for; part of a bundle's key.
+
+    ``compute_capabilities`` empty means the GPU of the building machine. The two compatibility
+    options belong to `tensorrt` alone; `tensorrt-rtx` plans run on every capability named.
+    """
+
+    engine: str
+    sizes_px: tuple[tuple[int, int], ...]  # width, height; empty: the model's own size
+    max_batch: int
+    compute_capabilities: tuple[int, ...] = ()
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    refit: bool = False
+    strip: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PlanTarget:
+        """As a manifest has it."""
+        sizes = tuple((width, height) for width, height in values["sizes_px"])
+        capabilities = tuple(values["compute_capabilities"])
+        return cls(**{**values, "sizes_px": sizes, "compute_capabilities": capabilities})
+
+    def takes(self, width_px: int, height_px: int) -> bool:
+        """Whether plans for this target have a profile for the size."""
+        if self.engine == "tensorrt":
+            return (width_px, height_px) in self.sizes_px
+        sides = zip((width_px, height_px), zip(*self.sizes_px, strict=True), strict=True)
+        return all(min(built) <= side <= max(built) for side, built in sides)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes plans are tuned for and runs are padded to: 1, 2, 4 … the largest."""
+        doubling = itertools.takewhile(lambda n: n < self.max_batch, (2**k for k in range(16)))
+        return (*doubling, self.max_batch)
+
+
+def check_target(target: PlanTarget, facts: Facts) -> None:
+    """Raise InvalidInput for a size that the model does not draw."""
+    multiple, low, high = facts.size_multiple_px, facts.min_size_px, facts.max_size_px
+    for size in target.sizes_px:
+        if any(side % multiple or not low <= side <= high for side in size):
+            text = f"{size[0]}x{size[1]}"
+            raise InvalidInput(
+                "size",
+                text,
+                f"--size is {text}; {facts.name} draws sides in multiples of {multiple} from {low} "
+                f"to {high}",
+            )
+
+
+def import_tensorrt(engine: str) -> Any:
+    """The package behind ``tensorrt`` or ``tensorrt-rtx``.
+
+    Raises:
+        BackendUnavailable: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(MODULES[engine])
+    except ImportError as error:
+        hints = {
+            "tensorrt": "pip install tensorrt (its library comes from NVIDIA's package index)",
+            "tensorrt-rtx": "pip install 'fourstep[tensorrt-rtx]'",
+        }
+        raise BackendUnavailable(
+            f"engine {engine!r} needs a package that is not installed here ({error}): "
+            f"{hints[engine]}, or choose --engine torch or onnxruntime"
+        ) from error
+
+
+def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[Profile]:
+    """The shapes a part's plan takes.
+
+    `tensorrt`: one fixed shape for each size and batch, which its tactics are then timed for.
+    `tensorrt-rtx` specialises kernels when it runs and wants one wide profile.
+    """
+    latents = [(h // pixels_per_latent, w // pixels_per_latent) for w, h in target.sizes_px]
+    if target.engine == "tensorrt":
+        fixed = [
+            {name: (shape, shape, shape) for name, shape in _shapes(part, batch, *size).items()}
+            for size, batch in itertools.product(latents, target.batches)
+        ]
+        return [profile for i, profile in enumerate(fixed) if profile not in fixed[:i]]
+    rows, columns = zip(*latents, strict=True)
+    low = _shapes(part, 1, min(rows), min(columns))
+    best = _shapes(part, target.max_batch, *latents[0])
+    high = _shapes(part, target.max_batch, max(rows), max(columns))
+    return [{name: (low[name], best[name], high[name]) for name in low}]
+
+
+def _shapes(part: Part, batch: int, rows: int, columns: int) -> dict[str, Shape]:
+    sizes = {"batch": batch, "rows": rows, "columns": columns}
+    return {
+        name: tuple(
+            int(fixed) if dim is None else dim[1] * sizes[dim[0]]
+            for fixed, dim in zip(example.shape, part.dynamic[name], strict=True)
+        )
+        for name, example in part.example.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a build cost and what came of it; stands in the manifest."""
+
+    seconds: float
+    peak_process_bytes: int  # of the building process, up to then
+    num_layers: int  # of the parsed network; the builder fuses many
+    profiles: list[Profile]
+
+
+def compile_plan(
+    onnx: Path,
+    plan: Path,
+    profiles: list[Profile],
+    target: PlanTarget,
+    *,
+    timing_cache: Path | None = None,
+    steps: Steps = lambda done, total: None,
+) -> PlanReport:
+    """Compile ``onnx`` (its weights beside it) and write ``plan``, whole or not at all.
+
+    Raises:
+        BackendUnavailable: the package is missing, or this machine has no GPU and needs one.
+        BuildError: an operator, a shape or a GPU that this TensorRT does not take, or no memory.
+    """
+    trt = import_tensorrt(target.engine)
+    begun = time.monotonic()
+    log = make_logger(trt)
+    builder = trt.Builder(log)
+    if builder is None:  # the binding's answer to a constructor that failed
+        raise BackendUnavailable(f"{target.engine} cannot build here: {log.last_error}")
+    network = parse(trt, builder, log, onnx)
+    config = builder.create_builder_config()
+    config.progress_monitor = _monitor(trt, steps)
+    _aim(trt, config, target)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in shapes.items():
+            profile.set_shape(name, low, best, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{onnx.name}: TensorRT refuses the shapes {dict(shapes)}")
+    cache = _TimingCache(trt, config, timing_cache)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise BuildError(_why_not_built(onnx.stem, target, log.last_error))
+    cache.keep()
+    partial = plan.with_suffix(".plan.partial")
+    partial.write_bytes(built)
+    partial.replace(plan)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return PlanReport(time.monotonic() - begun, peak, network.num_layers, profiles)
+
+
+def parse(trt: Any, builder: Any, log: Any, onnx: Path) -> Any:
+    """The strongly typed network of an ONNX file: its types alone decide the precision.
+
+    Raises:
+        BuildError: naming the first operator that TensorRT does not take.
+    """
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        first = " ".join(errors[0].desc().splitlines()[:2]) if errors else "no reason given"
+        raise BuildError(
+            f"{trt.__name__} {trt.__version__} does not take {onnx.name}: {first}; "
+            "serve this model with --engine torch or onnxruntime"
+        )
+    return network
+
+
+def unreachable(network: Any, weights: Iterable[str]) -> list[str]:
+    """Which of the named weights a refit could not reach: they are not in the network."""
+    return [name for name in weights if not network.mark_weights_refittable(name)]
+
+
+def _aim(trt: Any, config: Any, target: PlanTarget) -> None:
+    """Set GPUs, compatibility and refitting, each where the package has it."""
+    if target.strip:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if target.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if hasattr(trt, "ComputeCapability"):
+        known = {
+            int(name[2:]): value
+            for name, value in trt.ComputeCapability.__members__.items()
+            if name.startswith("SM")
+        }
+        asked = target.compute_capabilities
+        config.num_compute_capabilities = max(1, len(asked))
+        values = [known.get(capability) for capability in asked] or [trt.ComputeCapability.CURRENT]
+        for index, value in enumerate(values):
+            if value is None or not config.set_compute_capability(value, index):
+                raise BuildError(
+                    f"compute capability {asked[index] if asked else 'of this GPU'} is none that "
+                    f"{trt.__name__} {trt.__version__} compiles for ({_listed(known)}); for "
+                    "other GPUs build with --engine tensorrt on such a machine"
+                )
+        return
+    if target.compute_capabilities:
+        raise BuildError(
+            "--compute-capability belongs to --engine tensorrt-rtx; a tensorrt plan is built on "
+            "the GPU that runs it (--hardware-compatibility widens that)"
+        )
+    level = target.hardware_compatibility.upper()
+    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if target.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+
+
+def _why_not_built(part: str, target: PlanTarget, error: str) -> str:
+    way_out = "the log above has more; serve with --engine torch meanwhile"
+    if "memory" in error.lower():
+        way_out = (
+            f"give it more memory, fewer --size, or a smaller --max-batch than {target.max_batch}"
+        )
+    elif "cuda" in error.lower():
+        way_out = (
+            "this build wants a GPU: refittable and stripped plans, and plans without "
+            "--compute-capability, are built on one"
+        )
+    return f"TensorRT did not build {part}: {error or 'no reason given'}; {way_out}"
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in sorted(values))
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger of the package that keeps what went wrong in ``last_error``."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps the last error, for the exception that will be raised."""
+
+        last_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.last_error = message.strip()
+
+    return Log()
+
+
+def _monitor(trt: Any, steps: Steps) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes on the steps of the outermost phase."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._totals: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            if parent is None:
+                self._totals[name] = num_steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in self._totals:
+                steps(step + 1, self._totals[name])
+            return True  # go on
+
+        def phase_finish(self, name: str) -> None:
+            self._totals.pop(name, None)
+
+    return Monitor()
+
+
+class _TimingCache:
+    """Measured tactics, kept between builds in ``file``; `tensorrt` alone has them."""
+
+    def __init__(self, trt: Any, config: Any, file: Path | None) -> None:
+        self._config, self._file = config, None if hasattr(trt, "ComputeCapability") else file
+        if self._file:
+            known = self._file.read_bytes() if self._file.is_file() else b""
+            config.set_timing_cache(config.create_timing_cache(known), False)
+
+    def keep(self) -> None:
+        if self._file:
+            partial = self._file.with_suffix(".partial")
+            partial.write_bytes(self._config.get_timing_cache().serialize())
+            partial.replace(self._file)
+
+
+@dataclass(frozen=True, slots=True)
+class RtxHeader:
+    """The first 64 bytes of a TensorRT-RTX plan, which can be read without a GPU."""
+
+    num_bytes: int
+    version: str
+    compute_capabilities: tuple[int, ...]
+
+    @classmethod
+    def read(cls, plan: Path) -> RtxHeader:
+        """Raises BuildError where the file does not begin as such a plan."""
+        with plan.open("rb") as file:
+            head = file.read(64)
+        if len(head) < 64 or head[:4] != RTX_MAGIC:
+            raise BuildError(f"{plan} is no TensorRT-RTX plan; build it again")
+        (num_bytes,) = struct.unpack_from("<Q", head, 16)
+        (mask,) = struct.unpack_from("<I", head, 32)
+        found = tuple(sm for sm, bit in RTX_CAPABILITY_BITS.items() if mask & bit)
+        return cls(num_bytes, ".".join(str(byte) for byte in head[24:28]), found)

@@ -1,0 +1,207 @@
+"""The production backend: a plan on an NVIDIA GPU, run by `tensorrt` or `tensorrt_rtx`.
+
+For each batch bucket and size there is one execution context with buffers of its own, captured
+into a CUDA graph the first time it runs (at warm-up). A step then copies its inputs into those
+buffers on the device and replays the graph; latents never pass through the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.errors import BackendUnavailable, InvalidInput
+from engines.onnx_weights import OnnxWeights
+from engines.plan import MODULES, import_tensorrt, make_logger
+
+DTYPES = {
+    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,
+    "INT32": torch.int32, "UINT8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class TensorRtEngine:
+    """Runs one plan, whose ONNX lies beside it; batches are padded to the next of ``batches``."""
+
+    def __init__(self, plan: Path, engine: str, batches: tuple[int, ...]) -> None:
+        """Raises BackendUnavailable where this GPU, driver or version does not take the plan."""
+        self._trt = trt = import_tensorrt(engine)
+        self._log = make_logger(trt)
+        self._batches = batches
+        self._runtime = trt.Runtime(self._log)
+        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self._engine is None:
+            raise BackendUnavailable(
+                f"{MODULES[engine]} {trt.__version__} cannot load {plan} on this GPU: "
+                f"{self._log.last_error}; build the bundle again here"
+            )
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        mode = trt.TensorIOMode.INPUT
+        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == mode]
+        self._outputs = [name for name in names if name not in self._inputs]
+        self._types = {n: DTYPES[self._engine.get_tensor_dtype(n).name] for n in names}
+        # Not the default one, which cannot be captured.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._slots: dict[Shapes, _Slot] = {}
+        self._weights = OnnxWeights(plan.with_suffix(".onnx"))
+        self._replaced: set[str] = set()
+        self._cache = _RuntimeCache(trt, self._engine, plan.with_suffix(".runtime-cache"))
+        self.num_rows = self.num_padded_rows = 0  # since the engine was made; their ratio is waste
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = len(inputs[self._inputs[0]])
+        bucket = next((size for size in self._batches if size >= rows), None)
+        if bucket is None:
+            raise InvalidInput("batch", rows, f"{rows} rows; this plan takes {self._batches[-1]}")
+        self.num_rows += rows
+        self.num_padded_rows += bucket - rows
+        shapes: Shapes = tuple((n, (bucket, *inputs[n].shape[1:])) for n in self._inputs)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_stream(torch.cuda.default_stream())
+            slot = self._slots.get(shapes)
+            if slot is None:
+                slot = self._slots[shapes] = self._make_slot(shapes)
+            for name, value in inputs.items():
+                slot.buffers[name][:rows].copy_(value, non_blocking=True)
+            slot.launch()
+            # Copies, because the next run writes into the same buffers.
+            outputs = {name: slot.buffers[name][:rows].clone() for name in self._outputs}
+        torch.cuda.default_stream().wait_stream(self._stream)
+        return outputs
+
+    def _make_slot(self, shapes: Shapes) -> _Slot:
+        context = self._cache.context()
+        handle = self._stream.cuda_stream
+        if not context.set_optimization_profile_async(self._profile_for(shapes), handle):
+            raise BackendUnavailable(f"TensorRT took no profile: {self._log.last_error}")
+        for name, shape in shapes:
+            context.set_input_shape(name, shape)
+        buffers = {}
+        for name in (*self._inputs, *self._outputs):
+            shape = tuple(context.get_tensor_shape(name))
+            buffers[name] = torch.zeros(shape, dtype=self._types[name], device="cuda")
+            context.set_tensor_address(name, buffers[name].data_ptr())
+        return _Slot(context, buffers, self._stream, self._log)
+
+    def _profile_for(self, shapes: Shapes) -> int:
+        """The profile that takes these shapes, an exact one before a wide one."""
+        fitting = []
+        for index in range(self._engine.num_optimization_profiles):
+            limits = [
+                (shape, *self._engine.get_tensor_profile_shape(name, index))
+                for name, shape in shapes
+            ]
+            if all(_within(low, shape, high) for shape, low, _, high in limits):
+                exact = all(tuple(low) == tuple(high) for _, low, _, high in limits)
+                fitting.append((not exact, index))
+        if not fitting:
+            listed = ", ".join(f"{name} {shape}" for name, shape in shapes)
+            raise InvalidInput(
+                "size", listed, f"no profile of this plan takes {listed}; build it with that --size"
+            )
+        return min(fitting)[1]
+
+    def weight(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        trt = self._trt
+        if not self._engine.refittable:
+            raise BackendUnavailable(
+                "this plan was built without --refit, so no LoRA can be put into it: build it with "
+                "--refit, on a machine with a GPU, or serve with --engine torch"
+            )
+        refitter = trt.Refitter(self._engine, self._log)
+        kept = []  # alive until the refit is done
+        # What the set before changed is set back as well: it would linger otherwise.
+        for name in self._replaced | weights.keys():
+            value = (weights[name] if name in weights else self._weights[name]).contiguous()
+            kept.append(value)
+            kind = next(k for k, dtype in DTYPES.items() if dtype == value.dtype)
+            given = trt.Weights(getattr(trt.DataType, kind), value.data_ptr(), value.numel())
+            if not refitter.set_named_weights(name, given, trt.TensorLocation.HOST):
+                raise BackendUnavailable(f"TensorRT refused {name}: {self._log.last_error}")
+        torch.cuda.synchronize()
+        if not refitter.refit_cuda_engine():
+            raise BackendUnavailable(f"TensorRT did not refit: {self._log.last_error}")
+        self._replaced = set(weights)
+        for slot in self._slots.values():
+            slot.forget_graph()
+
+    def close(self) -> None:
+        self._cache.keep()
+        self._slots.clear()
+        self._engine = self._runtime = None
+
+
+def _within(low: Any, shape: tuple[int, ...], high: Any) -> bool:
+    sides = zip(low, shape, high, strict=True)
+    return all(smallest <= side <= largest for smallest, side, largest in sides)
+
+
+class _Slot:
+    """One shape: a context, its buffers, and the graph captured from them."""
+
+    def __init__(
+        self, context: Any, buffers: dict[str, Tensor], stream: torch.cuda.Stream, log: Any
+    ) -> None:
+        self._context, self.buffers, self._stream, self._log = context, buffers, stream, log
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def launch(self) -> None:
+        """Run on the current stream; the first time eagerly, then as a graph."""
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._execute()
+        self._stream.synchronize()
+        capturable = getattr(self._context, "is_stream_capturable", lambda handle: True)
+        if capturable(self._stream.cuda_stream):
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile; only this one's work is captured.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._execute()
+            self._graph = graph
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            error = self._log.last_error
+            kind = torch.cuda.OutOfMemoryError if "memory" in error.lower() else RuntimeError
+            raise kind(f"TensorRT did not run: {error}")
+
+    def forget_graph(self) -> None:
+        self._graph = None
+
+
+class _RuntimeCache:
+    """Makes contexts; with TensorRT-RTX from kernels that earlier processes compiled."""
+
+    def __init__(self, trt: Any, engine: Any, file: Path) -> None:
+        self._engine, self._file, self._cache = engine, file, None
+        self._config = None
+        if not hasattr(trt, "ComputeCapability"):
+            return
+        self._config = engine.create_runtime_config()
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._cache = self._config.create_runtime_cache()
+        if file.is_file():
+            self._cache.deserialize(file.read_bytes())  # of another driver or GPU: left unused
+        self._config.set_runtime_cache(self._cache)
+
+    def context(self) -> Any:
+        if self._config is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(self._config)
+
+    def keep(self) -> None:
+        """Write what was compiled, for the next process."""
+        if self._cache is not None:
+            partial = self._file.with_suffix(".partial")
+            partial.write_bytes(self._cache.serialize())
+            partial.replace(self._file)

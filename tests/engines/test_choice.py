@@ -1,0 +1,92 @@
+"""Which backend is chosen, on machines that are not this one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.bundle import Bundle
+from engines.choice import Choice, Machine, choose_backend
+from engines.errors import BackendUnavailable, BundleError
+from engines.facts import Facts
+from engines.model import check_plans
+from engines.plan import PlanTarget
+
+EVERYTHING = frozenset({"onnxruntime", "torch", "tensorrt", "tensorrt_rtx"})
+WITHOUT_TENSORRT = frozenset({"onnxruntime", "torch"})
+RTX_ALONE = WITHOUT_TENSORRT | {"tensorrt_rtx"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "reason"),
+    [
+        (Machine(None, EVERYTHING), "onnxruntime", "no NVIDIA GPU here"),
+        (Machine(90, EVERYTHING), "tensorrt", "an NVIDIA GPU and the package"),
+        (Machine(89, RTX_ALONE), "tensorrt-rtx", "tensorrt needs a package; an NVIDIA GPU"),
+        (Machine(90, RTX_ALONE), "torch", "tensorrt-rtx has no compute capability 90"),
+        (Machine(89, WITHOUT_TENSORRT), "torch", "tensorrt-rtx needs a package"),
+    ],
+)
+def test_auto_takes_the_best_there_is(machine: Machine, backend: str, reason: str) -> None:
+    choice = choose_backend("auto", machine)
+    assert choice.backend == backend
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("backend", "machine", "message"),
+    [
+        ("tensorrt", Machine(89, RTX_ALONE), "pip install tensorrt"),
+        ("tensorrt", Machine(None, EVERYTHING), "an NVIDIA GPU and its driver.*onnxruntime"),
+        ("tensorrt-rtx", Machine(90, EVERYTHING), "no compute capability 90: it has 75, 80"),
+        ("onnxruntime", Machine(None, frozenset()), "pip install onnxruntime"),
+        ("tensort", Machine(89, EVERYTHING), "unknown; known are auto, onnxruntime, tensorrt"),
+    ],
+)
+def test_what_cannot_run_says_why(backend: str, machine: Machine, message: str) -> None:
+    with pytest.raises(BackendUnavailable, match=message):
+        choose_backend(backend, machine)
+
+
+def test_what_was_asked_for_is_kept() -> None:
+    assert choose_backend("torch", Machine(None, EVERYTHING)) == Choice("torch", "asked for")
+
+
+def _bundle(target: PlanTarget | None, version: str) -> Bundle:
+    plans = {"plans": {"target": json.loads(json.dumps(_values(target))), "version": version}}
+    facts = Facts("m", "stable_diffusion", 4, 8, 64, 8, 64, 128, 16, 0, 1, 0, "lcm", 4, 1.0, {})
+    return Bundle(Path("bundle"), plans if target else {}, facts)
+
+
+def _values(target: PlanTarget | None) -> dict[str, object] | None:
+    return None if target is None else {k: getattr(target, k) for k in target.__slots__}
+
+
+def test_plans_for_another_gpu_or_version_are_refused() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="wheels for Linux x86-64 only")
+    target = PlanTarget("tensorrt-rtx", ((64, 64),), 4, (80, 89))
+    here = Machine(89, EVERYTHING)
+    check_plans(_bundle(target, trt.__version__), "tensorrt-rtx", here)
+    for bundle, machine, message in (
+        (_bundle(None, ""), here, "no TensorRT plans"),
+        (_bundle(target, "1.2.0"), here, "plans of tensorrt-rtx 1.2.0, here is tensorrt-rtx"),
+        (_bundle(target, trt.__version__), Machine(86, EVERYTHING), "80, 89, this GPU has 86"),
+    ):
+        with pytest.raises(BundleError, match=rf"{message}.*fourstep build"):
+            check_plans(bundle, "tensorrt-rtx", machine)
+
+
+def test_a_target_survives_its_manifest() -> None:
+    target = PlanTarget("tensorrt-rtx", ((64, 64), (96, 128)), 4, (80, 89), refit=True)
+    assert PlanTarget.from_json(json.loads(json.dumps(_values(target)))) == target
+
+
+def test_sizes_a_target_takes() -> None:
+    wide = PlanTarget("tensorrt-rtx", ((512, 512), (768, 640)), 4)
+    assert wide.takes(600, 520)
+    assert not wide.takes(800, 512)
+    exact = PlanTarget("tensorrt", ((512, 512), (768, 640)), 4)
+    assert exact.takes(768, 640)
+    assert not exact.takes(600, 520)
