@@ -32,7 +32,7 @@ from engines.distill.samples import tokenize
 from engines.distill.training import Course, Draws, Place, train
 
 COURSE = Course(num_steps=2_000, batch_size=64, learning_rate=6e-4, average=0.995)
-LORA_COURSE = Course(num_steps=1_200, batch_size=64, learning_rate=1e-3, average=0.99)
+LORA_COURSE = Course(num_steps=1_200, batch_size=64, learning_rate=3e-4, average=0.99)
 LORA_RANK = 16
 LORA_GUIDANCE = 3.0  # w that the LoRA builds in, having no guidance embedding to be told another
 
