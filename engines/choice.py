@@ -74,7 +74,8 @@ def _missing(backend: str, machine: Machine) -> str:
     """What keeps a backend from running here; empty if nothing does."""
     package = MODULES.get(backend, backend)
     if package not in machine.packages:
-        return f"needs a package: pip install {backend}"
+        others = ", ".join(name for name in BACKENDS if name != backend)
+        return f"needs a package: pip install {backend}, or choose among {others}"
     if backend not in MODULES:
         return ""
     capability = machine.compute_capability

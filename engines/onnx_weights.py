@@ -1,4 +1,7 @@
-"""The named weights of an ONNX file, read one at a time from the data beside it."""
+"""The named weights of an ONNX file, read one at a time from the data beside it.
+
+The onnx package is imported with the first weight: drawing without LoRAs needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
-import onnx.numpy_helper
 import torch
 
 if TYPE_CHECKING:
+    import onnx
     from torch import Tensor
 
 
@@ -22,9 +24,13 @@ class OnnxWeights:
 
     @functools.cached_property
     def _initializers(self) -> dict[str, onnx.TensorProto]:
+        import onnx
+
         graph = onnx.load(self._path, load_external_data=False).graph
         return {tensor.name: tensor for tensor in graph.initializer}
 
     def __getitem__(self, name: str) -> Tensor:
+        import onnx.numpy_helper
+
         array = onnx.numpy_helper.to_array(self._initializers[name], str(self._path.parent))
         return torch.from_numpy(array.copy())
