@@ -196,7 +196,10 @@ def parse(trt: Any, builder: Any, log: Any, onnx: Path) -> Any:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        first = " ".join(errors[0].desc().splitlines()[:2]) if errors else "no reason given"
+        first = "no reason given"
+        if errors:
+            reason = " ".join(errors[0].desc().splitlines()[:2])
+            first = f"operator {errors[0].node_operator() or 'unknown'}: {reason}"
         raise BuildError(
             f"{trt.__name__} {trt.__version__} does not take {onnx.name}: {first}; "
             "serve this model with --engine torch or onnxruntime"
@@ -249,7 +252,7 @@ def _why_not_built(part: str, target: PlanTarget, error: str) -> str:
         way_out = (
             f"give it more memory, fewer --size, or a smaller --max-batch than {target.max_batch}"
         )
-    elif "cuda" in error.lower():
+    elif "cuda" in error.lower() or target.refit or target.strip:
         way_out = (
             "this build wants a GPU: refittable and stripped plans, and plans without "
             "--compute-capability, are built on one"

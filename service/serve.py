@@ -115,9 +115,9 @@ def _run(config: ServeConfig, host: str, port: int) -> int:
         targets = [
             serve.RunTarget(app.build(), app.name, app.route_prefix) for app in config.applications
         ]
+        serving = True  # a replica may answer before run_many knows of it
         serve.run_many(targets)
         _announce(config, host, port)
-        serving = True
         while True:
             signal.pause()
     except KeyboardInterrupt:
