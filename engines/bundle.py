@@ -19,15 +19,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from engines.checkpoint import fingerprint, load_facts, load_pipeline, name_of, pipeline_class
 from engines.errors import BundleError
 from engines.facts import Facts
-from engines.families.part import Part
 from engines.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
+
+if TYPE_CHECKING:
+    from engines.families.part import Part
 
 FORMAT = 1
 MANIFEST = "manifest.json"

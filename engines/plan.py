@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.errors import BackendUnavailable, BuildError, InvalidInput
 from engines.facts import Facts
-from engines.families.part import Part
+
+if TYPE_CHECKING:  # it imports torch, which reading a bundle must not wait for
+    from engines.families.part import Part
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine → Python package
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
