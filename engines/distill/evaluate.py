@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from engines.distill.captions import caption
 from engines.distill.checker import Reading, read
+from engines.distill.consistency import NUM_SOLVER_STEPS
 from engines.distill.critic import Critic, features_of, frechet_distance
 from engines.distill.painter import Pixels, paint
 from engines.distill.training import TrainingError
@@ -23,7 +24,7 @@ from engines.distill.world import ATTRIBUTES, Scene, draw_scene
 
 BATCH_SIZE = 32
 GUIDANCE = 3.0  # diffusers' guidance_scale (w + 1) of the table's rows, unless a row says otherwise
-LCM_SPACING = {"original_inference_steps": 50}
+LCM_SPACING = {"original_inference_steps": NUM_SOLVER_STEPS}
 
 
 @dataclasses.dataclass(frozen=True)
