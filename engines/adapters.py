@@ -189,9 +189,9 @@ def _check_fit(name: str, weight: str, pair: LowRank, engine: Engine) -> None:
         raise CheckpointError(
             f"LoRA {name!r} changes {weight}, which this model has not: it was made for another"
         ) from error
-    fits = (pair.up.shape[0], *pair.down.shape[1:]) == shape
-    if not fits and math.prod(shape) != pair.up.shape[0] * math.prod(pair.down.shape[1:]):
+    changed = (pair.up.shape[0], *pair.down.shape[1:])
+    if math.prod(changed) != math.prod(shape):  # a 1 x 1 convolution's may be a matrix
         raise CheckpointError(
-            f"LoRA {name!r} changes {weight} as {(pair.up.shape[0], *pair.down.shape[1:])}, here "
-            f"it is {shape}: it was made for another model"
+            f"LoRA {name!r} changes {weight} as {changed}, here it is {shape}: it was made for "
+            "another model"
         )

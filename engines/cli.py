@@ -10,6 +10,7 @@ import typer
 
 from engines.distill.cli import app as distill
 from engines.errors import EngineError
+from engines.order import DEFAULT_CACHE_DIR, Order
 
 app = typer.Typer(
     name="fourstep",
@@ -29,7 +30,6 @@ LoraOption = Annotated[
     list[str] | None,
     typer.Option(help="NAME=FILE or NAME=FILE@WEIGHT, a LoRA to draw with; repeat for several."),
 ]
-DEFAULT_CACHE = Path("~/.cache/fourstep").expanduser()
 
 
 def show_progress(what: str, done: int, total: int) -> None:
@@ -173,7 +173,7 @@ def generate(
     engine: Annotated[
         str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT; default: the model's.")] = "",
     steps: Annotated[int, typer.Option(help="Denoise calls; 0: the model's default.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
@@ -181,7 +181,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sampler: Annotated[str, typer.Option(help="lcm, ddim, euler, ... Default: the model's.")] = "",
     lora: LoraOption = None,
-    cache_dir: CacheOption = DEFAULT_CACHE,
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Draw one image without a server."""
     import dataclasses
@@ -192,14 +192,8 @@ def generate(
 
     begun = time.monotonic()
     paths, weights = parse_loras(lora)
-    runner = Runner.open(
-        model,
-        backend=engine,
-        precision=precision,
-        cache_dir=cache_dir,
-        loras=paths,
-        progress=show_progress,
-    )
+    order = Order(model, engine, precision, cache_dir, loras=paths)
+    runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()
     recipe = runner.default_recipe(seed, prompt, steps or runner.info.default_num_steps)
     changes: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +33,21 @@ class Recipe:
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
 
 
+class Group(NamedTuple):
+    """What rows must have in common to share an engine call."""
+
+    rows: int  # of the latents
+    columns: int
+    loras: AdapterSet
+
+
 @dataclass(slots=True, eq=False)
 class Drawing:
     """One row: made by `Runner.start`, advanced in place by the runner's engine calls."""
 
     recipe: Recipe
     schedule: Schedule
-    # Latent height, latent width and LoRAs: only rows of one group share a call.
-    group: tuple[int, int, AdapterSet]
+    group: Group
     num_lanes: int  # 2 where classifier-free guidance needs an unconditional row
     generator: torch.Generator  # the row's own, on the CPU: results ignore neighbours and devices
     token_ids: tuple[np.ndarray, ...]  # int64 [L]: the prompt's, then the negative prompt's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,9 +22,9 @@ from engines.choice import Choice, Machine, choose_backend
 from engines.engine import Engine
 from engines.errors import BundleError
 from engines.facts import Facts
+from engines.order import Order
 from engines.plan import MODULES, PlanTarget, import_tensorrt
 
-DEFAULT_CACHE_DIR = Path("~/.cache/fourstep").expanduser()
 # Rows of one denoise call. A CPU's cost grows with the rows, so small batches keep the latency low
 # and lose nothing; a GPU is not full before eight.
 DEFAULT_MAX_BATCH = {"cpu": 2, "cuda": 8}
@@ -43,20 +43,6 @@ class Model:
     precision: str
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a model is to be loaded as; ``precision`` may be ``auto``."""
-
-    model: str
-    backend: str = "auto"
-    precision: str = "auto"
-    cache_dir: Path = DEFAULT_CACHE_DIR
-    num_threads: int | None = None
-    max_batch: int | None = None
-    plan_sizes_px: tuple[tuple[int, int], ...] = ()  # width, height; empty: the model's own
-    loras: Mapping[str, Path] = field(default_factory=dict)
 
 
 def prepare(order: Order, progress: Progress) -> Bundle:
@@ -86,7 +72,7 @@ def _target(order: Order, backend: str) -> PlanTarget:
     capability = Machine.here().compute_capability
     return PlanTarget(
         engine=backend,
-        sizes_px=order.plan_sizes_px,
+        sizes_px=(),  # the model's own
         max_batch=order.max_batch or DEFAULT_MAX_BATCH["cuda"],
         compute_capabilities=(capability,) if backend == "tensorrt-rtx" and capability else (),
         refit=bool(order.loras),

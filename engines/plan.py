@@ -183,6 +183,8 @@ def compile_plan(
     cache.keep()
     partial = plan.with_suffix(".plan.partial")
     partial.write_bytes(built)
+    if target.engine == "tensorrt-rtx":
+        RtxHeader.read(partial).check(target)
     partial.replace(plan)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return PlanReport(time.monotonic() - begun, peak, network.num_layers, profiles)
@@ -207,11 +209,6 @@ def parse(trt: Any, builder: Any, log: Any, onnx: Path) -> Any:
             "serve this model with --engine torch or onnxruntime"
         )
     return network
-
-
-def unreachable(network: Any, weights: Iterable[str]) -> list[str]:
-    """Which of the named weights a refit could not reach: they are not in the network."""
-    return [name for name in weights if not network.mark_weights_refittable(name)]
 
 
 def _aim(trt: Any, config: Any, target: PlanTarget) -> None:
@@ -339,3 +336,12 @@ class RtxHeader:
         (mask,) = struct.unpack_from("<I", head, 32)
         found = tuple(sm for sm, bit in RTX_CAPABILITY_BITS.items() if mask & bit)
         return cls(num_bytes, ".".join(str(byte) for byte in head[24:28]), found)
+
+    def check(self, target: PlanTarget) -> None:
+        """Raise BuildError where the plan was not made for every GPU that was asked for."""
+        left_out = set(target.compute_capabilities) - set(self.compute_capabilities)
+        if left_out:
+            raise BuildError(
+                f"TensorRT-RTX {self.version} made a plan for compute capability "
+                f"{_listed(self.compute_capabilities)}, without {_listed(left_out)}"
+            )

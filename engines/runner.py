@@ -14,7 +14,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -23,10 +22,11 @@ from torch import Tensor
 
 from engines.adapters import AdapterSet
 from engines.bundle import Progress
-from engines.drawing import Drawing, Recipe, spread_previews
+from engines.drawing import Drawing, Group, Recipe, spread_previews
 from engines.errors import InvalidInput
 from engines.facts import Facts
-from engines.model import DEFAULT_CACHE_DIR, DEFAULT_MAX_BATCH, Model, Order, load_model
+from engines.model import DEFAULT_MAX_BATCH, Model, load_model
+from engines.order import Order
 from engines.plan import PlanTarget
 from engines.samplers import SAMPLERS, NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
@@ -94,31 +94,17 @@ class Runner:
     @classmethod
     def open(
         cls,
-        model: str,
+        order: Order,
         *,
-        backend: str = "auto",
-        precision: str = "auto",
-        max_batch: int | None = None,
-        num_threads: int | None = None,
-        cache_dir: Path | None = None,
         model_id: str | None = None,
-        loras: Mapping[str, Path] | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> Runner:
-        """Load a folder, shipped name, hub id or bundle; ONNX bundles are built on first use.
+        """Load what is ordered; bundles are built on first use.
 
-        ``loras`` are those that a recipe may name.
+        Raises:
+            engines.errors.EngineError: it cannot be loaded here; the message says why.
         """
-        order = Order(
-            model=model,
-            backend=backend,
-            precision=precision,
-            cache_dir=cache_dir or DEFAULT_CACHE_DIR,
-            num_threads=num_threads,
-            max_batch=max_batch,
-            loras=loras or {},
-        )
-        return cls(load_model(order, progress), max_batch=max_batch, model_id=model_id)
+        return cls(load_model(order, progress), max_batch=order.max_batch, model_id=model_id)
 
     # -- any thread --------------------------------------------------------------------------
 
@@ -143,7 +129,7 @@ class Runner:
         drawing = Drawing(
             recipe=recipe,
             schedule=schedule,
-            group=(recipe.height_px // scale, recipe.width_px // scale, loras),
+            group=Group(recipe.height_px // scale, recipe.width_px // scale, loras),
             num_lanes=len(ids),
             generator=torch.Generator().manual_seed(recipe.seed),
             token_ids=ids,
@@ -187,8 +173,8 @@ class Runner:
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
-        for loras in dict.fromkeys(drawing.group[2] for drawing in drawings):
-            alike = [drawing for drawing in drawings if drawing.group[2] == loras]
+        for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
+            alike = [drawing for drawing in drawings if drawing.group.loras == loras]
             self._encode_alike(loras, alike)
         with self._prompts_lock:
             while len(self._prompts) > NUM_CACHED_PROMPTS:
@@ -258,7 +244,7 @@ class Runner:
         if self._model.facts.time_cond_dim:
             conds = [lane.timestep_cond for lane in lanes if lane.timestep_cond is not None]
             inputs["timestep_cond"] = torch.stack(conds)
-        self._model.adapters.switch(drawings[0].group[2])
+        self._model.adapters.switch(drawings[0].group.loras)
         outputs = self._run("denoiser", **inputs)
         for drawing, lane in zip(drawings, first, strict=True):
             drawing.latents = outputs["next_sample"][lane]
@@ -286,7 +272,8 @@ class Runner:
 
     def _draw_noise(self, drawing: Drawing) -> Tensor:
         """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
-        shape = (1, self._model.facts.latent_channels, *drawing.group[:2])
+        group = drawing.group
+        shape = (1, self._model.facts.latent_channels, group.rows, group.columns)
         return torch.randn(shape, generator=drawing.generator)[0]
 
     def _step_noise(self, drawing: Drawing) -> Tensor:

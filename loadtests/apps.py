@@ -21,7 +21,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from engines.model import Order, load_model
+from engines.model import load_model
+from engines.order import Order
 from engines.runner import Runner
 from loadtests.simulate import BATCH_WAIT_S, GPU_SHAPED
 from service.app import build_app

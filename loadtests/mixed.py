@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from engines.cli import CacheOption
+from engines.order import DEFAULT_CACHE_DIR
 from loadtests.open_loop import arrivals, percentile, send, serving
 
 LOADS = (0.5, 0.7, 0.85)
@@ -22,9 +23,7 @@ def mixed(
     model: Annotated[str, typer.Option(help="The model both serve.")] = "demo-lcm",
     count: Annotated[int, typer.Option(min=10, max=5000, help="Requests per load.")] = 300,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 1,
-    cache_dir: Annotated[Path, typer.Option(envvar="FOURSTEP_CACHE_DIR")] = Path(
-        "~/.cache/fourstep"
-    ),
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Latency at 50, 70 and 85 % of the product's capacity, over request-level batching's."""
     from loadtests.apps import ENGINES, KINDS
@@ -34,7 +33,7 @@ def mixed(
     latencies: dict[tuple[str, float], list[float]] = {}
     capacity: dict[str, float] = {}
     for kind in KINDS:
-        with serving(kind, engine, model, cache_dir.expanduser()) as service:
+        with serving(kind, engine, model, cache_dir) as service:
             asyncio.run(
                 send(service.url, arrivals(float("inf"), 16, seed + 1))
             )  # connections, caches

@@ -13,11 +13,12 @@ import threading
 import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from engines.cli import CacheOption
+from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -35,16 +36,14 @@ def overhead(
     count: Annotated[int, typer.Option(min=4, max=1000, help="Images per round and side.")] = 40,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Concurrent clients.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=8, help="Denoise calls per image.")] = 4,
-    cache_dir: Annotated[Path, typer.Option(envvar="FOURSTEP_CACHE_DIR")] = Path(
-        "~/.cache/fourstep"
-    ),
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Throughput ratio (many clients) and added latency (one) of HTTP over the bare engine."""
     if urllib.parse.urlsplit(url).hostname not in LOOPBACK:
         raise typer.BadParameter(
             f"--url is {url}; only this machine is measured ({', '.join(LOOPBACK)})"
         )
-    runner = Runner.open(model, backend="onnxruntime", cache_dir=cache_dir.expanduser())
+    runner = Runner.open(Order(model, backend="onnxruntime", cache_dir=cache_dir))
     runner.warm_up()
     bare_rate, http_rate, bare_ms, http_ms = [], [], [], []
     for index in range(rounds):

@@ -7,12 +7,13 @@ import itertools
 import statistics
 import threading
 import time
-from pathlib import Path
 from typing import Annotated
 
 import psutil
 import typer
 
+from engines.cli import CacheOption
+from engines.order import DEFAULT_CACHE_DIR
 from loadtests.open_loop import arrivals, send, serving
 
 MIB = 2**20
@@ -63,15 +64,13 @@ def soak(
     clients: Annotated[int, typer.Option(min=1, max=256, help="Requests open at a time.")] = 16,
     engine: Annotated[str, typer.Option(help="cpu, or gpu_shaped (a timing double).")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of steps and sizes.")] = 1,
-    cache_dir: Annotated[Path, typer.Option(envvar="FOURSTEP_CACHE_DIR")] = Path(
-        "~/.cache/fourstep"
-    ),
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Memory of the replica over many requests at saturation: the last quarter over the first.
 
     Every request must be answered with 200, or the command fails.
     """
-    with serving("fourstep", engine, model, cache_dir.expanduser()) as service:
+    with serving("fourstep", engine, model, cache_dir) as service:
         asyncio.run(send(service.url, arrivals(float("inf"), 64, seed), max_open=clients))
         begun = time.perf_counter()
         with _MemoryWatch(service.pid) as watch:

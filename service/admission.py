@@ -62,11 +62,12 @@ def admit(
     info = runner.info
     _check_limits(params, settings)
     width, height = _size(params.size, info, image)
-    default_steps = settings.default_steps or info.default_num_steps
-    num_steps = params.num_inference_steps or STEPS_OF_QUALITY.get(params.quality, default_steps)
+    of_quality = STEPS_OF_QUALITY.get(params.quality, info.default_num_steps)
+    num_steps = params.num_inference_steps or of_quality
     _at_most("num_inference_steps", num_steps, settings.max_steps)
-    guidance = _first(params.guidance_scale, settings.default_guidance, info.default_guidance_scale)
-    sampler = params.sampler or settings.default_sampler or info.default_sampler
+    guidance = params.guidance_scale
+    guidance = info.default_guidance_scale if guidance is None else guidance
+    sampler = params.sampler or info.default_sampler
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     fitted = None if image is None else resize(image, width, height)
@@ -93,10 +94,6 @@ def admit(
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _warnings(params, info, drawings[0], settings)
     return Admitted(drawings, width, height, num_steps, guidance, sampler, loras, seed, warnings)
-
-
-def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
 
 
 def _loras(params: ImageParams, settings: Settings) -> Mapping[str, float]:

@@ -117,15 +117,11 @@ def _model_object(replica: Replica) -> ModelObject:
         "size_multiple_px": info.size_multiple,
         "min_size_px": info.min_size_px,
         "max_size_px": info.max_size_px,
-        "default_num_inference_steps": settings.default_steps or info.default_num_steps,
+        "default_num_inference_steps": info.default_num_steps,
         "max_num_inference_steps": settings.max_steps,
-        "default_guidance_scale": (
-            info.default_guidance_scale
-            if settings.default_guidance is None
-            else settings.default_guidance
-        ),
+        "default_guidance_scale": info.default_guidance_scale,
         "guidance_embedding": info.guidance_embedding,
-        "default_sampler": settings.default_sampler or info.default_sampler,
+        "default_sampler": info.default_sampler,
         "samplers": list(info.samplers),
         "loras": list(info.loras),
         "default_loras": settings.default_loras,

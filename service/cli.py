@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import DEFAULT_CACHE, CacheOption, LoraOption, app, parse_loras, run
+from engines.cli import CacheOption, LoraOption, app, parse_loras, run
+from engines.order import DEFAULT_CACHE_DIR
 
 
 @app.command()
@@ -17,7 +18,7 @@ def serve(
     engine: Annotated[
         str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Engines, one each.")] = 1,
@@ -28,7 +29,7 @@ def serve(
     steps: Annotated[int, typer.Option(min=0, help="Default denoise calls; 0: the model's.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
     sampler: Annotated[str, typer.Option(help="Default sampler; empty: the model's.")] = "",
-    cache_dir: CacheOption = DEFAULT_CACHE,
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Serve a model over HTTP on this machine."""
     from service.serve import serve_here

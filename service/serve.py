@@ -77,11 +77,10 @@ def _prepare_model(settings: Settings) -> None:
     """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
     from engines.checkpoint import download, resolve
     from engines.choice import choose_backend
-    from engines.model import Order, prepare
+    from engines.model import prepare
 
     if choose_backend(settings.engine).backend != "torch":
-        order = Order(settings.model, settings.engine, settings.precision, settings.cache_dir)
-        prepare(order, show_progress)
+        prepare(settings.order, show_progress)
     elif resolve(settings.model) is None:
         download(settings.model)
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from engines.order import DEFAULT_CACHE_DIR, Order
+
 MIB = 1024 * 1024
 
 
@@ -38,9 +40,7 @@ class Settings(BaseSettings):
     )
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    cache_dir: Path = Field(
-        Path("~/.cache/fourstep").expanduser(), description="where built bundles are kept"
-    )
+    cache_dir: Path = Field(DEFAULT_CACHE_DIR, description="where built bundles are kept")
     num_threads: int = Field(0, ge=0, le=256, description="CPU threads of the engine; 0: all cores")
 
     # Batching. 0 takes the engine's own default, measured (see engines/README.md).
@@ -78,6 +78,19 @@ class Settings(BaseSettings):
         None, description="folder that the replicas of a node share for their metrics; environment"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def order(self) -> Order:
+        """What the replica loads, and what `fourstep serve` builds before it starts one."""
+        return Order(
+            model=self.model,
+            backend=self.engine,
+            precision=self.precision,
+            cache_dir=self.cache_dir,
+            num_threads=self.num_threads or None,
+            max_batch=self.max_batch or None,
+            loras=self.loras,
+        )
 
     @model_validator(mode="after")
     def _default_loras_are_served(self) -> Settings:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines.order import Order
 from engines.runner import Runner
 from tests.engines.checkpoints import make_checkpoint
 
@@ -44,11 +45,13 @@ def runners(checkpoints: Path, cache_dir: Path) -> Iterator[dict[tuple[str, str]
     """Runners by (checkpoint, backend)."""
     opened = {
         (name, backend): Runner.open(
-            str(checkpoints / name),
-            backend=backend,
-            cache_dir=cache_dir,
-            max_batch=8,
-            num_threads=1,
+            Order(
+                str(checkpoints / name),
+                backend=backend,
+                cache_dir=cache_dir,
+                max_batch=8,
+                num_threads=1,
+            )
         )
         for name, backend in COMBINATIONS
     }

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.adapters import read_lora
 from engines.errors import CheckpointError, InvalidInput
+from engines.order import Order
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
 from tests.engines.conftest import BACKENDS
@@ -53,12 +54,14 @@ def runner(
     request: pytest.FixtureRequest, checkpoints: Path, cache_dir: Path, loras: dict[str, Path]
 ) -> Iterator[Runner]:
     runner = Runner.open(
-        str(checkpoints / "tiny-sd"),
-        backend=request.param,
-        cache_dir=cache_dir,
-        max_batch=8,
-        num_threads=1,
-        loras=loras,
+        Order(
+            str(checkpoints / "tiny-sd"),
+            backend=request.param,
+            cache_dir=cache_dir,
+            max_batch=8,
+            num_threads=1,
+            loras=loras,
+        )
     )
     yield runner
     runner.close()
@@ -160,7 +163,7 @@ def test_a_lora_of_another_model(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"LoRA '.*' changes unet.*another"):
         Runner.open(
-            str(checkpoints / "tiny-demo"), backend="torch", loras=loras, cache_dir=cache_dir
+            Order(str(checkpoints / "tiny-demo"), backend="torch", loras=loras, cache_dir=cache_dir)
         )
 
 

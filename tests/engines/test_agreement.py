@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engines.drawing import Recipe
+from engines.order import Order
 from engines.runner import Runner
 from tests.engines.conftest import BACKENDS, COMBINATIONS
 from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe
@@ -155,12 +156,14 @@ def test_a_row_may_join_between_steps(runners: Runners) -> None:
 
 def test_backends_agree_in_half_precision(checkpoints: Path, cache_dir: Path) -> None:
     """fp16 graphs export without a GPU; ONNX Runtime runs them near the fp32 result."""
-    half = Runner.open(
+    half = Runner.open(Order(
         str(checkpoints / "tiny-lcm"), backend="onnxruntime", precision="fp16",
         cache_dir=cache_dir, num_threads=1,
-    )  # fmt: skip
+    ))  # fmt: skip
     full = Runner.open(
-        str(checkpoints / "tiny-lcm"), backend="onnxruntime", cache_dir=cache_dir, num_threads=1
+        Order(
+            str(checkpoints / "tiny-lcm"), backend="onnxruntime", cache_dir=cache_dir, num_threads=1
+        )
     )
     wanted = recipe(guidance_scale=8.5)
     (a,), (b,) = draw_together(half, [wanted]), draw_together(full, [wanted])

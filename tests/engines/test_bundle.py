@@ -21,6 +21,7 @@ from engines.bundle import (
     open_bundle,
 )
 from engines.errors import BackendUnavailable, BundleError, CheckpointError
+from engines.order import Order
 from engines.runner import Runner
 
 PARTS = ["text_encoder", "vae_decoder", "vae_encoder", "denoiser"]  # in the order of building
@@ -112,12 +113,12 @@ def test_refuses_a_folder_without_manifest(tmp_path: Path) -> None:
 
 def test_refuses_another_precision_than_asked(copy: Path) -> None:
     with pytest.raises(BundleError, match="fp32, not fp16"):
-        Runner.open(str(copy), backend="onnxruntime", precision="fp16")
+        Runner.open(Order(str(copy), backend="onnxruntime", precision="fp16"))
 
 
 def test_torch_needs_the_checkpoint(copy: Path) -> None:
     with pytest.raises(BundleError, match="checkpoint"):
-        Runner.open(str(copy), backend="torch")
+        Runner.open(Order(str(copy), backend="torch"))
 
 
 def test_key_covers_source_precision_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_refuses_an_unsupported_scheduler_option(checkpoints: Path, tmp_path: Pa
     config = source / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"clip_sample": false', '"clip_sample": true'))
     with pytest.raises(CheckpointError, match="clip_sample"):
-        Runner.open(str(source), backend="torch")
+        Runner.open(Order(str(source), backend="torch"))
 
 
 def test_refuses_pickled_weights(checkpoints: Path, tmp_path: Path) -> None:
@@ -212,21 +213,21 @@ def test_refuses_pickled_weights(checkpoints: Path, tmp_path: Path) -> None:
     for path in source.rglob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
     with pytest.raises(CheckpointError, match="safetensors"):
-        Runner.open(str(source), backend="torch")
+        Runner.open(Order(str(source), backend="torch"))
 
 
 @pytest.mark.parametrize("model", ["no-such-model", "./nowhere", "/nowhere/at/all"])
 def test_names_what_is_not_there(model: str) -> None:
     with pytest.raises(CheckpointError, match=model):
-        Runner.open(model, backend="torch")
+        Runner.open(Order(model, backend="torch"))
 
 
 def test_refuses_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_index\.json"):
-        Runner.open(str(tmp_path), backend="torch")
+        Runner.open(Order(str(tmp_path), backend="torch"))
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "openvino"])
 def test_says_which_backends_there_are(backend: str, copy: Path) -> None:
     with pytest.raises(BackendUnavailable, match="onnxruntime"):
-        Runner.open(str(copy), backend=backend)
+        Runner.open(Order(str(copy), backend=backend))

@@ -12,6 +12,7 @@ import torch
 from engines.choice import Machine, choose_backend
 from engines.drawing import Recipe
 from engines.errors import BackendUnavailable, InvalidInput
+from engines.order import Order
 from engines.plan import MODULES
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
@@ -35,7 +36,7 @@ def _recipes(count: int) -> list[Recipe]:
 @pytest.fixture(scope="module")
 def reference() -> Iterator[Runner]:
     """torch on this machine, in fp32."""
-    runner = Runner.open(DEMO, backend="torch", precision="fp32", max_batch=8)
+    runner = Runner.open(Order(DEMO, backend="torch", precision="fp32", max_batch=8))
     yield runner
     runner.close()
 
@@ -48,14 +49,14 @@ def runner(request: pytest.FixtureRequest, cache_dir: Path) -> Iterator[Runner]:
     except BackendUnavailable as error:
         pytest.skip(str(error))
     runner = Runner.open(
-        DEMO, backend=request.param, precision="fp16", max_batch=8, cache_dir=cache_dir
+        Order(DEMO, backend=request.param, precision="fp16", max_batch=8, cache_dir=cache_dir)
     )
     yield runner
     runner.close()
 
 
 def test_torch_on_the_gpu_is_the_reference(reference: Runner) -> None:
-    halves = Runner.open(DEMO, backend="torch", precision="fp16", max_batch=8)
+    halves = Runner.open(Order(DEMO, backend="torch", precision="fp16", max_batch=8))
     for ours, theirs in zip(
         draw_together(halves, _recipes(4)), draw_together(reference, _recipes(4)), strict=True
     ):
@@ -92,8 +93,8 @@ def test_loras_are_refitted_and_taken_out_again(
     lora = make_lora(folder, tmp_path / "ink", ["to_q", "to_v"])
     backend = runner.info.backend
     both = [
-        Runner.open(DEMO, backend=kind, precision=precision, max_batch=4, cache_dir=cache_dir,
-                    loras={"ink": lora})
+        Runner.open(Order(DEMO, backend=kind, precision=precision, max_batch=4, cache_dir=cache_dir,
+                    loras={"ink": lora}))
         for kind, precision in ((backend, "fp16"), ("torch", "fp32"))
     ]  # fmt: skip
     plain, styled = _recipes(1), [recipe(width_px=128, height_px=128, loras={"ink": 1.0})]
@@ -108,7 +109,7 @@ def test_loras_are_refitted_and_taken_out_again(
 
 def test_two_engines_in_one_process(runner: Runner, cache_dir: Path, reference: Runner) -> None:
     other = Runner.open(
-        DEMO, backend=runner.info.backend, precision="fp16", max_batch=8, cache_dir=cache_dir
+        Order(DEMO, backend=runner.info.backend, precision="fp16", max_batch=8, cache_dir=cache_dir)
     )
     wanted = _recipes(2)
     theirs = draw_together(reference, wanted)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engines.drawing import Drawing
+from engines.order import Order
 from engines.runner import Runner
 from service.errors import DeadlineExceeded, EngineFailure, NotReady, Overloaded
 from service.loop import EngineLoop
@@ -46,7 +47,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def runner(lcm_checkpoint: Path, cache_dir: Path) -> Runner:
-    return Runner.open(str(lcm_checkpoint), backend="onnxruntime", cache_dir=cache_dir)
+    return Runner.open(Order(str(lcm_checkpoint), backend="onnxruntime", cache_dir=cache_dir))
 
 
 @pytest.fixture

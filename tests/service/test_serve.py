@@ -17,7 +17,8 @@ import openai
 import psutil
 import pytest
 
-from engines.model import Order, prepare
+from engines.model import prepare
+from engines.order import Order
 from service.settings import SettingsError, load_settings
 
 START_TIMEOUT_S = 180

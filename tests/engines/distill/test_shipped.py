@@ -11,6 +11,7 @@ from engines.distill.captions import caption
 from engines.distill.checker import read
 from engines.distill.evaluate import GUIDANCE, Exam
 from engines.distill.world import ATTRIBUTES
+from engines.order import Order
 from engines.runner import Runner
 
 NUM_PROMPTS = 48
@@ -18,7 +19,7 @@ NUM_PROMPTS = 48
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    return Runner.open("demo-lcm", backend="torch", max_batch=16, num_threads=1)
+    return Runner.open(Order("demo-lcm", backend="torch", max_batch=16, num_threads=1))
 
 
 def accuracy(runner: Runner, num_steps: int) -> float:
@@ -50,7 +51,7 @@ def test_four_steps_are_mostly_right(runner: Runner) -> None:
 
 
 def test_the_teacher_ships_too() -> None:
-    teacher = Runner.open("demo-base", backend="torch", max_batch=16, num_threads=1)
+    teacher = Runner.open(Order("demo-base", backend="torch", max_batch=16, num_threads=1))
     assert not teacher.info.guidance_embedding
     assert accuracy(teacher, 12) >= 0.88
     teacher.close()

@@ -1,0 +1,25 @@
+"""What a model is to be loaded as: the one description that building and loading share.
+
+Imports nothing heavy, so that a command can make one before it checks anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_CACHE_DIR = Path("~/.cache/fourstep").expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """``backend`` and ``precision`` may be ``auto``; None leaves a number to the engine."""
+
+    model: str  # folder, shipped name, hub id or bundle
+    backend: str = "auto"
+    precision: str = "auto"
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    num_threads: int | None = None
+    max_batch: int | None = None
+    loras: Mapping[str, Path] = field(default_factory=dict)  # those that a recipe may name
