@@ -7,7 +7,7 @@ weights differ from the built ones (`Engine.refit`); reading a file is diffusers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from engines.errors import CheckpointError, InvalidInput
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from engines.families.part import Part
 
 AdapterSet = tuple[tuple[str, float], ...]  # (name, λ) in the names' order, no λ of 0; (): the base
 PREFIXES = {"denoiser": "unet", "text_encoder": "text_encoder"}  # part → prefix of its weights
@@ -180,6 +182,21 @@ class Adapters:
                     total = total + strength * pair.delta(tuple(built.shape))
             fused[weight] = total.to(built.dtype)
         return fused
+
+
+def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
+    """Add LoRAs, each with its λ, to the weights of a model's modules, for good.
+
+    Raises:
+        CheckpointError: a file is no LoRA, or was made for another architecture.
+    """
+    from engines.torch_engine import TorchEngine
+
+    if loras:
+        named = {f"{index}: {path}": (path, weight) for index, (path, weight) in enumerate(loras)}
+        engines: dict[str, Engine] = {part.name: TorchEngine(part, "cpu") for part in parts}
+        adapters = Adapters({name: read_lora(path) for name, (path, _) in named.items()}, engines)
+        adapters.switch(adapters.settle({name: weight for name, (_, weight) in named.items()}))
 
 
 def _check_fit(name: str, weight: str, pair: LowRank, engine: Engine) -> None:

@@ -12,6 +12,7 @@ checked against its hash when a bundle is opened, and a folder appears under its
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ from filelock import FileLock
 
 from engines.checkpoint import fingerprint, load_facts, load_pipeline, name_of, pipeline_class
 from engines.errors import BundleError
-from engines.facts import Facts
+from engines.facts import OWN_DEFAULTS, Defaults, Facts
 from engines.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
 
 if TYPE_CHECKING:
@@ -58,19 +59,37 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def bundle_key(source_hash: str, precision: str, target: PlanTarget | None = None) -> str:
-    """What a bundle's contents depend on, as 16 hex digits."""
-    versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
-    lines = [str(FORMAT), source_hash, precision, _exporter_hash(), *versions]
-    if target:
-        lines += [str(target), str(import_tensorrt(target.engine).__version__)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Blueprint:
+    """What a bundle is to be made of: equal blueprints make equal bundles."""
+
+    source: Path  # a diffusers folder
+    precision: str = "fp32"
+    target: PlanTarget | None = None  # compile plans for it too
+    loras: tuple[tuple[Path, float], ...] = ()  # fused into the weights, each with its λ
+    defaults: Defaults = OWN_DEFAULTS
+
+    @functools.cached_property
+    def source_hash(self) -> str:
+        return fingerprint(self.source)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Of all that the contents depend on, as 16 hex digits."""
+        versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
+        lines = [str(FORMAT), self.source_hash, self.precision, _exporter_hash(), *versions]
+        lines += [f"{fingerprint(path)} {weight}" for path, weight in self.loras]
+        lines += [str(self.defaults)]
+        if self.target:
+            lines += [str(self.target), str(import_tensorrt(self.target.engine).__version__)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _exporter_hash() -> str:
     """Of our own code that makes the graphs: an edit there makes other bundles."""
     here = Path(__file__).parent
-    files = [here / "export.py", here / "plan.py", *sorted((here / "families").glob("*.py"))]
+    own = [here / f"{name}.py" for name in ("adapters", "export", "plan")]
+    files = [*own, *sorted((here / "families").glob("*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -110,22 +129,14 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest, facts)
 
 
-def ensure_bundle(
-    source: Path,
-    precision: str,
-    cache_dir: Path,
-    progress: Progress,
-    target: PlanTarget | None = None,
-) -> Bundle:
-    """The bundle of a checkpoint folder from the cache, built first where it is not there.
+def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> Bundle:
+    """The bundle of a blueprint from the cache, built first where it is not there.
 
     Two processes asking at once build once: the second waits and opens. A damaged cache entry is
     built again.
     """
-    source_hash = fingerprint(source)
-    key = bundle_key(source_hash, precision, target)
-    name = name_of(source).rpartition("/")[2]
-    folder = cache_dir / "bundles" / f"{name}-{precision}-{key}"
+    name = name_of(blueprint.source).rpartition("/")[2]
+    folder = cache_dir / "bundles" / f"{name}-{blueprint.precision}-{blueprint.key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if is_bundle(folder):
@@ -133,56 +144,42 @@ def ensure_bundle(
                 return open_bundle(folder)
             except BundleError:
                 shutil.rmtree(folder)
-        _build(source, source_hash, precision, folder, progress, target)
+        _build(blueprint, folder, progress)
     return open_bundle(folder)
 
 
-def build_bundle(
-    source: Path,
-    precision: str,
-    folder: Path,
-    progress: Progress,
-    target: PlanTarget | None = None,
-) -> Bundle:
-    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced).
-
-    With a ``target`` every part is compiled to a plan too, beside its ONNX.
-    """
+def build_bundle(blueprint: Blueprint, folder: Path, progress: Progress) -> Bundle:
+    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced)."""
     if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
         raise BundleError(f"{folder} exists and is not a bundle; choose another --out")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        _build(source, fingerprint(source), precision, folder, progress, target)
+        _build(blueprint, folder, progress)
     return open_bundle(folder)
 
 
-def _build(
-    source: Path,
-    source_hash: str,
-    precision: str,
-    folder: Path,
-    progress: Progress,
-    target: PlanTarget | None = None,
-) -> None:
+def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
+    source, target = blueprint.source, blueprint.target
     pipeline_class(source)  # a clear error before anything heavy is imported
     progress(f"loading {name_of(source)}", 0, 5)
+    from engines.adapters import fuse
     from engines.export import OPSET, export_onnx
     from engines.families import family_of
 
-    key = bundle_key(source_hash, precision, target)
-    partial = folder.with_name(f"{folder.name}.{key}.partial")
+    partial = folder.with_name(f"{folder.name}.{blueprint.key}.partial")
     for older in folder.parent.glob(f"{folder.name}.*.partial"):
         if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
-    pipeline = load_pipeline(source, precision)
-    facts = load_facts(source, pipeline)
+    pipeline = load_pipeline(source, blueprint.precision)
+    facts = load_facts(source, pipeline).with_defaults(blueprint.defaults)
     if target:
         own_size = (facts.default_size_px, facts.default_size_px)
         target = dataclasses.replace(target, sizes_px=target.sizes_px or (own_size,))
         check_target(target, facts)
     parts = family_of(pipeline_class(source)).parts(pipeline, facts)
+    fuse(parts, blueprint.loras)
     num_pieces = len(parts) * (2 if target else 1) + 1
     for index, part in enumerate(parts):
         progress(f"exporting {part.name}", index, num_pieces)
@@ -199,9 +196,10 @@ def _build(
         mark.unlink()
     manifest = {
         "format": FORMAT,
-        "key": key,
-        "source": {"name": name_of(source), "sha256": source_hash},
-        "precision": precision,
+        "key": blueprint.key,
+        "source": {"name": name_of(source), "sha256": blueprint.source_hash},
+        "loras": [{"name": path.name, "weight": weight} for path, weight in blueprint.loras],
+        "precision": blueprint.precision,
         "opset": OPSET,
         "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},
         "facts": facts.to_json(),

@@ -67,12 +67,12 @@ def pipeline_class(folder: Path) -> str:
     return str(json.loads(index.read_text())["_class_name"])
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over names and contents of every file that loading can read."""
+def fingerprint(source: Path) -> str:
+    """SHA-256 over names and contents of every file that loading can read of a folder or file."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in [source] if source.is_file() else sorted(source.rglob("*")):
         if path.suffix in (".json", ".safetensors", ".txt", ".model") and path.is_file():
-            digest.update(f"{path.relative_to(folder)}\0".encode())
+            digest.update(f"{path.relative_to(source)}\0".encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

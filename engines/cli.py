@@ -10,6 +10,7 @@ import typer
 
 from engines.distill.cli import app as distill
 from engines.errors import EngineError
+from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 app = typer.Typer(
@@ -25,6 +26,13 @@ ModelArgument = Annotated[
 ]
 CacheOption = Annotated[
     Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
+]
+SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the model's.")]
+StepsOption = Annotated[
+    int, typer.Option(min=0, max=1000, help="Default denoise calls; 0: the model's.")
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0, max=50, help="Default guidance scale; none: the model's.")
 ]
 LoraOption = Annotated[
     list[str] | None,
@@ -62,15 +70,24 @@ def build(
     ] = False,
     refit: Annotated[bool, typer.Option(help="Plans whose weights can be replaced.")] = False,
     strip: Annotated[bool, typer.Option(help="Plans without weights, to be refitted.")] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE or FILE@WEIGHT, fused into the weights for good; repeatable."),
+    ] = None,
+    sampler: SamplerOption = "",
+    steps: StepsOption = 0,
+    guidance: GuidanceOption = None,
 ) -> None:
     """Compile a model's parts into a bundle."""
-    from engines.bundle import build_bundle
+    from engines.bundle import Blueprint, build_bundle
     from engines.checkpoint import DTYPES, download, resolve
     from engines.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
+    from engines.samplers import SAMPLERS
 
     _one_of("--engine", engine, ("onnxruntime", *MODULES))
     _one_of("--precision", precision, tuple(DTYPES))
     _one_of("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
+    _one_of("--sampler", sampler, ("", *SAMPLERS))
     target = None
     if engine in MODULES:
         target = PlanTarget(
@@ -85,7 +102,10 @@ def build(
         )
     begun = time.monotonic()
     source = resolve(model) or download(model)
-    bundle = build_bundle(source, precision, out, show_progress, target)
+    fused = tuple(_weighted(text) for text in lora or ())
+    defaults = Defaults(sampler or None, steps or None, guidance)
+    blueprint = Blueprint(source, precision, target, fused, defaults)
+    bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
 
@@ -101,18 +121,25 @@ def parse_loras(texts: list[str] | None) -> tuple[dict[str, Path], dict[str, flo
     weights: dict[str, float] = {}
     for text in texts or ():
         name, found, rest = text.partition("=")
-        path, at, weight = rest.rpartition("@")
-        try:
-            if not (found and name and rest) or name in paths:
-                raise ValueError(text)
-            paths[name] = find_lora(path if at else rest)
-            if at:
-                weights[name] = float(weight)
-        except ValueError:
+        if not (found and name and rest) or name in paths:
             raise typer.BadParameter(
                 f"--lora is {text!r}; write it as NAME=FILE or NAME=FILE@WEIGHT, each name once"
-            ) from None
+            )
+        paths[name], weight = _weighted(rest)
+        if "@" in rest:
+            weights[name] = weight
     return paths, weights
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """FILE@WEIGHT, the weight 1 where it is left out."""
+    path, at, weight = text.rpartition("@")
+    try:
+        return (find_lora(path), float(weight)) if at else (find_lora(text), 1.0)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"
+        ) from None
 
 
 def find_lora(text: str) -> Path:

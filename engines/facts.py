@@ -18,6 +18,18 @@ SAMPLER_OF_SCHEDULER = {
 
 
 @dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets that does not say, in place of the checkpoint's own; None leaves it."""
+
+    sampler: str | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+
+
+OWN_DEFAULTS = Defaults()  # the checkpoint's
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Sizes in pixels unless named otherwise; ``scheduler`` is the checkpoint's own config."""
 
@@ -37,6 +49,15 @@ class Facts:
     default_num_steps: int
     default_guidance_scale: float
     scheduler: Mapping[str, Any]
+
+    def with_defaults(self, defaults: Defaults) -> Facts:
+        """These facts, with the defaults that were chosen."""
+        chosen = {
+            f"default_{name}": value
+            for name, value in dataclasses.asdict(defaults).items()
+            if value is not None
+        }
+        return dataclasses.replace(self, **chosen)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

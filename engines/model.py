@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from engines.adapters import Adapters, read_lora
 from engines.bundle import (
     TOKENIZER,
+    Blueprint,
     Bundle,
     Progress,
     ensure_bundle,
@@ -65,7 +66,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     plans = choice.backend in MODULES
     precision = ("fp16" if plans else "fp32") if order.precision == "auto" else order.precision
     target = _target(order, choice.backend) if plans else None
-    return ensure_bundle(folder, precision, order.cache_dir, progress, target)
+    return ensure_bundle(Blueprint(folder, precision, target), order.cache_dir, progress)
 
 
 def _target(order: Order, backend: str) -> PlanTarget:
@@ -122,9 +123,8 @@ def load_model(order: Order, progress: Progress) -> Model:
     tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(order.loras, engines)
-    return Model(
-        bundle.facts, tokenizer, engines, adapters, choice, bundle.precision, device, target
-    )
+    facts = bundle.facts.with_defaults(order.defaults)
+    return Model(facts, tokenizer, engines, adapters, choice, bundle.precision, device, target)
 
 
 def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
@@ -145,7 +145,7 @@ def _load_torch(order: Order, choice: Choice) -> Model:
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "fp32"
     pipeline = load_pipeline(folder, precision)
-    facts = load_facts(folder, pipeline)
+    facts = load_facts(folder, pipeline).with_defaults(order.defaults)
     parts = family_of(pipeline_class(folder)).parts(pipeline, facts)
     engines = {part.name: TorchEngine(part, device) for part in parts}
     tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engines.facts import OWN_DEFAULTS, Defaults
+
 DEFAULT_CACHE_DIR = Path("~/.cache/fourstep").expanduser()
 
 
@@ -23,3 +25,4 @@ class Order:
     num_threads: int | None = None
     max_batch: int | None = None
     loras: Mapping[str, Path] = field(default_factory=dict)  # those that a recipe may name
+    defaults: Defaults = OWN_DEFAULTS

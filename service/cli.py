@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import CacheOption, LoraOption, app, parse_loras, run
+from engines.cli import (
+    CacheOption,
+    GuidanceOption,
+    LoraOption,
+    SamplerOption,
+    StepsOption,
+    app,
+    parse_loras,
+    run,
+)
 from engines.order import DEFAULT_CACHE_DIR
 
 
@@ -26,9 +35,9 @@ def serve(
         Path | None, typer.Option(help="Ray Serve config (YAML) of several applications.")
     ] = None,
     lora: LoraOption = None,
-    steps: Annotated[int, typer.Option(min=0, help="Default denoise calls; 0: the model's.")] = 0,
-    guidance: Annotated[float | None, typer.Option(help="Default guidance scale.")] = None,
-    sampler: Annotated[str, typer.Option(help="Default sampler; empty: the model's.")] = "",
+    steps: StepsOption = 0,
+    guidance: GuidanceOption = None,
+    sampler: SamplerOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Serve a model over HTTP on this machine."""

@@ -6,13 +6,12 @@ HTTP paths or of Ray; `service.app` puts a surface on it, `service.deployment` a
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from engines.runner import ModelInfo, Runner
+from engines.runner import Runner
 from service.loop import EngineLoop
 from service.metrics import Metrics
 from service.scheduler import Limits
@@ -28,17 +27,6 @@ def open_runner(settings: Settings) -> Runner:
         engines.errors.EngineError: the model cannot be loaded here; the message says why.
     """
     return Runner.open(settings.order, model_id=settings.model_id)
-
-
-def _defaults_of(info: ModelInfo, settings: Settings) -> ModelInfo:
-    """The model's facts with the service's own defaults, where the settings have them."""
-    guidance = settings.default_guidance
-    return dataclasses.replace(
-        info,
-        default_sampler=settings.default_sampler or info.default_sampler,
-        default_num_steps=settings.default_steps or info.default_num_steps,
-        default_guidance_scale=info.default_guidance_scale if guidance is None else guidance,
-    )
 
 
 class Replica:
@@ -66,7 +54,6 @@ class Replica:
         settings = self.settings
         begun = time.monotonic()
         self._runner = runner = self._open_runner(settings)
-        runner.info = _defaults_of(runner.info, settings)
         runner.warm_up(settings.default_loras)
         self._metrics = Metrics(runner.info.model_id)
         limits = Limits(

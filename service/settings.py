@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 MIB = 1024 * 1024
@@ -90,6 +91,7 @@ class Settings(BaseSettings):
             num_threads=self.num_threads or None,
             max_batch=self.max_batch or None,
             loras=self.loras,
+            defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
         )
 
     @model_validator(mode="after")

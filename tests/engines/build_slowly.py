@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import engines.export
-from engines.bundle import ensure_bundle
+from engines.bundle import Blueprint, ensure_bundle
 from engines.families.part import Part
 
 
@@ -24,7 +24,7 @@ def main(checkpoint: str, cache: str, delay_s: str) -> None:
         path.write_bytes(part.name.encode())
 
     engines.export.export_onnx = export_onnx
-    bundle = ensure_bundle(Path(checkpoint), "fp32", Path(cache), lambda *_: None)
+    bundle = ensure_bundle(Blueprint(Path(checkpoint)), Path(cache), lambda *_: None)
     print(bundle.folder, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.adapters import read_lora
+from engines.bundle import Blueprint, build_bundle
 from engines.errors import CheckpointError, InvalidInput
+from engines.facts import Defaults
 from engines.order import Order
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
 from tests.engines.conftest import BACKENDS
-from tests.engines.peers import Peer, assert_agree, draw_together, recipe
+from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe
 
 UNET_TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -185,3 +188,30 @@ def test_files_that_are_no_plain_lora(loras: dict[str, Path], tmp_path: Path) ->
     save_file(half, tmp_path / "half.safetensors")
     with pytest.raises(CheckpointError, match="only plain pairs"):
         read_lora(tmp_path / "half.safetensors")
+
+
+def test_a_lora_fused_at_build_time_draws_as_one_switched_on(
+    checkpoints: Path, cache_dir: Path, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    chosen = {"both": 0.3, "everything": 1.2}
+    fused = tuple((loras[name], weight) for name, weight in chosen.items())
+    defaults = Defaults("lcm", 3, 1.0)
+    source = checkpoints / "tiny-sd"
+    bundle = build_bundle(
+        Blueprint(source, loras=fused, defaults=defaults), tmp_path / "fused", lambda *_: None
+    )
+    names = [entry["weight"] for entry in bundle.manifest["loras"]]
+    assert names == list(chosen.values())
+    built = Runner.open(Order(str(bundle.folder), num_threads=1))
+    switched = Runner.open(Order(str(source), cache_dir=cache_dir, num_threads=1, loras=loras))
+    info = built.info
+    assert (info.default_sampler, info.default_num_steps) == ("lcm", 3)
+    assert info.default_guidance_scale == 1.0
+    (one,) = built.draw([built.default_recipe(3, "a cube", info.default_num_steps)])
+    same = dataclasses.replace(one.recipe, loras=chosen)
+    (other,) = switched.draw([same])
+    assert psnr_db(one.pixels, other.pixels) >= 50
+    (plain,) = switched.draw([dataclasses.replace(same, loras={})])
+    assert psnr_db(one.pixels, plain.pixels) < 50
+    built.close()
+    switched.close()

@@ -13,14 +13,15 @@ import pytest
 
 from engines.bundle import (
     MANIFEST,
+    Blueprint,
     Bundle,
     build_bundle,
-    bundle_key,
     ensure_bundle,
     is_bundle,
     open_bundle,
 )
 from engines.errors import BackendUnavailable, BundleError, CheckpointError
+from engines.facts import Defaults
 from engines.order import Order
 from engines.runner import Runner
 
@@ -121,11 +122,25 @@ def test_torch_needs_the_checkpoint(copy: Path) -> None:
         Runner.open(Order(str(copy), backend="torch"))
 
 
-def test_key_covers_source_precision_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {bundle_key("a", "fp32"), bundle_key("b", "fp32"), bundle_key("a", "fp16")}
+def test_the_key_covers_all_that_a_bundle_is_made_of(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, lora = checkpoints / "tiny-lcm", tmp_path / "lora.safetensors"
+    lora.write_bytes(b"one")
+    keys = [
+        Blueprint(source).key,
+        Blueprint(checkpoints / "tiny-sd").key,
+        Blueprint(source, "fp16").key,
+        Blueprint(source, loras=((lora, 1.0),)).key,
+        Blueprint(source, loras=((lora, 0.5),)).key,
+        Blueprint(source, defaults=Defaults(num_steps=2)).key,
+    ]
+    lora.write_bytes(b"two")
+    keys.append(Blueprint(source, loras=((lora, 1.0),)).key)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
-    keys.add(bundle_key("a", "fp32"))
-    assert len(keys) == 4
+    keys.append(Blueprint(source).key)
+    assert len(set(keys)) == len(keys)
+    assert Blueprint(source).key == keys[-1]
 
 
 def test_a_changed_checkpoint_is_another_bundle(checkpoints: Path, tmp_path: Path) -> None:
@@ -183,7 +198,7 @@ def test_a_damaged_cache_entry_is_built_again(checkpoints: Path, tmp_path: Path)
 def test_never_overwrites_what_is_not_a_bundle(checkpoints: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(BundleError, match="choose another --out"):
-        build_bundle(checkpoints / "tiny-lcm", "fp32", tmp_path, _no_progress)
+        build_bundle(Blueprint(checkpoints / "tiny-lcm"), tmp_path, _no_progress)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
@@ -196,7 +211,7 @@ def test_refuses_an_unsupported_pipeline(checkpoints: Path, tmp_path: Path) -> N
     index = source / "model_index.json"
     index.write_text(index.read_text().replace("LatentConsistencyModelPipeline", "FluxPipeline"))
     with pytest.raises(CheckpointError, match="FluxPipeline"):
-        ensure_bundle(source, "fp32", tmp_path / "cache", _no_progress)
+        ensure_bundle(Blueprint(source), tmp_path / "cache", _no_progress)
     assert not any(is_bundle(path) for path in (tmp_path / "cache" / "bundles").iterdir())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engines.bundle import ensure_bundle, open_bundle
+from engines.bundle import Blueprint, ensure_bundle, open_bundle
 
 PROGRAM = "from engines.cli import app, run; run(app)"
 # Runs a command and then says which heavy packages it has imported, on the last line of stdout.
@@ -39,7 +39,7 @@ def _fourstep(
 @pytest.fixture(scope="module")
 def bundle(checkpoints: Path, cache_dir: Path) -> Path:
     return ensure_bundle(
-        checkpoints / "tiny-lcm", "fp32", cache_dir, lambda what, done, total: None
+        Blueprint(checkpoints / "tiny-lcm"), cache_dir, lambda what, done, total: None
     ).folder
 
 

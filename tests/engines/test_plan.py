@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 
-from engines.bundle import Bundle, build_bundle, bundle_key, open_bundle
-from engines.checkpoint import fingerprint, load_facts, load_pipeline
+from engines.bundle import Blueprint, Bundle, build_bundle, open_bundle
+from engines.checkpoint import load_facts, load_pipeline
 from engines.errors import BackendUnavailable, BuildError, BundleError, InvalidInput
 from engines.families import family_of
 from engines.families.part import Part
@@ -52,7 +52,8 @@ def parts() -> dict[str, Part]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The shipped demo model in fp16, exported and compiled."""
-    return build_bundle(DEMO, "fp16", tmp_path_factory.mktemp("plans") / "b", _no_progress, TARGET)
+    blueprint = Blueprint(DEMO, "fp16", TARGET)
+    return build_bundle(blueprint, tmp_path_factory.mktemp("plans") / "b", _no_progress)
 
 
 def _network(onnx_file: Path) -> tuple[Any, ...]:
@@ -128,11 +129,11 @@ def test_profiles(parts: dict[str, Part]) -> None:
 
 
 def test_manifest_says_the_same_twice(built: Bundle, tmp_path: Path) -> None:
-    again = build_bundle(DEMO, "fp16", tmp_path / "again", _no_progress, TARGET)
+    again = build_bundle(Blueprint(DEMO, "fp16", TARGET), tmp_path / "again", _no_progress)
     assert _steady(again.manifest) == _steady(built.manifest)
     other = dataclasses.replace(TARGET, max_batch=2)
-    assert again.manifest["key"] == bundle_key(fingerprint(DEMO), "fp16", TARGET)
-    assert again.manifest["key"] != bundle_key(fingerprint(DEMO), "fp16", other)
+    assert again.manifest["key"] == Blueprint(DEMO, "fp16", TARGET).key
+    assert again.manifest["key"] != Blueprint(DEMO, "fp16", other).key
 
 
 def _steady(manifest: dict[str, Any]) -> dict[str, Any]:
