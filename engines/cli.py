@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engines.distill.cli import app as distill
-from engines.errors import EngineError
+from engines.errors import BundleError, EngineError
 from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
@@ -27,6 +27,10 @@ ModelArgument = Annotated[
 CacheOption = Annotated[
     Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
 ]
+EngineOption = Annotated[
+    str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
+]
+PrecisionOption = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")]
 SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the model's.")]
 StepsOption = Annotated[
     int, typer.Option(min=0, max=1000, help="Default denoise calls; 0: the model's.")
@@ -193,14 +197,46 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
 
 
 @app.command()
+def verify(
+    model: ModelArgument,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
+) -> None:
+    """Compare a build with fp32 on ONNX Runtime, part by part; exit code 1 if it is too far off."""
+    from engines.model import load_model
+    from engines.parity import MAX_RELATIVE_ERROR, MIN_PSNR_DB, compare
+
+    truth = load_model(Order(model, "onnxruntime", "fp32", cache_dir), show_progress)
+    built = load_model(Order(model, engine, precision, cache_dir), show_progress)
+    prompts = ("a red circle on a white background", "two cats asleep on a blue chair, at night")
+    results = compare(truth, built, prompts)
+    typer.echo(f"{built.choice.backend}, {built.precision}, against onnxruntime, fp32")
+    typer.echo(f"{'output':<28}{'values':>10}{'not finite':>12}{'largest error':>15}  distance")
+    for result in results:
+        pixels = result.output == "pixels"
+        distance = (
+            f"{result.psnr_db:.1f} dB (at least {MIN_PSNR_DB:g})" if pixels
+            else f"{result.relative_error:.1e} relative (at most {MAX_RELATIVE_ERROR:g})"
+        )  # fmt: skip
+        typer.echo(
+            f"{result.part + '.' + result.output:<28}{result.num_values:>10}"
+            f"{result.num_not_finite:>12}{result.largest_error:>15.2g}  {distance}"
+        )
+    if too_far := [f"{r.part}.{r.output}" for r in results if not r.good]:
+        raise BundleError(
+            f"{', '.join(too_far)} of {model} is too far from fp32 on {built.choice.backend} with "
+            f"{built.precision}; serve it with --precision bf16 or fp32"
+        )
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")],
     model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
-    engine: Annotated[
-        str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT; default: the model's.")] = "",
     steps: Annotated[int, typer.Option(help="Denoise calls; 0: the model's default.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,

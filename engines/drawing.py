@@ -60,6 +60,9 @@ class Drawing:
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
     previews: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], by decode
     pixels: np.ndarray | None = None  # uint8 [H, W, 3], by decode
+    # Drawn for the step that is next: a call that failed and is made again must draw no other.
+    step_noise: torch.Tensor | None = None
+    failure: str | None = None  # by decode, where there is nothing to decode
 
     @property
     def num_steps(self) -> int:
@@ -68,7 +71,7 @@ class Drawing:
     @property
     def stage(self) -> Stage:
         """What this row needs next."""
-        if self.pixels is not None:
+        if self.pixels is not None or self.failure is not None:
             return Stage.DONE
         if self.prompt_embeds is None:
             return Stage.ENCODE_TEXT

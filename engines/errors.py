@@ -5,7 +5,8 @@ EngineError
  ├─ CheckpointError      the source model is missing, unsafe or of an unsupported kind
  ├─ BundleError          a compiled bundle is missing, damaged or stale
  ├─ BackendUnavailable   a package or a device is absent
- └─ BuildError           compiling failed
+ ├─ BuildError           compiling failed
+ └─ OutOfMemory          an engine call found no memory; nothing of its rows has changed
 """
 
 from __future__ import annotations
@@ -38,3 +39,7 @@ class BackendUnavailable(EngineError):
 
 class BuildError(EngineError):
     """Compiling failed."""
+
+
+class OutOfMemory(EngineError):
+    """An engine call found no memory; its rows are as before, and fewer of them may fit."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from torch import Tensor
 
 from engines.onnx_weights import OnnxWeights
@@ -43,7 +44,12 @@ class OnnxRuntimeEngine:
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert self._session is not None, "closed"
         arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
-        results = self._session.run(self._outputs, arrays)
+        try:
+            results = self._session.run(self._outputs, arrays)
+        except RuntimeException as error:
+            if "allocate memory" in str(error):
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
         return {
             name: torch.from_numpy(array)
             for name, array in zip(self._outputs, results, strict=True)

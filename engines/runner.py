@@ -23,7 +23,7 @@ from torch import Tensor
 from engines.adapters import AdapterSet
 from engines.bundle import Progress
 from engines.drawing import Drawing, Group, Recipe, spread_previews
-from engines.errors import InvalidInput
+from engines.errors import EngineError, InvalidInput, OutOfMemory
 from engines.facts import Facts
 from engines.model import DEFAULT_MAX_BATCH, Model, load_model
 from engines.order import Order
@@ -249,10 +249,14 @@ class Runner:
         for drawing, lane in zip(drawings, first, strict=True):
             drawing.latents = outputs["next_sample"][lane]
             drawing.denoised = outputs["denoised"][lane]
+            drawing.step_noise = None
             drawing.step_index += 1
 
     def decode(self, drawings: Sequence[Drawing]) -> None:
-        """Rows of one size to pixels: finished ones to their image, others to a preview."""
+        """Rows of one size to pixels: finished ones to their image, others to a preview.
+
+        A row whose latents are no numbers any more gets a ``failure`` instead.
+        """
         final = [drawing.stage is Stage.DECODE for drawing in drawings]
         latents = [
             drawing.latents if done else drawing.denoised
@@ -260,15 +264,27 @@ class Runner:
         ]
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
         pixels = self._run("vae_decoder", latents=batch)["pixels"].cpu().numpy()  # [B, H, W, 3]
-        for drawing, done, image in zip(drawings, final, pixels, strict=True):
-            if done:
+        finite = torch.isfinite(batch).flatten(1).all(dim=1).tolist()
+        for drawing, done, image, sound in zip(drawings, final, pixels, finite, strict=True):
+            if not sound:
+                drawing.failure = (
+                    f"after step {drawing.step_index} the latents are not all finite numbers; a "
+                    f"checkpoint that overflows in {self._model.precision} needs bf16 or fp32"
+                )
+            elif done:
                 drawing.pixels = image
                 drawing.latents = drawing.denoised = None
             else:
                 drawing.previews.append(image)
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
-        return self._model.engines[part].run(inputs)
+        try:
+            return self._model.engines[part].run(inputs)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if self._model.device == "cuda":
+                torch.cuda.empty_cache()
+            rows = len(next(iter(inputs.values())))
+            raise OutOfMemory(f"no memory for {part} of {rows} rows: {error}") from error
 
     def _draw_noise(self, drawing: Drawing) -> Tensor:
         """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
@@ -278,14 +294,20 @@ class Runner:
 
     def _step_noise(self, drawing: Drawing) -> Tensor:
         if drawing.schedule.draws_noise[drawing.step_index]:
-            return self._draw_noise(drawing).to(self._model.device)
+            if drawing.step_noise is None:
+                drawing.step_noise = self._draw_noise(drawing).to(self._model.device)
+            return drawing.step_noise
         assert drawing.latents is not None, "the first noise is drawn before a step's"
         return torch.zeros_like(drawing.latents)
 
     # -- whole images ------------------------------------------------------------------------
 
     def draw(self, recipes: Sequence[Recipe]) -> list[Drawing]:
-        """Draw images to the end in batches of at most ``max_batch`` lanes, without a service."""
+        """Draw images to the end in batches of at most ``max_batch`` lanes, without a service.
+
+        Raises:
+            EngineError: an image could not be drawn; the message says why.
+        """
         drawings = [self.start(recipe) for recipe in recipes]
         calls = {
             Stage.ENCODE_TEXT: self.encode_text,
@@ -299,6 +321,9 @@ class Runner:
             alike = [d for d in open_ if d.stage is leader.stage and d.group == leader.group]
             num_rows = max(1, self.info.max_batch // leader.num_lanes)
             calls[leader.stage](alike[:num_rows])
+        for drawing in drawings:
+            if drawing.failure is not None:
+                raise EngineError(drawing.failure)
         return drawings
 
     def warm_up(self, loras: Mapping[str, float] = MappingProxyType({})) -> None:

@@ -8,12 +8,14 @@ from loadtests.mixed import mixed
 from loadtests.overhead import overhead
 from loadtests.simulate import simulate
 from loadtests.soak import soak
+from loadtests.switch import switch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(mixed)
 app.command()(overhead)
 app.command()(simulate)
 app.command()(soak)
+app.command()(switch)
 
 if __name__ == "__main__":
     app()

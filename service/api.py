@@ -155,7 +155,7 @@ async def _answer(
     async with job:
         images = await _until_disconnect(request, _collect(job))
     timings = job.request.timings
-    exchange.log_fields = {"n": len(images), "steps": admitted.num_steps} | timings.milliseconds()
+    exchange.log_fields |= {"n": len(images), "steps": admitted.num_steps} | timings.milliseconds()
     headers = {"server-timing": _server_timing(timings)}
     if raw_format is not None:
         headers |= {"x-fourstep-seed": str(admitted.seed)}

@@ -23,6 +23,7 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
+from service.keys import Authentication, KeyRing
 from service.replica import Replica
 from service.telemetry import Telemetry
 
@@ -52,6 +53,8 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     app.include_router(build_router(replica))
     _add_probes(app, replica)
     _add_error_shapes(app)
+    if replica.settings.api_keys_file:
+        app.add_middleware(Authentication, keys=KeyRing(replica.settings.api_keys_file))
     app.add_middleware(Telemetry, replica=replica, send_request_id=not behind_ray)
     return app
 

@@ -10,8 +10,10 @@ import typer
 
 from engines.cli import (
     CacheOption,
+    EngineOption,
     GuidanceOption,
     LoraOption,
+    PrecisionOption,
     SamplerOption,
     StepsOption,
     app,
@@ -24,10 +26,8 @@ from engines.order import DEFAULT_CACHE_DIR
 @app.command()
 def serve(
     model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
-    engine: Annotated[
-        str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Engines, one each.")] = 1,
@@ -39,6 +39,12 @@ def serve(
     guidance: GuidanceOption = None,
     sampler: SamplerOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys; `fourstep key NAME` makes its lines.")
+    ] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option(help="Serve other machines without API keys.")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP on this machine."""
     from service.serve import serve_here
@@ -56,8 +62,23 @@ def serve(
         "precision": precision,
         "cache_dir": str(cache_dir),
         "num_replicas": replicas,
+        "api_keys_file": str(api_keys) if api_keys else None,
     }
-    sys.exit(serve_here(config or ServeConfig.of_one(args), host=host, port=port))
+    what = config or ServeConfig.of_one(args)
+    sys.exit(serve_here(what, host=host, port=port, allow_anonymous=allow_anonymous))
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Whose key it is; for logs.")]) -> None:
+    """Make an API key: the key itself on stderr, once; its line for the key file on stdout."""
+    from service.keys import KeyFileError, make_key
+
+    try:
+        secret, line = make_key(name)
+    except KeyFileError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"{secret}   <- give this to {name}; it is kept nowhere", err=True)
+    typer.echo(line)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ class FourstepDeployment:
         return build_app(self.replica, behind_ray=True)
 
     def check_health(self) -> None:
-        """Ray replaces the replica when its engine thread is gone."""
+        """Ray replaces the replica when its engine thread is gone, or in a call without end."""
         if self.replica.started and not self.replica.ready:
             raise RuntimeError("the engine thread is not serving")
 

@@ -1,5 +1,6 @@
 """Every way a request can fail, and what the client is told: one tree, one table.
 
+    HTTP head ──▶ Unauthorized                           before the body is read
     HTTP body ──▶ BadRequest, NotFound, TooLarge        before anything is queued
     admission ──▶ Overloaded, NotReady                  nothing was accepted
     queue     ──▶ DeadlineExceeded, Cancelled           accepted, left at a step boundary
@@ -67,6 +68,17 @@ class BadRequest(ServiceError):
     status = 400
     type = "invalid_request_error"
     default_code = "invalid_value"
+
+
+class Unauthorized(ServiceError):
+    """No API key, or none that is known."""
+
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"www-authenticate": "Bearer"}
 
 
 class NotFound(ServiceError):

@@ -17,10 +17,13 @@ from types import TracebackType
 import numpy as np
 
 from service.admission import Admitted
+from service.errors import DeadlineExceeded
 from service.images import encode_image
 from service.replica import Replica
 from service.request import Event, Finished, Preview, Request, Resolved, Row
 from service.schema import ImageParams, OutputFormat
+
+DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,21 @@ class Job:
         Raises:
             ServiceError: the request ended any other way than with all its images.
         """
-        while not isinstance(item := await self._inbox.get(), Resolved):
+        while not isinstance(item := await self._next(), Resolved):
             yield await asyncio.wrap_future(item)
         if item.error is not None:
             raise item.error
         self.request.timings.total_s = self._replica.loop.clock() - self.request.arrived_at
+
+    async def _next(self) -> Future[EncodedImage] | Resolved:
+        """The next item; a wedged engine, which cannot see deadlines, leaves nobody waiting."""
+        left_s = self.request.deadline - self._replica.loop.clock() + DEADLINE_GRACE_S
+        try:
+            return await asyncio.wait_for(self._inbox.get(), max(0.0, left_s))
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "the engine has not answered by the deadline; try again"
+            ) from None
 
     def _receive(self, event: Event) -> None:
         """Called on the engine thread: encoding begins at once, not when the handler next runs."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from engines.drawing import Drawing
+from engines.errors import OutOfMemory
 from service.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -54,7 +55,8 @@ class EngineLoop:
     """Runs a scheduler's work on a runner, in a thread of its own.
 
     ``max_waiting`` bounds the rows accepted and not yet finished their way into a batch; one more
-    is refused with `Overloaded`. ``clock`` is in seconds and only its differences matter.
+    is refused with `Overloaded`. An engine call that takes more than ``max_call_s`` makes the loop
+    unhealthy: it is wedged. ``clock`` is in seconds and only its differences matter.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class EngineLoop:
         observer: Observer,
         *,
         max_waiting: int = 256,
+        max_call_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._calls: dict[WorkKind, Callable[[Sequence[Drawing]], Any]] = {
@@ -75,6 +78,8 @@ class EngineLoop:
         self._scheduler: Scheduler[Row] = Scheduler(limits)
         self._observer = observer
         self._max_waiting = max_waiting
+        self._max_call_s = max_call_s
+        self._call_began_at: float | None = None
         self.clock = clock
         self._wakeup = threading.Condition()
         self._inbox: deque[Request] = deque()  # guarded by _wakeup
@@ -92,8 +97,14 @@ class EngineLoop:
 
     @property
     def healthy(self) -> bool:
-        """Accepting work, with the engine thread alive."""
-        return self._accepting and self._thread.is_alive()
+        """Accepting work, with the engine thread alive and in no call that never ends."""
+        return self._accepting and self._thread.is_alive() and not self.wedged
+
+    @property
+    def wedged(self) -> bool:
+        """Whether the present engine call has taken longer than any should."""
+        began_at = self._call_began_at
+        return began_at is not None and self.clock() - began_at > self._max_call_s
 
     def close(self, drain_s: float = 0.0) -> None:
         """Refuse new work, finish what runs for up to ``drain_s`` seconds, end the thread."""
@@ -104,6 +115,12 @@ class EngineLoop:
             self._wakeup.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+
+    @property
+    def num_open(self) -> int:
+        """Requests accepted and not resolved."""
+        with self._wakeup:
+            return len(self._open)
 
     # -- called by handlers, from any thread ------------------------------------------------
 
@@ -178,20 +195,40 @@ class EngineLoop:
                 self._fail(request, Status.EXPIRED, error)
 
     def _work(self, work: Work[Row]) -> None:
-        requests = _requests(work.rows)
         started_at = self.clock()
-        for request in requests:
+        for request in _requests(work.rows):
             if request.status is Status.WAITING:
                 request.status = Status.RUNNING
                 request.timings.queue_s = started_at - request.arrived_at
                 self._observer.queue_wait(request.timings.queue_s)
+        self._call(work, may_split=True)
+
+    def _call(self, work: Work[Row], *, may_split: bool) -> None:
+        """One engine call. Without memory for it, two of half as many rows; then it sheds."""
+        requests = _requests(work.rows)
+        self._call_began_at = started_at = self.clock()
         try:
             self._calls[work.kind]([row.drawing for row in work.rows])
+        except OutOfMemory as error:
+            middle = len(work.rows) // 2
+            if may_split and middle:
+                logger.warning("%s of %d rows, now halved: %s", work.kind, len(work.rows), error)
+                for rows in (work.rows[:middle], work.rows[middle:]):
+                    alive = tuple(row for row in rows if row.request.status is Status.RUNNING)
+                    if alive:
+                        self._call(Work(work.kind, alive), may_split=False)
+                return
+            logger.exception("%s of %d rows shed", work.kind, len(work.rows))
+            for request in requests:
+                self._fail(request, Status.FAILED, _no_memory(error))
+            return
         except Exception as error:
             logger.exception("%s of %d rows failed", work.kind, len(work.rows))
             for request in requests:
                 self._fail(request, Status.FAILED, _engine_failure(work.kind, error))
             return
+        finally:
+            self._call_began_at = None
         seconds = self.clock() - started_at
         num_lanes = sum(row.num_lanes for row in work.rows)
         self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds)
@@ -205,6 +242,12 @@ class EngineLoop:
         """Send what a decode brought: previews of rows that go on, pixels of rows that are done."""
         done = set(self._scheduler.update(work))
         for row in work.rows:
+            if row.request.status is not Status.RUNNING:
+                continue  # another row of the same request has failed
+            if row.drawing.failure is not None:
+                error = EngineFailure(row.drawing.failure, code="not_finite")
+                self._fail(row.request, Status.FAILED, error)
+                continue
             if row not in done:
                 previews = row.drawing.previews
                 event: Event = Preview(row.index, len(previews) - 1, previews[-1])
@@ -243,6 +286,15 @@ class EngineLoop:
 def _requests(rows: Sequence[Row]) -> list[Request]:
     """The distinct requests of these rows, in their order."""
     return list(dict.fromkeys(row.request for row in rows))
+
+
+def _no_memory(error: OutOfMemory) -> NotReady:
+    return NotReady(
+        f"the engine has no memory for this ({error}); ask for a smaller size or fewer images, or "
+        "try again when less is drawn",
+        code="out_of_memory",
+        retry_after_s=1,
+    )
 
 
 def _engine_failure(kind: WorkKind, error: Exception) -> EngineFailure:

@@ -5,6 +5,7 @@ Each check raises `ServeError` with the one line that the user sees.
 
 from __future__ import annotations
 
+import ipaddress
 import shutil
 import socket
 import tempfile
@@ -33,6 +34,14 @@ def check_port(host: str, port: int) -> None:
             raise ServeError(
                 f"port {port} on {host} cannot be used ({error.strerror}); choose one with --port"
             ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_memory(num_replicas: int) -> None:

@@ -62,7 +62,13 @@ class Replica:
             max_running=max(settings.max_running, runner.info.max_batch),
             patience=settings.patience,
         )
-        self._loop = EngineLoop(runner, limits, self._metrics, max_waiting=settings.max_waiting)
+        self._loop = EngineLoop(
+            runner,
+            limits,
+            self._metrics,
+            max_waiting=settings.max_waiting,
+            max_call_s=settings.max_call_s,
+        )
         self._loop.start()
         logger.info(
             "serving %s on %s (%s), batches of %d, ready after %.1f s",

@@ -20,7 +20,8 @@ import typer
 
 from engines.cli import show_progress
 from engines.errors import EngineError
-from service.machine import ServeError, check_disk, check_memory, check_port
+from service.keys import KeyRing
+from service.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_environment import haproxy_available, own_ports, ray_environment
 from service.serve_config import ServeConfig
 from service.settings import Settings, SettingsError, load_settings
@@ -30,17 +31,20 @@ RESOURCE_ARGS = ("num_replicas", "num_gpus", "num_cpus")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
 
-def serve_here(what: ServeConfig | Path, *, host: str, port: int) -> int:
+def serve_here(
+    what: ServeConfig | Path, *, host: str, port: int, allow_anonymous: bool = False
+) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; failures are one line on stderr.
 
-    ``what`` is a Ray Serve config file's path, or what one would say.
+    ``what`` is a Ray Serve config file's path, or what one would say. Other machines are served
+    only where every application has API keys, or with ``allow_anonymous``.
     """
     with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
         _set_environment(folder)
         try:
             check_port(host, port)
             config = ServeConfig.from_file(what) if isinstance(what, Path) else what
-            _check(config)
+            _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
             return _run(config, host, port)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
@@ -59,7 +63,7 @@ def _set_environment(folder: str) -> None:
     os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"
 
 
-def _check(config: ServeConfig) -> None:
+def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
     if config.ignored:
         names = ", ".join(config.ignored)
         typer.echo(f"note: {names}: for a cluster, without effect on this machine", err=True)
@@ -67,6 +71,14 @@ def _check(config: ServeConfig) -> None:
         load_settings({k: v for k, v in app.args.items() if k not in RESOURCE_ARGS})
         for app in config.applications
     ]
+    for app, each in zip(config.applications, settings, strict=True):
+        if each.api_keys_file:
+            KeyRing(each.api_keys_file)
+        elif anonymous_to_others:
+            raise ServeError(
+                f"application {app.name!r} asks for no API key and --host lets other machines in; "
+                "give --api-keys FILE (`fourstep key NAME` makes one), or say --allow-anonymous"
+            )
     check_memory(sum(app.num_replicas for app in config.applications))
     check_disk(each.cache_dir for each in settings)
     for each in settings:

@@ -51,6 +51,12 @@ class Settings(BaseSettings):
     patience: int = Field(4, ge=0, le=1000, description="denoise calls that weigh as one step left")
     max_waiting: int = Field(256, ge=1, le=100_000, description="images accepted and unfinished")
 
+    max_call_s: float = Field(
+        120.0,
+        gt=0,
+        description="an engine call that takes longer makes the replica unhealthy",
+    )
+
     # Limits of one request.
     max_images: int = Field(10, ge=1, le=10, description="n")
     max_steps: int = Field(50, ge=1, le=1000, description="num_inference_steps")
@@ -61,6 +67,10 @@ class Settings(BaseSettings):
         "truncate", description="what happens to a prompt longer than the text encoder's window"
     )
     request_timeout_s: float = Field(60.0, gt=0, le=3600, description="deadline; X-Request-Timeout")
+
+    api_keys_file: Path | None = Field(
+        None, description="file of NAME:SHA256 lines; with it /v1/ needs a key (see `fourstep key`)"
+    )
 
     # What a request gets that does not say; None: the model's own.
     default_loras: dict[str, float] = Field({}, description="name → weight λ, of `loras`")

@@ -47,7 +47,7 @@ class Telemetry:
         except asyncio.CancelledError:
             exchange.status = 499
             raise
-        except ServiceError as error:  # the body limit, met before any handler could answer
+        except ServiceError as error:  # a key or the body limit, before any handler could answer
             if exchange.started:
                 raise
             await exchange.answer(error)

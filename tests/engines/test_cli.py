@@ -31,7 +31,7 @@ def _fourstep(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False,
+        command, capture_output=True, text=True, timeout=400, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
 

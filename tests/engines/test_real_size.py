@@ -17,9 +17,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import pytest
 
 MAX_PEAK_GB = 14.0
+NUM_UNET_WEIGHTS = 687  # names of the UNet with its guidance embedding
+PLANS = [
+    "--engine", "tensorrt-rtx", "--size", "512x512", "--max-batch", "4",
+    "--compute-capability", "89",
+]  # fmt: skip
 FOURSTEP = str(Path(sys.executable).with_name("fourstep"))
 NUM_PARAMETERS = 859_600_000  # of the published UNet, guidance embedding included, to 0.1 %
 
@@ -93,13 +99,19 @@ def measure(stage: str, command: list[str], made: Path) -> Measured:
 def run_all(folder: Path) -> list[Measured]:
     """Every stage in a process of its own: checkpoint, build, image (and once more, for fp16)."""
     source, bundle = folder / "sd15-lcm-random", folder / "bundle-fp32"
-    half, image = folder / "bundle-fp16", folder / "image.png"
+    half, plans = folder / "bundle-fp16", folder / "bundle-plans"
+    image = folder / "image.png"
     make = [sys.executable, "-m", "tests.engines.test_real_size", "--make", str(source)]
     draw = ["generate", "a lighthouse in a storm", "--size", "512x512", "--steps", "4"]
     results = [measure("make the checkpoint (fp16)", make, source)]
-    for precision, out in (("fp32", bundle), ("fp16", half)):
+    for precision, out, options in (
+        ("fp32", bundle, []),
+        ("fp16", half, []),
+        ("fp16", plans, PLANS),
+    ):
+        stage = " ".join(["fourstep build --precision", precision, *options])
         build = [FOURSTEP, "build", str(source), "--precision", precision, "--out", str(out)]
-        results.append(measure(f"`fourstep build --precision {precision}`", build, out))
+        results.append(measure(f"`{stage}`", [*build, *options], out))
     command = [FOURSTEP, *draw, "--model", str(bundle), "-o", str(image)]
     results.append(measure("`fourstep generate` 512x512, 4 steps, fp32", command, image))
     return results
@@ -127,6 +139,11 @@ def test_real_size(tmp_path: Path) -> None:
     results = run_all(tmp_path)
     print(as_table(results))
     assert all(result.peak_gb < MAX_PEAK_GB for result in results)
+    for bundle in ("bundle-fp32", "bundle-fp16", "bundle-plans"):
+        graph = onnx.load(tmp_path / bundle / "denoiser.onnx", load_external_data=False).graph
+        names = {weight.name for weight in graph.initializer if weight.name.startswith("unet.")}
+        assert len(names) == NUM_UNET_WEIGHTS, bundle
+    assert len(list((tmp_path / "bundle-plans").glob("*.plan"))) == 4
     with Image.open(tmp_path / "image.png") as image:
         assert image.size == (512, 512)
         assert any(low != high for low, high in image.getextrema())

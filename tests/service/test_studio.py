@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +18,7 @@ import uvicorn
 from playwright.sync_api import Page, expect, sync_playwright
 
 from service.app import build_app
+from service.keys import make_key
 from service.replica import Replica
 from service.settings import load_settings
 
@@ -23,13 +26,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
 
 
-@pytest.fixture(scope="module")
-def url(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[str]:
-    """A service on a port of its own."""
-    settings = load_settings(
-        {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
-    )
-    app = build_app(Replica(settings))
+@contextlib.contextmanager
+def serving(**values: Any) -> Iterator[str]:
+    """The URL of a service on a port of its own."""
+    app = build_app(Replica(load_settings({"engine": "onnxruntime", **values})))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -41,26 +41,38 @@ def url(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[str]:
     thread.join()
 
 
-@pytest.fixture
-def page(url: str) -> Iterator[Page]:
+@contextlib.contextmanager
+def studio(url: str) -> Iterator[Page]:
     """The page, opened; afterwards no script has failed and no other host was asked."""
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page()
-        opened.on("pageerror", lambda error: problems.append(str(error)))
-        opened.on(
+        page = browser.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
             "request",
             lambda request: (
                 request.url.startswith(("data:", url))
                 or problems.append(f"asked {urlsplit(request.url).hostname}")
             ),
         )
-        opened.goto(url)
-        expect(opened.locator("#model")).to_contain_text("onnxruntime")
-        yield opened
+        page.goto(url)
+        yield page
         browser.close()
     assert problems == []
+
+
+@pytest.fixture(scope="module")
+def url(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[str]:
+    with serving(model=str(lcm_checkpoint), cache_dir=cache_dir) as url:
+        yield url
+
+
+@pytest.fixture
+def page(url: str) -> Iterator[Page]:
+    with studio(url) as page:
+        expect(page.locator("#model")).to_contain_text("onnxruntime")
+        yield page
 
 
 def test_a_prompt_becomes_the_pictures_the_api_gives(page: Page, url: str) -> None:
@@ -103,3 +115,19 @@ def test_a_refusal_says_what_is_wrong_and_the_button_comes_back(page: Page) -> N
     page.locator("#draw").click()
     expect(page.locator("#message.error")).to_contain_text("size is 63x64")
     expect(page.locator("#draw")).to_be_enabled()
+
+
+def test_where_a_key_is_needed_the_page_asks_for_it(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    key, line = make_key("newcomer")
+    (tmp_path / "keys").write_text(line)
+    values = {"model": str(lcm_checkpoint), "cache_dir": cache_dir}
+    with serving(**values, api_keys_file=tmp_path / "keys") as url, studio(url) as page:
+        expect(page.locator("#message.error")).to_contain_text("no API key was given")
+        page.locator("#key").fill(key)
+        page.locator("#key").press("Tab")
+        expect(page.locator("#model")).to_contain_text("onnxruntime")
+        page.locator("#draw").click()
+        expect(page.locator("figure:not(.preview) img")).to_have_count(1)
+        expect(page.locator("#message")).to_contain_text("ms in all")

@@ -1,0 +1,129 @@
+"""API keys: who may draw. Hashed at rest, compared in constant time, read again when they change.
+
+A key file has one key a line, `NAME:SHA256`, as `fourstep key NAME` prints it; blank lines and
+those that begin with # are left out. It can be a mounted Kubernetes secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import Unauthorized
+from service.settings import SettingsError
+
+logger = logging.getLogger("fourstep.keys")
+
+LINE = re.compile(r"([\w.@-]{1,64}):([0-9a-f]{64})")
+RELOAD_S = 1.0  # the file's date is looked at no more often
+PROTECTED = "/v1/"
+
+
+class KeyFileError(SettingsError):
+    """The key file cannot be read; the message says which line and how it should look."""
+
+
+def make_key(name: str) -> tuple[str, str]:
+    """A new key (43 characters of randomness after `fs-`), and its line for the file."""
+    key = f"fs-{secrets.token_urlsafe(32)}"
+    line = f"{name}:{_digest(key)}"
+    if not LINE.fullmatch(line):
+        raise KeyFileError(f"name {name!r}: use 1 to 64 letters, digits and . _ @ -")
+    return key, line
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class KeyRing:
+    """The keys of one file. Keys of this length need no slow hash: nobody can guess one."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises KeyFileError where there is no such file, or it holds anything but keys."""
+        self._file = file
+        self._looked_at = time.monotonic()
+        self._state = self._stat()
+        self._names = self._read()
+
+    def name_of(self, key: str) -> str | None:
+        """Whose key this is; every known one is compared, whichever fits."""
+        self._refresh()
+        given, found = _digest(key), None
+        for digest, name in self._names.items():
+            if hmac.compare_digest(given, digest):
+                found = name
+        return found
+
+    def _refresh(self) -> None:
+        """Read the file again where it has changed; a damaged one leaves the keys as they were."""
+        now = time.monotonic()
+        if now - self._looked_at < RELOAD_S:
+            return
+        self._looked_at = now
+        try:
+            state = self._stat()
+            if state != self._state:
+                self._names = self._read()
+                self._state = state
+                logger.info("%s read again: %d keys", self._file, len(self._names))
+        except KeyFileError as error:
+            logger.error("the keys stay as they were: %s", error)
+
+    def _stat(self) -> tuple[int, int, int]:
+        try:
+            stat = self._file.stat()
+        except OSError as error:
+            raise KeyFileError(f"api_keys_file {self._file}: {error.strerror}") from error
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+    def _read(self) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for number, text in enumerate(self._file.read_text().splitlines(), start=1):
+            line = text.strip()
+            if not line or line.startswith("#"):
+                continue
+            match = LINE.fullmatch(line)
+            if match is None:
+                raise KeyFileError(
+                    f"api_keys_file {self._file}, line {number}: not NAME:SHA256 (64 hex digits); "
+                    "`fourstep key NAME` makes such a line"
+                )
+            names[match[2]] = match[1]
+        return names
+
+
+class Authentication:
+    """Middleware: what is under /v1/ needs a key; probes, metrics and the studio page do not."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            exchange = scope["state"]["exchange"]  # put there by Telemetry, which is around this
+            if exchange.path.startswith(PROTECTED):
+                authorization = Headers(scope=scope).get("authorization", "")
+                exchange.log_fields["key"] = self._check(authorization)
+        await self._app(scope, receive, send)
+
+    def _check(self, authorization: str) -> str:
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise Unauthorized(
+                "no API key was given; send it as `Authorization: Bearer <key>` (api_key of the "
+                "openai client)"
+            )
+        name = self._keys.name_of(key.strip())
+        if name is None:
+            raise Unauthorized("this API key is not known here; ask whoever runs the service")
+        return name
