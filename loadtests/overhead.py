@@ -6,6 +6,7 @@ bare engine with the service idle, then the service with the bare engine idle, i
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import statistics
@@ -13,7 +14,7 @@ import threading
 import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +37,7 @@ def overhead(
     count: Annotated[int, typer.Option(min=4, max=1000, help="Images per round and side.")] = 40,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Concurrent clients.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=8, help="Denoise calls per image.")] = 4,
+    size_px: Annotated[int, typer.Option(min=64, max=2048, help="Side of the images.")] = 128,
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Throughput ratio (many clients) and added latency (one) of HTTP over the bare engine."""
@@ -45,18 +47,24 @@ def overhead(
         )
     runner = Runner.open(Order(model, backend="onnxruntime", cache_dir=cache_dir))
     runner.warm_up()
+    ask = {"prompt": PROMPT, "num_inference_steps": steps, "size": f"{size_px}x{size_px}"}
     bare_rate, http_rate, bare_ms, http_ms = [], [], [], []
     for index in range(rounds):
-        recipes = [runner.default_recipe(seed, PROMPT, steps) for seed in range(count)]
+        recipes = [
+            dataclasses.replace(
+                runner.default_recipe(seed, PROMPT, steps), width_px=size_px, height_px=size_px
+            )
+            for seed in range(count)
+        ]
         begun = time.perf_counter()
         runner.draw(recipes)
         bare_rate.append(count / (time.perf_counter() - begun))
-        http_rate.append(count / _load(url, count, clients, steps))
+        http_rate.append(count / _load(url, count, clients, ask))
         for recipe in recipes[: count // 2]:
             begun = time.perf_counter()
             runner.draw([recipe])
             bare_ms.append((time.perf_counter() - begun) * 1e3)
-        http_ms += _one_client(url, count // 2, steps)
+        http_ms += _one_client(url, count // 2, ask)
         typer.echo(f"round {index + 1}/{rounds}", err=True)
     typer.echo("| measure | bare engine | HTTP | |")
     typer.echo("| --- | --- | --- | --- |")
@@ -78,16 +86,15 @@ class _Client:
         assert parts.hostname is not None, "checked on entry"
         self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=120)
 
-    def draw(self, seed: int, steps: int) -> None:
-        body = {"prompt": PROMPT, "seed": seed, "num_inference_steps": steps}
-        self._connection.request("POST", PATH, json.dumps(body), HEADERS)
+    def draw(self, ask: dict[str, Any], seed: int) -> None:
+        self._connection.request("POST", PATH, json.dumps(ask | {"seed": seed}), HEADERS)
         answer = self._connection.getresponse()
         data = answer.read()
         if answer.status != 200:
             raise RuntimeError(f"the service answered {answer.status}: {data[:500]!r}")
 
 
-def _load(url: str, count: int, clients: int, steps: int) -> float:
+def _load(url: str, count: int, clients: int, ask: dict[str, Any]) -> float:
     """Seconds for ``count`` images over ``clients`` connections."""
     seeds = iter(range(count))
     lock = threading.Lock()
@@ -98,7 +105,7 @@ def _load(url: str, count: int, clients: int, steps: int) -> float:
                 seed = next(seeds, None)
             if seed is None:
                 return
-            client.draw(seed, steps)
+            client.draw(ask, seed)
 
     with ThreadPoolExecutor(clients) as pool:
         begun = time.perf_counter()
@@ -107,10 +114,10 @@ def _load(url: str, count: int, clients: int, steps: int) -> float:
         return time.perf_counter() - begun
 
 
-def _one_client(url: str, count: int, steps: int) -> list[float]:
+def _one_client(url: str, count: int, ask: dict[str, Any]) -> list[float]:
     client, latencies = _Client(url), []
     for seed in range(count):
         begun = time.perf_counter()
-        client.draw(seed, steps)
+        client.draw(ask, seed)
         latencies.append((time.perf_counter() - begun) * 1e3)
     return latencies

@@ -5,6 +5,7 @@ checks ─▶ bundles built (progress shown) ─▶ Ray, HAProxy, replicas ─�
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -142,6 +143,10 @@ def _run(config: ServeConfig, host: str, port: int) -> int:
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         descendants = psutil.Process().children(recursive=True)
         if ray.is_initialized():
+            if serving:  # replicas drain while the proxy still carries their answers
+                with contextlib.suppress(RuntimeError, ray.exceptions.RayError):
+                    for app in config.applications:
+                        serve.delete(app.name)
             serve.shutdown()
             ray.shutdown()
         _end(descendants)

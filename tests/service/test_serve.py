@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -97,6 +99,31 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     assert entry["denoise_ms"] > 0
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+
+
+def test_sigterm_finishes_what_was_accepted(server: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = server
+    wait_until_ready(process, port)
+    base = f"http://127.0.0.1:{port}"
+    body = {"prompt": "a red star", "n": 4, "num_inference_steps": 50}
+
+    def draw(seed: int) -> int:
+        url = f"{base}/v1/images/generations"
+        return httpx.post(url, json=body | {"seed": seed}, timeout=60).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(draw, seed) for seed in range(6)]
+        in_flight = 0.0
+        while in_flight < 4 and not any(answer.done() for answer in answers):
+            found = re.search(
+                r"^fourstep_running_rows.* (\S+)$", httpx.get(f"{base}/metrics").text, re.M
+            )
+            in_flight = float(found[1]) if found else 0.0
+        assert in_flight >= 4, "some requests must be running when the signal comes"
+        process.send_signal(signal.SIGTERM)
+        assert [answer.result() for answer in answers] == [200] * 6
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
 
 
 def test_a_busy_port_is_one_clear_line(lcm_checkpoint: Path, cache_dir: Path) -> None:
