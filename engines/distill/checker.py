@@ -17,10 +17,10 @@ from engines.distill.painter import (
     Floats,
     Pixels,
     background_rgb,
-    halftone,
+    checkered,
     object_rgb,
     shape_mask,
-    sunburst,
+    striped,
 )
 from engines.distill.world import (
     BACKGROUND_COLORS,
@@ -37,11 +37,10 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 MIN_IOU = 0.7  # of the object's mask with the drawn truth in its box; below it there is no shape
 OBJECT_DISTANCE = 20.0  # RGB units from every shade of the background: another thing
-BRIGHTNESS = (0.78, 1.15)  # how far slope and rays move a background along that line
+BRIGHTNESS = (0.78, 1.15)  # how far slope, stripes and squares move a background along that line
 NUM_SHADES = 13
-OPENING_PX = 7  # night stars and halftone dots are smaller, every object is thicker
-HALFTONE_BELOW = 0.85  # brightness of dots against the rest: 1 when plain, 0.65 when painted
-SUNBURST_ABOVE = 1.12  # brightness of rays against the rest: 1 when plain, 1.33 when painted
+OPENING_PX = 7  # night stars are smaller, every object is thicker
+STYLE_ABOVE = 1.12  # light against dark of stripes or squares: 1 when plain, 1.34 painted
 MAX_HALF = 0.4  # half a box as a share of the shorter side; the largest painted is 0.305
 NOTHING = "none"
 
@@ -159,6 +158,9 @@ def _style(picture: Floats, mask: Mask) -> str:
             return 1.0
         return float(np.median(brightness[light]) / max(1.0, float(np.median(brightness[dark]))))
 
-    if 1 / contrast(halftone(width, height)) < HALFTONE_BELOW:
-        return "halftone"
-    return "sunburst" if contrast(sunburst(width, height)) > SUNBURST_ABOVE else "plain"
+    contrasts = {
+        "striped": contrast(striped(width, height)),
+        "checkered": contrast(checkered(width, height)),
+    }
+    strongest = max(contrasts, key=lambda name: contrasts[name])
+    return strongest if contrasts[strongest] > STYLE_ABOVE else "plain"

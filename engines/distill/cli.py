@@ -35,8 +35,8 @@ STAGES = {
     "lcm": "the student: 1 to 8 steps, the guidance embedded",
     "decoder": "the decoder again: sharper pictures from the same latents",
     "lcm-lora": "the same acceleration as a LoRA on the teacher",
-    "halftone": "a style LoRA: a printed look",
-    "sunburst": "a style LoRA: a radiant look",
+    "striped": "a style LoRA: light and dark stripes",
+    "checkered": "a style LoRA: a chequered background",
     "critic": "the classifier whose features compare pictures",
 }
 SHIPPED = Path(__file__).parents[1] / "demo"
@@ -158,12 +158,14 @@ def sheet(
     threads: ThreadsOption = 0,
     seed: SeedOption = 1,
 ) -> None:
-    """Draw the contact sheet: rows are steps, columns are prompts."""
+    """Draw the contact sheet: rows are steps, then LoRAs; columns are prompts."""
     from engines.distill.evaluate import contestants_of
     from engines.distill.sheet import draw_sheet
 
     place = _place(models, device, seed, threads, False)
-    rows = [c for c in contestants_of(models) if c.model == "demo-lcm" and c.guidance_scale == 3]
+    all_rows = contestants_of(models)
+    rows = [c for c in all_rows if c.model == "demo-lcm" and c.guidance_scale == 3]
+    rows += [c for c in all_rows if c.num_steps == 4 and any(weight for _, weight in c.loras)]
     partial = out.with_name(f".{out.name}.partial")
     draw_sheet(models, rows, place.device, seed).save(partial, "PNG", optimize=True)
     partial.replace(out)

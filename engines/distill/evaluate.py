@@ -24,6 +24,7 @@ from engines.distill.world import ATTRIBUTES, Scene, draw_scene
 
 BATCH_SIZE = 32
 GUIDANCE = 3.0  # diffusers' guidance_scale (w + 1) of the table's rows, unless a row says otherwise
+STYLE_GUIDANCE = 2.0  # of styles: guidance makes a look stronger too, at 3 objects suffer from it
 LCM_SPACING = {"original_inference_steps": NUM_SOLVER_STEPS}
 
 
@@ -153,9 +154,12 @@ def contestants_of(models: Path) -> list[Contestant]:
     rows += [Contestant("demo-lcm", steps) for steps in (1, 2, 4, 8)]
     rows += [Contestant("demo-lcm", 4, guidance) for guidance in (1.0, 2.0, 6.0)]
     rows += [Contestant("demo-base", steps, 1.0, lora) for steps in (1, 2, 4, 8)]
-    for style in ("demo-halftone-lora", "demo-sunburst-lora"):
-        rows.append(Contestant("demo-base", 50, GUIDANCE, ((style, 1.0),)))
-        rows.append(Contestant("demo-base", 4, 1.0, (*lora, (style, 0.8))))
+    without = (("demo-lcm-lora", 0.0),)  # the same sampler and guidance, to see what the LoRA adds
+    rows += [Contestant("demo-base", steps, 1.0, without) for steps in (1, 4)]
+    rows.append(Contestant("demo-base", 50, STYLE_GUIDANCE))
+    for style in ("demo-striped-lora", "demo-checkered-lora"):
+        rows.append(Contestant("demo-base", 50, STYLE_GUIDANCE, ((style, 1.0),)))
+        rows.append(Contestant("demo-base", 4, 1.0, (*lora, (style, 1.0))))
     return [
         row
         for row in rows

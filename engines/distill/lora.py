@@ -19,20 +19,22 @@ from engines.distill.base import LatentData, denoising_loss
 from engines.distill.networks import prepare_for_training
 from engines.distill.training import Course, Place, train
 
-STYLE_COURSE = Course(num_steps=400, batch_size=64, learning_rate=2e-3, average=0.98)
+STYLE_COURSE = Course(
+    num_steps=500, batch_size=64, learning_rate=2e-3, warmup_steps=20, average=0.98
+)
 STYLE_RANK = 8
-STYLE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
 # Every linear and convolution of the blocks, as diffusers' LCM-LoRA distillation script.
-LCM_TARGETS = (
-    *STYLE_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+    "time_emb_proj",
 )  # fmt: skip
 
 
-def add_lora(unet: Any, rank: int, targets: tuple[str, ...]) -> list[nn.Parameter]:
+def add_lora(unet: Any, rank: int) -> list[nn.Parameter]:
     """Freeze the UNet, add a LoRA of this rank to it and return the LoRA's parameters."""
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
     return [p for p in unet.parameters() if p.requires_grad]
 
 
@@ -49,7 +51,7 @@ def train_style(
     """Fine-tune a LoRA on pictures of one style; returns the teacher's copy that carries it."""
     torch.manual_seed(place.seed)
     unet = prepare_for_training(copy.deepcopy(teacher), place.device)
-    parameters = add_lora(unet, STYLE_RANK, STYLE_TARGETS)
+    parameters = add_lora(unet, STYLE_RANK)
     loss_of = denoising_loss(course, place, data, encoder, unet)
     train(f"style-{style}", course, place, parameters, loss_of)
     return unet.eval()

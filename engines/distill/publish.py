@@ -22,7 +22,7 @@ from engines.distill.networks import NOISE, noise_schedule
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import TrainingError
 
-LORAS = ("lcm-lora", "halftone-lora", "sunburst-lora")
+LORAS = ("lcm-lora", "striped-lora", "checkered-lora")
 _MACHINE_KEYS = ("_name_or_path",)  # where a part was loaded from is nobody's business
 
 

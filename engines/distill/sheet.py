@@ -18,7 +18,7 @@ PROMPTS = (
     "a large black triangle at the top on a pink background, by day, flat",
 )
 SCALE = 1.5
-GAP_PX, LABEL_PX, HEAD_PX = 8, 96, 58
+GAP_PX, LABEL_PX, HEAD_PX = 8, 152, 58
 
 
 def draw_sheet(

@@ -65,7 +65,12 @@ def _text(course: Course, place: Place) -> None:
     _write(text.train_text_encoder(course, place, build_tokenizer()), place, "text")
 
 
+STYLE_SHARE = 0.15  # of the plain pictures' number: a look takes fewer
+
+
 def _data(place: Place, style: str = "plain") -> LatentData:
+    if style != "plain":
+        place = dataclasses.replace(place, data_share=STYLE_SHARE * place.data_share)
     return LatentData(_load(AutoencoderKL, place, "vae"), build_tokenizer(), place, style)
 
 
@@ -116,7 +121,8 @@ def _critic(course: Course, place: Place) -> None:
     folder = place.folder / "critic"
     folder.mkdir(exist_ok=True)
     state = critic.train_critic(course, place).state_dict()
-    save_file({name: tensor.cpu() for name, tensor in state.items()}, folder / "model.safetensors")
+    halves = {name: tensor.half().cpu() for name, tensor in state.items()}
+    save_file(halves, folder / "model.safetensors")
 
 
 STAGES: dict[str, Stage] = {
@@ -127,8 +133,8 @@ STAGES: dict[str, Stage] = {
     "lcm": Stage(lcm.COURSE, "unet-lcm", _lcm),
     "decoder": Stage(vae.DECODER_COURSE, "vae-sharp", _decoder),
     "lcm-lora": Stage(lcm.LORA_COURSE, "lcm-lora", _lcm_lora),
-    "halftone": Stage(lora.STYLE_COURSE, "halftone-lora", _style("halftone")),
-    "sunburst": Stage(lora.STYLE_COURSE, "sunburst-lora", _style("sunburst")),
+    "striped": Stage(lora.STYLE_COURSE, "striped-lora", _style("striped")),
+    "checkered": Stage(lora.STYLE_COURSE, "checkered-lora", _style("checkered")),
     "critic": Stage(critic.COURSE, "critic", _critic),
 }
 

@@ -38,7 +38,7 @@ def train_vae(course: Course, place: Place, tokenizer: Any) -> Any:
     plain = make_samples(place, tokenizer, native, NUM_PLAIN)
     styled = [
         make_samples(place, tokenizer, native, NUM_STYLED, style)
-        for style in ("halftone", "sunburst")
+        for style in ("striped", "checkered")
     ]
 
     def loss_of(draws: Draws) -> Tensor:
@@ -83,7 +83,7 @@ def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any
     """
     torch.manual_seed(place.seed)
     native = (128, 128)
-    counts = {"plain": NUM_PLAIN, "halftone": NUM_STYLED, "sunburst": NUM_STYLED}
+    counts = {"plain": NUM_PLAIN, "striped": NUM_STYLED, "checkered": NUM_STYLED}
     images, latents = [], []
     for style, count in counts.items():
         samples = make_samples(place, tokenizer, native, count, style)

@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run_stage(name, place, TINY)
         assert not run_stage(name, place, TINY), "a finished stage is kept"
     out = tmp_path_factory.mktemp("models")
-    names = ["demo-base", "demo-lcm", "demo-lcm-lora", "demo-halftone-lora", "demo-sunburst-lora"]
+    names = ["demo-base", "demo-lcm", "demo-lcm-lora", "demo-striped-lora", "demo-checkered-lora"]
     assert publish(work, out) == [*names, "critic"]
     return out
 
@@ -60,10 +60,10 @@ def test_diffusers_opens_what_is_published(models: Path, name: str) -> None:
 
 def test_loras_load_and_combine(models: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(models / "demo-base", torch_dtype=torch.float32)
-    for name in ("demo-lcm-lora", "demo-halftone-lora"):
+    for name in ("demo-lcm-lora", "demo-striped-lora"):
         pipeline.load_lora_weights(models / name, adapter_name=name)
-    pipeline.set_adapters(["demo-lcm-lora", "demo-halftone-lora"], [1.0, 0.8])
-    assert pipeline.get_active_adapters() == ["demo-lcm-lora", "demo-halftone-lora"]
+    pipeline.set_adapters(["demo-lcm-lora", "demo-striped-lora"], [1.0, 0.8])
+    assert pipeline.get_active_adapters() == ["demo-lcm-lora", "demo-striped-lora"]
 
 
 def test_the_table_and_the_sheet_come_from_published_weights(models: Path, tmp_path: Path) -> None:
