@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import socket
+
+QUIET_PORTS = range(20_000, 32_000)
 
 
 def haproxy_available() -> bool:
@@ -24,6 +27,7 @@ def ray_environment(folder: str) -> dict[str, str]:
     """
     values = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default of 15 gives an engine's cores to anything else
         "RAY_DEDUP_LOGS": "0",  # Ray would drop log lines that are alike: access logs are
         "FOURSTEP_METRICS_DIR": os.path.join(folder, "metrics"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -58,6 +62,15 @@ def own_ports() -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, below those that the system gives to connections as they come.
+
+    One of the latter may be taken again before HAProxy, which starts seconds later, binds it.
+    """
+    for port in random.sample(QUIET_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port among {QUIET_PORTS}")
