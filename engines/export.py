@@ -38,7 +38,8 @@ def export_onnx(part: Part, path: Path) -> None:
         )
         for name, dims in part.dynamic.items()
     }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours to mend
@@ -56,14 +57,26 @@ def export_onnx(part: Part, path: Path) -> None:
     except Exception as error:
         raise BuildError(f"exporting {part.name} to ONNX failed: {error}") from error
     assert program is not None, "dynamo=True returns a program"
-    weights = {name for name, _ in part.module.named_parameters()}
+    _optimize(program.model, {name for name, _ in part.module.named_parameters()})
+    program.save(str(path), external_data=True)
+
+
+def _optimize(model: Any, weights: set[str]) -> None:
+    """Simplify the graph and leave every weight in it under its own name.
+
+    Weights are inputs meanwhile: equal ones (norms of a fresh checkpoint, say) would be merged, and
+    a refit could not tell them apart.
+    """
+    graph = model.graph
+    num_inputs = len(graph.inputs)
+    graph.inputs.extend(value for name, value in graph.initializers.items() if name in weights)
     onnxscript.optimizer.optimize_ir(
-        program.model,
+        model,
         should_fold=lambda node: (
             False if any(value and value.name in weights for value in node.inputs) else None
         ),
     )
-    program.save(str(path), external_data=True)
+    del graph.inputs[num_inputs:]
 
 
 def _symbol(name: str) -> Any:

@@ -46,13 +46,13 @@ def encode_image(
     ``quality`` (0–100, default 90) is for JPEG and WebP. ``text`` becomes PNG text chunks
     (tEXt, or iTXt outside Latin-1); JPEG and WebP carry none.
     """
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    if output_format == "png" and settings.png_level == 1:
+        return _fast_png(pixels, info)
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     if output_format == "png":
-        info = PngImagePlugin.PngInfo()
-        for key, value in (text or {}).items():
-            info.add_text(key, value)
-        if settings.png_level == 1:
-            return _fast_png(pixels, info)
         image.save(buffer, "PNG", compress_level=settings.png_level, pnginfo=info)
     elif output_format == "jpeg":
         image.save(buffer, "JPEG", quality=DEFAULT_QUALITY if quality is None else quality)

@@ -18,7 +18,7 @@ from engines.distill.samples import Samples, make_samples, to_pixels
 from engines.distill.training import Course, Draws, Place, train
 
 COURSE = Course(num_steps=6_000, batch_size=16, learning_rate=1.5e-3, average=0.995)
-DECODER_COURSE = Course(num_steps=5_000, batch_size=6, learning_rate=1e-3, average=0.995)
+DECODER_COURSE = Course(num_steps=2_500, batch_size=6, learning_rate=1e-3, average=0.995)
 CROP_PX = 64  # a step costs a quarter of a whole picture's and sees as many edges
 LATENT_NOISE = 0.1  # in standard deviations: a denoiser's latents are never quite an encoder's
 KL_WEIGHT = 1e-5
