@@ -40,6 +40,9 @@ def overhead(
     clients: Annotated[int, typer.Option(min=1, max=64, help="Concurrent clients.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=8, help="Denoise calls per image.")] = 4,
     size_px: Annotated[int, typer.Option(min=64, max=2048, help="Side of the images.")] = 128,
+    num_threads: Annotated[
+        int, typer.Option(min=0, envvar="FOURSTEP_NUM_THREADS", help="As the service has it.")
+    ] = 0,
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Throughput ratio (many clients) and added latency (one) of HTTP over the bare engine."""
@@ -47,7 +50,8 @@ def overhead(
         raise typer.BadParameter(
             f"--url is {url}; only this machine is measured ({', '.join(LOOPBACK)})"
         )
-    runner = Runner.open(Order(model, backend="onnxruntime", cache_dir=cache_dir))
+    order = Order(model, "onnxruntime", cache_dir=cache_dir, num_threads=num_threads or None)
+    runner = Runner.open(order)
     runner.warm_up()
     ask = {"prompt": PROMPT, "num_inference_steps": steps, "size": f"{size_px}x{size_px}"}
     client = _Client(url)
