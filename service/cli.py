@@ -64,7 +64,8 @@ def serve(
         "num_replicas": replicas,
         "api_keys_file": str(api_keys) if api_keys else None,
     }
-    what = config or ServeConfig.of_one(args)
+    given = {name: value for name, value in args.items() if value not in (None, {})}
+    what = config or ServeConfig.of_one(given)  # what is left out may stand in the environment
     sys.exit(serve_here(what, host=host, port=port, allow_anonymous=allow_anonymous))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,16 @@ def test_serve_refuses_before_anything_starts(options: list[str], message: str) 
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stdout == ""
+
+
+def test_a_key_file_named_by_the_environment_counts_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", "serve", "--port", "8766"],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "FOURSTEP_API_KEYS_FILE": "/nowhere/keys"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "/nowhere/keys: No such file" in done.stderr
 
 
 def test_the_command_makes_a_key_that_opens(tmp_path: Path) -> None:
