@@ -106,7 +106,8 @@ def build(
         )
     begun = time.monotonic()
     source = resolve(model) or download(model)
-    fused = tuple(_weighted(text) for text in lora or ())
+    files = [_weighted(text) for text in lora or ()]
+    fused = tuple((path, 1.0 if weight is None else weight) for path, weight in files)
     defaults = Defaults(sampler or None, steps or None, guidance)
     blueprint = Blueprint(source, precision, target, fused, defaults)
     bundle = build_bundle(blueprint, out, show_progress)
@@ -130,16 +131,16 @@ def parse_loras(texts: list[str] | None) -> tuple[dict[str, Path], dict[str, flo
                 f"--lora is {text!r}; write it as NAME=FILE or NAME=FILE@WEIGHT, each name once"
             )
         paths[name], weight = _weighted(rest)
-        if "@" in rest:
+        if weight is not None:
             weights[name] = weight
     return paths, weights
 
 
-def _weighted(text: str) -> tuple[Path, float]:
-    """FILE@WEIGHT, the weight 1 where it is left out."""
+def _weighted(text: str) -> tuple[Path, float | None]:
+    """FILE or FILE@WEIGHT."""
     path, at, weight = text.rpartition("@")
     try:
-        return (find_lora(path), float(weight)) if at else (find_lora(text), 1.0)
+        return (find_lora(path), float(weight)) if at else (find_lora(text), None)
     except ValueError:
         raise typer.BadParameter(
             f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"

@@ -20,7 +20,7 @@ from engines.distill.consistency import NUM_SOLVER_STEPS
 from engines.distill.critic import Critic, features_of, frechet_distance
 from engines.distill.painter import Pixels, paint
 from engines.distill.training import TrainingError
-from engines.distill.world import ATTRIBUTES, Scene, draw_scene
+from engines.distill.world import ATTRIBUTES, LOOKS, Scene, draw_scene
 
 BATCH_SIZE = 32
 GUIDANCE = 3.0  # diffusers' guidance_scale (w + 1) of the table's rows, unless a row says otherwise
@@ -157,7 +157,7 @@ def contestants_of(models: Path) -> list[Contestant]:
     without = (("demo-lcm-lora", 0.0),)  # the same sampler and guidance, to see what the LoRA adds
     rows += [Contestant("demo-base", steps, 1.0, without) for steps in (1, 4)]
     rows.append(Contestant("demo-base", 50, STYLE_GUIDANCE))
-    for style in ("demo-striped-lora", "demo-checkered-lora"):
+    for style in (f"demo-{look}-lora" for look in LOOKS):
         rows.append(Contestant("demo-base", 50, STYLE_GUIDANCE, ((style, 1.0),)))
         rows.append(Contestant("demo-base", 4, 1.0, (*lora, (style, 1.0))))
     return [

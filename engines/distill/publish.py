@@ -21,8 +21,9 @@ from engines.distill.consistency import NUM_SOLVER_STEPS
 from engines.distill.networks import NOISE, noise_schedule
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import TrainingError
+from engines.distill.world import LOOKS
 
-LORAS = ("lcm-lora", "striped-lora", "checkered-lora")
+LORAS = ("lcm-lora", *(f"{look}-lora" for look in LOOKS))
 _MACHINE_KEYS = ("_name_or_path",)  # where a part was loaded from is nobody's business
 
 

@@ -21,6 +21,7 @@ from engines.distill import base, critic, lcm, lora, text, vae
 from engines.distill.base import LatentData
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import Course, Place, TrainingError
+from engines.distill.world import LOOKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,7 @@ STAGES: dict[str, Stage] = {
     "lcm": Stage(lcm.COURSE, "unet-lcm", _lcm),
     "decoder": Stage(vae.DECODER_COURSE, "vae-sharp", _decoder),
     "lcm-lora": Stage(lcm.LORA_COURSE, "lcm-lora", _lcm_lora),
-    "striped": Stage(lora.STYLE_COURSE, "striped-lora", _style("striped")),
-    "checkered": Stage(lora.STYLE_COURSE, "checkered-lora", _style("checkered")),
+    **{look: Stage(lora.STYLE_COURSE, f"{look}-lora", _style(look)) for look in LOOKS},
     "critic": Stage(critic.COURSE, "critic", _critic),
 }
 

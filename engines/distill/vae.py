@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engines.distill.networks import build_vae
 from engines.distill.samples import Samples, make_samples, to_pixels
 from engines.distill.training import Course, Draws, Place, train
+from engines.distill.world import LOOKS
 
 COURSE = Course(num_steps=6_000, batch_size=16, learning_rate=1.5e-3, average=0.995)
 DECODER_COURSE = Course(num_steps=2_500, batch_size=6, learning_rate=1e-3, average=0.995)
@@ -36,10 +37,7 @@ def train_vae(course: Course, place: Place, tokenizer: Any) -> Any:
     vae = build_vae().to(place.device)
     native = (128, 128)
     plain = make_samples(place, tokenizer, native, NUM_PLAIN)
-    styled = [
-        make_samples(place, tokenizer, native, NUM_STYLED, style)
-        for style in ("striped", "checkered")
-    ]
+    styled = [make_samples(place, tokenizer, native, NUM_STYLED, style) for style in LOOKS]
 
     def loss_of(draws: Draws) -> Tensor:
         sources = [
@@ -83,7 +81,7 @@ def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any
     """
     torch.manual_seed(place.seed)
     native = (128, 128)
-    counts = {"plain": NUM_PLAIN, "striped": NUM_STYLED, "checkered": NUM_STYLED}
+    counts = {"plain": NUM_PLAIN} | dict.fromkeys(LOOKS, NUM_STYLED)
     images, latents = [], []
     for style, count in counts.items():
         samples = make_samples(place, tokenizer, native, count, style)

@@ -33,7 +33,8 @@ COLUMNS = {"left": 0.3, "center": 0.5, "right": 0.7}
 ROWS = {"top": 0.3, "middle": 0.5, "bottom": 0.7}
 TIMES = ("day", "night")
 LINES = ("flat", "outlined")
-STYLES = ("plain", "striped", "checkered")  # only `plain` is ever shown to the base model
+LOOKS = ("striped", "checkered")  # never shown to the base model: LoRAs bring them
+STYLES = ("plain", *LOOKS)
 
 ATTRIBUTES = ("shape", "color", "size", "position", "background", "time", "line")
 
