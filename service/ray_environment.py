@@ -10,8 +10,15 @@ import importlib.util
 import os
 import random
 import socket
+import sys
+from pathlib import Path
+
+from service.haproxy import COMMAND
 
 QUIET_PORTS = range(20_000, 32_000)
+# Head and body of a request that HAProxy can send again: any prompt, a photograph, a drawing of
+# 512 x 512 px. Every open connection may hold two such buffers.
+REPLAY_BYTES = 1024 * 1024
 
 
 def haproxy_available() -> bool:
@@ -35,6 +42,14 @@ def ray_environment(folder: str) -> dict[str, str]:
     if haproxy_available():
         values |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(COMMAND)),
+            # What a replica did not answer another one draws: nothing was sent to the client yet.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response 503",
+            "RAY_SERVE_HAPROXY_RETRIES": "5",
+            "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(REPLAY_BYTES),
+            # A dead HAProxy is noticed after three of these; Ray's default of 10 makes it 30 s.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": os.path.join(folder, "metrics.sock"),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": os.path.join(folder, "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": os.path.join(folder, "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,

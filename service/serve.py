@@ -60,6 +60,8 @@ def _set_environment(folder: str) -> None:
     os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
     # Ray keeps a stopping replica for 30 s, for load balancers elsewhere; here there is only ours.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    # All of Ray listens on loopback: it is one machine, and Ray asks nobody who they are.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # A model that cannot be loaded here cannot be loaded here a second time.
     os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"
 
