@@ -111,6 +111,14 @@ class Row:
         return self.drawing.num_steps - self.drawing.step_index
 
     @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
     def deadline(self) -> float:
         return self.request.deadline
 
@@ -124,7 +132,8 @@ class Request:
     """One accepted HTTP job of one or more images, with its own reply channel.
 
     ``arrived_at`` and ``deadline`` are seconds on the engine loop's clock. ``send`` may be called
-    from any thread; it is how every event reaches the handler.
+    from any thread; it is how every event reaches the handler. ``tenant`` is whose it is: the name
+    of an API key, or nobody's.
     """
 
     request_id: str
@@ -132,6 +141,8 @@ class Request:
     deadline: float
     send: Callable[[Event], None]
     rows: list[Row] = field(default_factory=list)  # filled at admission
+    tenant: str = ""
+    priority: int = 0  # higher goes first
     status: Status = Status.WAITING  # written by the engine loop alone
     cancelled: bool = False  # set by the handler, honoured at the next step boundary
     num_finished: int = 0

@@ -27,6 +27,7 @@ class Gate:
         self.passes = threading.Semaphore(0)
         self.open = False
         self.poison: str | None = None
+        self.clock = 0.0  # seconds; every denoise call takes one
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         self._runner.encode_text(drawings)
@@ -40,6 +41,7 @@ class Gate:
         if any(drawing.recipe.prompt == self.poison for drawing in drawings):
             raise RuntimeError("device lost")
         self._runner.denoise(drawings)
+        self.clock += 1.0
 
     def decode(self, drawings: Sequence[Drawing]) -> None:
         self._runner.decode(drawings)
@@ -65,12 +67,42 @@ def loop(gate: Gate) -> Iterator[EngineLoop]:
     loop.close()
 
 
+@pytest.fixture
+def timed_loop(gate: Gate, runner: Runner) -> Iterator[EngineLoop]:
+    """One that has seen a row of two steps take two seconds."""
+    limits = Limits(max_batch=2)
+    loop = EngineLoop(gate, limits, Metrics("test"), max_waiting=8, clock=lambda: gate.clock)
+    loop.start()
+    request, events = make_request(loop, runner, "x")
+    loop.submit(request)
+    gate.passes.release(2)
+    assert last(events).error is None
+    yield loop
+    gate.open = True
+    gate.passes.release()
+    loop.close()
+
+
 def make_request(
-    loop: EngineLoop, runner: Runner, prompt: str, *, num_images: int = 1, timeout_s: float = 60.0
+    loop: EngineLoop,
+    runner: Runner,
+    prompt: str,
+    *,
+    num_images: int = 1,
+    timeout_s: float = 60.0,
+    tenant: str = "",
+    priority: int = 0,
 ) -> tuple[Request, queue.Queue[Event]]:
     events: queue.Queue[Event] = queue.Queue()
     now = loop.clock()
-    request = Request(prompt, arrived_at=now, deadline=now + timeout_s, send=events.put)
+    request = Request(
+        prompt,
+        arrived_at=now,
+        deadline=now + timeout_s,
+        send=events.put,
+        tenant=tenant,
+        priority=priority,
+    )
     request.rows = [
         Row(request, k, runner.start(runner.default_recipe(k, prompt, num_steps=2)))
         for k in range(num_images)
@@ -136,6 +168,43 @@ def test_deadline(loop: EngineLoop, runner: Runner) -> None:
     loop.submit(request)
     assert isinstance(last(events).error, DeadlineExceeded)
     assert request.rows[0].drawing.step_index == 0, "an expired row costs no denoise call"
+
+
+def test_a_request_without_time_is_refused_with_the_time_to_come_back(
+    timed_loop: EngineLoop, runner: Runner
+) -> None:
+    crowd, _ = make_request(timed_loop, runner, "crowd", num_images=3)
+    timed_loop.submit(crowd)
+    hasty, _ = make_request(timed_loop, runner, "hasty", timeout_s=5.0)
+    with pytest.raises(
+        Overloaded, match=r"3 images go before .* about 8\.0 s .* has 5\.0 s"
+    ) as error:
+        timed_loop.submit(hasty)
+    assert error.value.retry_after_s == pytest.approx(3.0)
+    urgent, _ = make_request(timed_loop, runner, "urgent", timeout_s=5.0, priority=1)
+    timed_loop.submit(urgent)
+    patient, _ = make_request(timed_loop, runner, "patient", timeout_s=11.0)
+    timed_loop.submit(patient)
+
+
+def test_a_request_that_cannot_be_finished_in_time_costs_no_call(
+    timed_loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    begun = gate.clock
+    request, events = make_request(timed_loop, runner, "x", timeout_s=1.5)  # its steps take 2 s
+    timed_loop.submit(request)
+    assert isinstance(last(events).error, DeadlineExceeded)
+    assert gate.clock == begun
+
+
+def test_one_tenant_leaves_room_for_another(timed_loop: EngineLoop, runner: Runner) -> None:
+    for _ in range(4):
+        timed_loop.submit(make_request(timed_loop, runner, "x", tenant="crowd")[0])
+    with pytest.raises(Overloaded, match=r"4 images .* 4 of them of this API key, of at most 8"):
+        timed_loop.submit(make_request(timed_loop, runner, "x", tenant="crowd")[0])
+    guest, _ = make_request(timed_loop, runner, "x", tenant="guest", timeout_s=5.0)
+    timed_loop.submit(guest)  # in turns: no more of the crowd's rows go before it than it has
+    assert timed_loop.num_open == 5
 
 
 def test_close_drains_then_refuses(gate: Gate, runner: Runner) -> None:

@@ -20,6 +20,8 @@ class FakeRow:
     size: int
     num_lanes: int = 1
     needs_image: bool = False
+    tenant: str = ""
+    priority: int = 0
     deadline: float = float("inf")
     cancelled: bool = False
     stage: Stage = Stage.ENCODE_TEXT
@@ -52,6 +54,8 @@ rows = st.builds(
     size=st.sampled_from([64, 96]),
     num_lanes=st.integers(1, 2),
     needs_image=st.booleans(),
+    tenant=st.sampled_from(["", "alice", "bob"]),
+    priority=st.integers(-1, 1),
 )
 limits = st.builds(
     Limits,
@@ -138,6 +142,69 @@ def test_bounded_wait_under_a_flood_of_short_rows(
         scheduler.update(work)
         num_denoise_calls += work.kind is WorkKind.DENOISE
         assert num_denoise_calls <= 3 * (patience + 1) * num_steps + 3
+
+
+def _step(scheduler: Scheduler[FakeRow]) -> Work[FakeRow]:
+    """The next call, after it."""
+    work = scheduler.schedule()
+    assert work is not None
+    for row in work.rows:
+        row.advance(work.kind)
+    scheduler.update(work)
+    return work
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    max_batch=st.integers(2, 8),
+    crowd_steps=st.integers(1, 8),
+    num_steps=st.integers(1, 8),
+    num_guests=st.integers(1, 12),
+    before=st.integers(0, 40),
+)
+def test_a_crowd_leaves_every_other_tenant_half_of_the_lanes(
+    max_batch: int, crowd_steps: int, num_steps: int, num_guests: int, before: int
+) -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(max_batch, 4, 1000))
+    scheduler.add(FakeRow(crowd_steps, 64, tenant="crowd", stage=Stage.DENOISE) for _ in range(500))
+    for _ in range(before):
+        _step(scheduler)
+    guests = [
+        FakeRow(num_steps, 64, tenant="guest", stage=Stage.DENOISE) for _ in range(num_guests)
+    ]
+    scheduler.add(guests)
+    num_calls = 0
+    while any(row.stage is Stage.DENOISE for row in guests):
+        num_calls += _step(scheduler).kind is WorkKind.DENOISE
+    lanes = num_steps * num_guests
+    assert num_calls <= 2 * lanes / max_batch + num_steps + 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_steps=st.integers(1, 8), patience=st.integers(0, 8), before=st.integers(0, 20))
+def test_an_urgent_row_is_in_every_call_from_its_first(
+    num_steps: int, patience: int, before: int
+) -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 1, 1000, patience))
+    scheduler.add(FakeRow(4, 64) for _ in range(50))
+    for _ in range(before):
+        _step(scheduler)
+    urgent = FakeRow(num_steps, 96, priority=1)
+    scheduler.add([urgent])
+    calls = []
+    while urgent.stage is not Stage.DONE:
+        calls.append(_step(scheduler))
+    without = [work.kind for work in calls if urgent not in work.rows]
+    assert without.count(WorkKind.DENOISE) <= 1, "encoding lets the others step once"
+    assert without.count(WorkKind.DECODE) <= num_steps + 1, "decoding takes turns with denoising"
+
+
+def test_a_row_that_cannot_meet_its_deadline_leaves_before_it_passes() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 1, 8))
+    late, early = FakeRow(4, 64, deadline=10.0), FakeRow(2, 64, deadline=10.0)
+    scheduler.add([late, early])
+    assert scheduler.sweep(7.0, lambda row: 1.0 * row.num_steps_left) == [late]
+    assert scheduler.sweep(8.0, lambda row: 1.0 * row.num_steps_left) == [early]
 
 
 def test_zero_patience_is_order_of_arrival() -> None:
