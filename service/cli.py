@@ -70,12 +70,22 @@ def serve(
 
 
 @app.command()
-def key(name: Annotated[str, typer.Argument(help="Whose key it is; for logs.")]) -> None:
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; for logs.")],
+    images_per_minute: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    max_open_images: Annotated[int, typer.Option(min=0, help="At a time. 0: no limit.")] = 0,
+    priority: Annotated[str, typer.Option(help="low, normal or high.")] = "normal",
+) -> None:
     """Make an API key: the key itself on stderr, once; its line for the key file on stdout."""
     from service.keys import KeyFileError, make_key
 
+    options = {
+        "images_per_minute": images_per_minute,
+        "max_open_images": max_open_images,
+        "priority": priority if priority != "normal" else "",
+    }
     try:
-        secret, line = make_key(name)
+        secret, line = make_key(name, {name: str(v) for name, v in options.items() if v})
     except KeyFileError as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(f"{secret}   <- give this to {name}; it is kept nowhere", err=True)

@@ -2,7 +2,7 @@
 
     HTTP head ──▶ Unauthorized                           before the body is read
     HTTP body ──▶ BadRequest, NotFound, TooLarge        before anything is queued
-    admission ──▶ Overloaded, NotReady                  nothing was accepted
+    admission ──▶ RateLimited, Overloaded, NotReady     nothing was accepted
     queue     ──▶ DeadlineExceeded, Cancelled           accepted, left at a step boundary
     engine    ──▶ EngineFailure                         accepted, its batch or its row failed
 
@@ -105,8 +105,16 @@ class TooLarge(ServiceError):
     default_code = "too_large"
 
 
+class RateLimited(ServiceError):
+    """This API key has had its share; nothing was accepted."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
 class Overloaded(ServiceError):
-    """The waiting set is full; nothing was accepted."""
+    """There is too much work before it; nothing was accepted."""
 
     status = 429
     type = "rate_limit_error"

@@ -17,6 +17,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, TooLarge
+from service.quota import Tenant
 from service.replica import Replica
 
 logger = logging.getLogger("fourstep.access")
@@ -78,6 +79,7 @@ class _Exchange:
         self.started = False
         self.begun = time.perf_counter()
         self.log_fields: dict[str, Any] = {}
+        self.tenant = Tenant()  # until a key says whose request it is
         self.send_request_id = True
         scope.setdefault("state", {})["exchange"] = self
         self._receive, self._send = receive, send
