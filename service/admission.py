@@ -17,6 +17,7 @@ from engines.errors import InvalidInput
 from engines.runner import ModelInfo, Runner
 from service.errors import BadRequest, NotFound
 from service.images import resize
+from service.quota import Priority, Tenant
 from service.schema import EditRequest, ImageParams
 from service.settings import Settings
 
@@ -36,6 +37,7 @@ class Admitted:
     sampler: str
     loras: Mapping[str, float]
     seed: int
+    priority: Priority
     warnings: list[str] = field(default_factory=list)
 
 
@@ -50,7 +52,11 @@ def check_model(name: str | None, model_id: str, settings: Settings) -> None:
 
 
 def admit(
-    params: ImageParams, runner: Runner, settings: Settings, image: np.ndarray | None = None
+    params: ImageParams,
+    runner: Runner,
+    settings: Settings,
+    tenant: Tenant,
+    image: np.ndarray | None = None,
 ) -> Admitted:
     """Settle every open choice of a request and make its drawings. No engine call happens here.
 
@@ -93,7 +99,15 @@ def admit(
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _warnings(params, info, drawings[0], settings)
-    return Admitted(drawings, width, height, num_steps, guidance, sampler, loras, seed, warnings)
+    asked = None if params.priority is None else Priority[params.priority.upper()]
+    priority = tenant.allowed(asked)
+    if asked is not None and asked != priority:
+        warnings.append(
+            f"priority is {params.priority!r}; this API key has {priority.name.lower()} at most"
+        )
+    return Admitted(
+        drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings
+    )
 
 
 def _loras(params: ImageParams, settings: Settings) -> Mapping[str, float]:

@@ -71,7 +71,8 @@ def build_router(replica: Replica) -> APIRouter:
         params = await parse_generation(request)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
-        admitted = admit(params, replica.runner, replica.settings)
+        tenant = request.state.exchange.tenant
+        admitted = admit(params, replica.runner, replica.settings, tenant)
         return await _answer(replica, request, params, admitted, output_format, "image_generation")
 
     @router.post(
@@ -83,10 +84,11 @@ def build_router(replica: Replica) -> APIRouter:
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
+        tenant = request.state.exchange.tenant
 
         def prepare() -> Admitted:
             pixels = decode_image(data, max_px=max_px)
-            return admit(params, replica.runner, replica.settings, pixels)
+            return admit(params, replica.runner, replica.settings, tenant, pixels)
 
         event_loop = asyncio.get_running_loop()
         admitted = await event_loop.run_in_executor(replica.image_workers, prepare)
@@ -145,6 +147,7 @@ async def _answer(
         params,
         admitted,
         request_id=exchange.request_id,
+        tenant=exchange.tenant,
         output_format=raw_format or params.output_format,
         timeout_s=_timeout_s(request, replica.settings.request_timeout_s),
     )

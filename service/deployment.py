@@ -18,9 +18,18 @@ from service.settings import load_settings
 
 # Admission control is the application's own (429 with Retry-After); Ray must not queue before it.
 MAX_ONGOING_REQUESTS = 10_000
+# Ray kills a replica whose check_health fails three times in a row, and what it had in hand is sent
+# to another. By its own 10 s and 30 s the clients of a hung one would wait for two minutes.
+HEALTH_CHECK_PERIOD_S = 2
+HEALTH_CHECK_TIMEOUT_S = 5
 
 
-@serve.deployment(name="fourstep", max_ongoing_requests=MAX_ONGOING_REQUESTS)
+@serve.deployment(
+    name="fourstep",
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    health_check_period_s=HEALTH_CHECK_PERIOD_S,
+    health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+)
 @serve.ingress()
 class FourstepDeployment:
     """One replica, one engine, loaded before Ray calls it ready.

@@ -17,8 +17,9 @@ from types import TracebackType
 import numpy as np
 
 from service.admission import Admitted
-from service.errors import DeadlineExceeded
+from service.errors import DeadlineExceeded, ServiceError
 from service.images import encode_image
+from service.quota import Tenant
 from service.replica import Replica
 from service.request import Event, Finished, Preview, Request, Resolved, Row
 from service.schema import ImageParams, OutputFormat
@@ -38,7 +39,7 @@ class EncodedImage:
 class Job:
     """One accepted request as its handler sees it. Use as an async context manager.
 
-    Raises on entry what `EngineLoop.submit` raises: nothing was accepted then.
+    Raises on entry what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Job:
         admitted: Admitted,
         *,
         request_id: str,
+        tenant: Tenant,
         output_format: OutputFormat,
         timeout_s: float,
     ) -> None:
@@ -55,18 +57,30 @@ class Job:
         self._params = params
         self._admitted = admitted
         self._output_format = output_format
+        self._tenant = tenant
         self._event_loop = asyncio.get_running_loop()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
         now = replica.loop.clock()
         self.request = Request(
-            request_id, arrived_at=now, deadline=now + timeout_s, send=self._receive
+            request_id,
+            arrived_at=now,
+            deadline=now + timeout_s,
+            send=self._receive,
+            tenant=tenant.name,
+            priority=admitted.priority,
         )
         self.request.rows = [
             Row(self.request, index, drawing) for index, drawing in enumerate(admitted.drawings)
         ]
 
     async def __aenter__(self) -> Job:
-        self._replica.loop.submit(self.request)
+        quotas, num_images = self._replica.quotas, len(self.request.rows)
+        quotas.take(self._tenant, num_images)
+        try:
+            self._replica.loop.submit(self.request)
+        except ServiceError:
+            quotas.refund(self._tenant, num_images)
+            raise
         return self
 
     async def __aexit__(
@@ -76,6 +90,7 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         self._replica.loop.cancel(self.request)  # no effect once it is resolved
+        self._replica.quotas.give_back(self._tenant, len(self.request.rows))
 
     async def items(self) -> AsyncIterator[EncodedImage]:
         """Previews and images, each as soon as it is encoded.

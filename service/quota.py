@@ -38,9 +38,9 @@ class Tenant:
     images_per_minute: int = 0
     max_open_images: int = 0
 
-    def allowed(self, asked: str | None) -> Priority:
+    def allowed(self, asked: Priority | None) -> Priority:
         """What a request gets that asks for this: no more than the tenant may have."""
-        return self.priority if asked is None else min(Priority[asked.upper()], self.max_priority)
+        return self.priority if asked is None else min(asked, self.max_priority)
 
 
 class Quotas:

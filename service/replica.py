@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engines.runner import Runner
 from service.loop import EngineLoop
 from service.metrics import Metrics
+from service.quota import Quotas
 from service.scheduler import Limits
 from service.settings import Settings
 
@@ -38,6 +39,7 @@ class Replica:
         self.settings = settings
         self._open_runner = open_runner
         self.created = int(time.time())
+        self.quotas = Quotas()
         self.image_workers = ThreadPoolExecutor(
             settings.num_image_workers, thread_name_prefix="fourstep-image"
         )

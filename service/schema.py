@@ -69,6 +69,9 @@ class ImageParams(BaseModel):
     loras: list[LoraChoice] | None = Field(
         None, max_length=8, description="LoRAs to draw with; default: those the service names."
     )
+    priority: Literal["low", "normal", "high"] | None = Field(
+        None, description="Higher goes first. At most, and by default, what the API key has."
+    )
 
 
 class GenerationRequest(ImageParams):

@@ -160,3 +160,33 @@ def test_the_command_makes_a_key_that_opens(tmp_path: Path) -> None:
     refused = CliRunner().invoke(command, ["key", "a b"])
     assert refused.exit_code == 2
     assert "1 to 64 letters" in refused.output
+
+
+@pytest.fixture
+def limited(lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path) -> Iterator[openai.OpenAI]:
+    """The client of a key that may have four images a minute, at normal priority."""
+    key, line = make_key("dave", {"images_per_minute": "4"})
+    (tmp_path / "keys").write_text(line)
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    settings = load_settings(values | {"api_keys_file": tmp_path / "keys"})
+    with TestClient(build_app(Replica(settings))) as http:
+        yield _client(http, key)
+
+
+def test_a_key_has_its_images_a_minute_and_no_more(limited: openai.OpenAI) -> None:
+    assert len(limited.images.generate(prompt="a cube", n=3).data or []) == 3
+    with pytest.raises(openai.RateLimitError, match="4 images a minute and has had") as refused:
+        limited.images.generate(prompt="a cube", n=2)
+    assert refused.value.code == "rate_limit_exceeded"
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 16
+    assert len(limited.images.generate(prompt="a cube").data or []) == 1
+    with pytest.raises(openai.BadRequestError, match="n is 5; this API key may have 4"):
+        limited.images.generate(prompt="a cube", n=5)
+
+
+def test_a_key_asks_for_no_more_priority_than_it_has(limited: openai.OpenAI) -> None:
+    answer = limited.images.with_raw_response.generate(
+        prompt="a cube", extra_body={"priority": "high"}
+    )
+    (warning,) = answer.http_response.json()["warnings"]
+    assert warning == "priority is 'high'; this API key has normal at most"

@@ -104,13 +104,13 @@ def test_a_line_of_another_form_is_refused(tmp_path: Path, options: str, message
     ("own", "asked", "given"),
     [
         (Tenant(), None, Priority.NORMAL),
-        (Tenant(), "high", Priority.HIGH),
-        (Tenant("a", Priority.NORMAL, Priority.NORMAL), "high", Priority.NORMAL),
+        (Tenant(), Priority.HIGH, Priority.HIGH),
+        (Tenant("a", Priority.NORMAL, Priority.NORMAL), Priority.HIGH, Priority.NORMAL),
         (Tenant("a", Priority.HIGH, Priority.HIGH), None, Priority.HIGH),
-        (Tenant("a", Priority.HIGH, Priority.HIGH), "low", Priority.LOW),
+        (Tenant("a", Priority.HIGH, Priority.HIGH), Priority.LOW, Priority.LOW),
     ],
 )
 def test_a_request_may_ask_for_less_than_its_key_has(
-    own: Tenant, asked: str | None, given: Priority
+    own: Tenant, asked: Priority | None, given: Priority
 ) -> None:
     assert own.allowed(asked) == given
