@@ -346,6 +346,10 @@ class Runner:
             sampler=info.default_sampler,
         )
 
+    def padded_rows(self) -> dict[str, int]:
+        """By part, rows run so far to fill a batch up; an engine that takes any batch has none."""
+        return {n: getattr(e, "num_padded_rows", 0) for n, e in self._model.engines.items()}
+
     def close(self) -> None:
         """Free the engines."""
         for engine in self._model.engines.values():

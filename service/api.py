@@ -28,6 +28,7 @@ from service.schema import (
     ModelObject,
     OutputFormat,
 )
+from service.telemetry import Exchange
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503, 504)
@@ -153,7 +154,7 @@ async def _answer(
     )
     if params.stream:
         await job.__aenter__()  # refused here, before the stream begins, or left to its end
-        events = _stream(job, params, admitted, event_name)
+        events = _stream(job, params, admitted, event_name, exchange)
         return StreamingResponse(events, media_type="text/event-stream", headers=NO_BUFFERING)
     async with job:
         images = await _until_disconnect(request, _collect(job))
@@ -256,9 +257,13 @@ def _server_timing(timings: Timings) -> str:
 
 
 async def _stream(
-    job: Job, params: ImageParams, admitted: Admitted, event_name: str
+    job: Job, params: ImageParams, admitted: Admitted, event_name: str, exchange: Exchange
 ) -> AsyncIterator[bytes]:
-    """Server-sent events in OpenAI's shapes; ends with ``[DONE]`` also after an error."""
+    """Server-sent events in OpenAI's shapes; ends with ``[DONE]`` also after an error.
+
+    The head said 200; how the stream ended is told to the metrics by ``exchange.status``.
+    """
+    exchange.status = Cancelled.status  # unless it gets to an end below
     common = {
         "size": f"{admitted.width}x{admitted.height}",
         "quality": params.quality,
@@ -282,9 +287,13 @@ async def _stream(
                 event["timings"] = job.request.timings.milliseconds()
                 event["warnings"] = admitted.warnings
             yield _sse(event["type"], event)
+        exchange.status = 200
     except ServiceError as error:
+        exchange.status = error.status
         yield _sse("error", error.body())
     finally:
+        timings = job.request.timings.milliseconds()
+        exchange.log_fields |= {"n": params.n, "steps": admitted.num_steps} | timings
         await job.__aexit__(None, None, None)
     yield b"data: [DONE]\n\n"
 

@@ -98,8 +98,14 @@ class Job:
         Raises:
             ServiceError: the request ended any other way than with all its images.
         """
+        previewed = False
         while not isinstance(item := await self._next(), Resolved):
-            yield await asyncio.wrap_future(item)
+            image = await asyncio.wrap_future(item)
+            if image.preview_index is not None and not previewed:
+                previewed = True
+                waited_s = self._replica.loop.clock() - self.request.arrived_at
+                self._replica.metrics.first_preview(waited_s)
+            yield image
         if item.error is not None:
             raise item.error
         self.request.timings.total_s = self._replica.loop.clock() - self.request.arrived_at

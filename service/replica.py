@@ -11,33 +11,50 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from engines.bundle import Progress
 from engines.runner import Runner
 from service.loop import EngineLoop
 from service.metrics import Metrics
 from service.quota import Quotas
+from service.recorder import Recorder
 from service.scheduler import Limits
 from service.settings import Settings
 
 logger = logging.getLogger("fourstep.replica")
 
 
-def open_runner(settings: Settings) -> Runner:
+def open_runner(settings: Settings, progress: Progress = lambda *_: None) -> Runner:
     """The runner these settings ask for; blocks while the model loads.
 
     Raises:
         engines.errors.EngineError: the model cannot be loaded here; the message says why.
     """
-    return Runner.open(settings.order, model_id=settings.model_id)
+    return Runner.open(settings.order, model_id=settings.model_id, progress=progress)
+
+
+class BuildWatch:
+    """Told how a bundle's build goes on: logs it, and knows how long it took; 0: none was built."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began_at: float | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        self._began_at = now if self._began_at is None else self._began_at
+        self.seconds = now - self._began_at
+        logger.info("bundle: %s (%d of %d)", what, done, total)
 
 
 class Replica:
     """Constructed cheap; `start` loads and warms the engine, `close` drains and frees it."""
 
     def __init__(
-        self, settings: Settings, open_runner: Callable[[Settings], Runner] = open_runner
+        self, settings: Settings, open_runner: Callable[[Settings], Runner] | None = None
     ) -> None:
         self.settings = settings
-        self._open_runner = open_runner
+        self._build = BuildWatch()
+        self._open_runner = open_runner or self._open
         self.created = int(time.time())
         self.quotas = Quotas()
         self.image_workers = ThreadPoolExecutor(
@@ -45,6 +62,7 @@ class Replica:
         )
         self._runner: Runner | None = None
         self._metrics: Metrics | None = None
+        self._recorder: Recorder | None = None
         self._loop: EngineLoop | None = None
 
     def start(self) -> None:
@@ -58,6 +76,9 @@ class Replica:
         self._runner = runner = self._open_runner(settings)
         runner.warm_up(settings.default_loras)
         self._metrics = Metrics(runner.info.model_id)
+        self._recorder = Recorder(
+            self._metrics, ready=lambda: self.ready, padded_rows=runner.padded_rows
+        )
         limits = Limits(
             max_batch=runner.info.max_batch,
             max_decode_batch=settings.max_decode_batch or max(1, runner.info.max_batch // 2),
@@ -67,16 +88,22 @@ class Replica:
         self._loop = EngineLoop(
             runner,
             limits,
-            self._metrics,
+            self._recorder,
             max_waiting=settings.max_waiting,
             max_call_s=settings.max_call_s,
         )
         self._loop.start()
+        load_s = time.monotonic() - begun - self._build.seconds
+        self._metrics.started(runner.info, build_s=self._build.seconds, load_s=load_s)
+        self._recorder.start()
         logger.info(
             "serving %s on %s (%s), batches of %d, ready after %.1f s",
             runner.info.model_id, runner.info.backend, runner.info.backend_reason,
             limits.max_batch, time.monotonic() - begun,
         )  # fmt: skip
+
+    def _open(self, settings: Settings) -> Runner:
+        return open_runner(settings, self._build)
 
     @property
     def runner(self) -> Runner:
@@ -107,6 +134,8 @@ class Replica:
         """Finish what runs (up to ``drain_s``), then free the engine and the threads."""
         if self._loop is not None:
             self._loop.close(self.settings.drain_s)
+        if self._recorder is not None:
+            self._recorder.close()
         if self._runner is not None:
             self._runner.close()
         self.image_workers.shutdown(cancel_futures=True)

@@ -113,16 +113,16 @@ class Settings(BaseSettings):
         return self
 
 
-def share_metrics() -> bool:
+def share_metrics() -> Path | None:
     """Turn on prometheus_client's multiprocess mode where ``FOURSTEP_METRICS_DIR`` is set.
 
-    It must run before prometheus_client is imported. The variable has a name of its own because
-    Ray's processes inherit the environment and would write their metrics there as well.
+    Returns that folder. It must run before prometheus_client is imported. The variable has a name
+    of its own because Ray's processes inherit the environment and would write theirs there as well.
     """
     folder = os.environ.get("FOURSTEP_METRICS_DIR")
     if folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-    return bool(folder)
+    return Path(folder) if folder else None
 
 
 def load_settings(values: Mapping[str, Any] | None = None) -> Settings:

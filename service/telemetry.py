@@ -14,6 +14,7 @@ import time
 import uuid
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError, TooLarge
@@ -40,7 +41,7 @@ class Telemetry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._replica.settings.max_body_bytes)
+        exchange = Exchange(scope, receive, send, self._replica.settings.max_body_bytes)
         exchange.send_request_id = self._send_request_id
         request_id_var.set(exchange.request_id)
         try:
@@ -48,6 +49,8 @@ class Telemetry:
         except asyncio.CancelledError:
             exchange.status = 499
             raise
+        except ClientDisconnect:  # in the middle of its body: there is nobody to answer
+            exchange.status = 499
         except ServiceError as error:  # a key or the body limit, before any handler could answer
             if exchange.started:
                 raise
@@ -55,7 +58,7 @@ class Telemetry:
         finally:
             self._record(exchange)
 
-    def _record(self, exchange: _Exchange) -> None:
+    def _record(self, exchange: Exchange) -> None:
         seconds = time.perf_counter() - exchange.begun
         path = exchange.path
         if (endpoint := COUNTED.get(path)) and self._replica.started:
@@ -66,7 +69,7 @@ class Telemetry:
             logger.info("request", extra={"fields": fields})
 
 
-class _Exchange:
+class Exchange:
     """One HTTP exchange as it passes: `receive` and `send` with eyes and limits."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:

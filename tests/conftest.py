@@ -1,12 +1,15 @@
-"""Fixtures that several test packages share: a tiny checkpoint and the bundle cache."""
+"""Fixtures that several test packages share: a tiny checkpoint, the bundle cache, replicas."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engines.checkpoints import make_checkpoint
+from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +22,31 @@ def lcm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the session's bundles are built, once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]:
+    """For replicas that shed after a few images and draw for long where asked to."""
+    return {
+        "model": lcm_checkpoint,
+        "cache_dir": cache_dir,
+        "engine": "onnxruntime",
+        "num_threads": 1,
+        "max_waiting": 8,
+        "max_steps": 1000,
+    }
+
+
+@pytest.fixture(scope="session")
+def two_nodes(
+    tmp_path_factory: pytest.TempPathFactory, replica_settings: dict[str, object]
+) -> Iterator[list[ReplicaProcess]]:
+    """Two nodes of one replica each, serving."""
+    with contextlib.ExitStack() as stack:
+        folders = [tmp_path_factory.mktemp("node") for _ in range(2)]
+        nodes = [
+            stack.enter_context(replica_process(folder, **replica_settings)) for folder in folders
+        ]
+        for node in nodes:
+            wait_until_ready(node)
+        yield nodes

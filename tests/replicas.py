@@ -1,0 +1,78 @@
+"""Replicas in processes of their own, under uvicorn: to be scraped, cancelled and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+
+from service.app import build_app
+from service.replica import Replica
+from service.settings import load_settings
+
+START_TIMEOUT_S = 180.0
+
+
+def app() -> FastAPI:
+    """What such a process serves; its settings come from the environment."""
+    return build_app(Replica(load_settings()))
+
+
+@dataclass(frozen=True)
+class ReplicaProcess:
+    """A running one."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def metrics(self) -> dict[str, float]:
+        """The exposition: series as written → value."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        lines = (line for line in text.splitlines() if not line.startswith("#"))
+        return {series: float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def replica_process(folder: Path, **settings: object) -> Iterator[ReplicaProcess]:
+    """Started, not yet ready (see `wait_until_ready`); writes its metrics into ``folder``."""
+    port = free_port()
+    environment = dict(os.environ) | {"FOURSTEP_METRICS_DIR": str(folder)}
+    environment |= {f"FOURSTEP_{name.upper()}": str(value) for name, value in settings.items()}
+    command = [sys.executable, "-m", "uvicorn", "--factory", "tests.replicas:app"]
+    command += ["--port", str(port), "--log-level", "warning"]
+    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
+    try:
+        yield ReplicaProcess(process, port)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until_ready(replica: ReplicaProcess) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert replica.process.poll() is None, "the replica ended before it served"
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{replica.url}/readyz", timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"not ready within {START_TIMEOUT_S:.0f} s")
