@@ -152,6 +152,8 @@ async def _answer(
         output_format=raw_format or params.output_format,
         timeout_s=_timeout_s(request, replica.settings.request_timeout_s),
     )
+    if exchange.trace is not None:
+        exchange.trace.follow(job.request, replica.loop.clock, replica.runner.info.model_id)
     if params.stream:
         await job.__aenter__()  # refused here, before the stream begins, or left to its end
         events = _stream(job, params, admitted, event_name, exchange)

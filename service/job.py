@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from service.errors import DeadlineExceeded, ServiceError
 from service.images import encode_image
 from service.quota import Tenant
 from service.replica import Replica
-from service.request import Event, Finished, Preview, Request, Resolved, Row
+from service.request import Event, Finished, Preview, Request, Resolved, Row, StageRecord
 from service.schema import ImageParams, OutputFormat
 
 DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
@@ -131,7 +130,7 @@ class Job:
             self._event_loop.call_soon_threadsafe(self._inbox.put_nowait, item)
 
     def _encode(self, event: Preview | Finished) -> EncodedImage:
-        begun = time.perf_counter()
+        begun = self._replica.loop.clock()
         final = isinstance(event, Finished)
         text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
         data = encode_image(
@@ -141,8 +140,10 @@ class Job:
             quality=self._params.output_compression,
             text=text if final else None,
         )
-        seconds = time.perf_counter() - begun
+        seconds = self._replica.loop.clock() - begun
         self.request.timings.image_encode_s += seconds
+        if self.request.records is not None:
+            self.request.records.append(StageRecord("image_encode", begun, seconds))
         if final:
             height, width = np.shape(event.pixels)[:2]
             self._replica.metrics.image(width, height, seconds)

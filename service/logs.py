@@ -1,4 +1,4 @@
-"""JSON logs on stderr, one object a line, each with the id of the request it belongs to."""
+"""JSON logs on stderr, one object a line, each with the ids of its request and trace."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import logging
 import sys
 
-from service.telemetry import request_id_var
+from service.telemetry import request_id_var, trace_id_var
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"time", "level", "logger", "message", "request_id", …fields, "exception"}``."""
+    """``{"time", "level", "logger", "message", "request_id", "trace_id", …fields, "exception"}``.
+
+    Ids stand where there are such. No line has a prompt.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
@@ -22,6 +25,8 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             "request_id": request_id_var.get(),
         }
+        if trace_id := trace_id_var.get():
+            entry["trace_id"] = trace_id
         entry |= getattr(record, "fields", {})
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)

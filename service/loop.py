@@ -26,7 +26,16 @@ from service.errors import (
     Overloaded,
     ServiceError,
 )
-from service.request import Event, Finished, Preview, Request, Resolved, Row, Status
+from service.request import (
+    Event,
+    Finished,
+    Preview,
+    Request,
+    Resolved,
+    Row,
+    StageRecord,
+    Status,
+)
 from service.scheduler import Limits, Scheduler, Work, WorkKind
 
 logger = logging.getLogger("fourstep.loop")
@@ -89,6 +98,7 @@ class EngineLoop:
         self._num_rows: Counter[tuple[str, int]] = Counter()  # open, by tenant and priority; so too
         self._accepting = False
         self._stopping = False
+        self._num_calls = 0  # engine calls that came back
         self._s_per_row = 0.0  # engine seconds that a row costs, measured
         self._unattributed_s = 0.0  # engine seconds since the last row was finished
         self._fastest_s: dict[tuple[int, int], float] = {}  # latent size → recent denoise call
@@ -257,6 +267,7 @@ class EngineLoop:
         finally:
             self._call_began_at = None
         seconds = self.clock() - started_at
+        self._num_calls += 1
         num_lanes = sum(row.num_lanes for row in work.rows)
         self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds)
         self._unattributed_s += seconds
@@ -265,6 +276,12 @@ class EngineLoop:
         for request in requests:
             name = f"{work.kind}_s"
             setattr(request.timings, name, getattr(request.timings, name) + seconds)
+            if request.records is not None:
+                request.records.append(
+                    StageRecord(
+                        work.kind, started_at, seconds, self._num_calls, len(work.rows), num_lanes
+                    )
+                )
         if work.kind is WorkKind.DECODE:
             self._deliver(work)
 

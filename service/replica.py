@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from engines.bundle import Progress
 from engines.runner import Runner
@@ -19,6 +20,9 @@ from service.quota import Quotas
 from service.recorder import Recorder
 from service.scheduler import Limits
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 logger = logging.getLogger("fourstep.replica")
 
@@ -63,6 +67,7 @@ class Replica:
         self._runner: Runner | None = None
         self._metrics: Metrics | None = None
         self._recorder: Recorder | None = None
+        self.tracing: Tracing | None = None  # None: off, and nothing of it is imported
         self._loop: EngineLoop | None = None
 
     def start(self) -> None:
@@ -73,6 +78,10 @@ class Replica:
         """
         settings = self.settings
         begun = time.monotonic()
+        if settings.traces:
+            from service.tracing import Tracing
+
+            self.tracing = Tracing()
         self._runner = runner = self._open_runner(settings)
         runner.warm_up(settings.default_loras)
         self._metrics = Metrics(runner.info.model_id)
@@ -136,6 +145,8 @@ class Replica:
             self._loop.close(self.settings.drain_s)
         if self._recorder is not None:
             self._recorder.close()
+        if self.tracing is not None:
+            self.tracing.close()
         if self._runner is not None:
             self._runner.close()
         self.image_workers.shutdown(cancel_futures=True)

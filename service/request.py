@@ -83,6 +83,21 @@ class Resolved:
     error: ServiceError | None
 
 
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """A stage as one request met it, for its trace; ``started_at`` is on the engine loop's clock.
+
+    ``batch_id`` numbers the engine call, None where there was none; its rows are of all requests.
+    """
+
+    stage: str
+    started_at: float
+    seconds: float
+    batch_id: int | None = None
+    num_rows: int = 0
+    num_lanes: int = 0
+
+
 Event = Preview | Finished | Resolved
 
 
@@ -147,3 +162,4 @@ class Request:
     cancelled: bool = False  # set by the handler, honoured at the next step boundary
     num_finished: int = 0
     timings: Timings = field(default_factory=Timings)
+    records: list[StageRecord] | None = None  # a list where the request is traced

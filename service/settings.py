@@ -7,6 +7,7 @@ A key is, in this order of precedence, an argument of the application (YAML ``ar
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 MIB = 1024 * 1024
+OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 
 
 class SettingsError(ValueError):
@@ -88,6 +90,9 @@ class Settings(BaseSettings):
     metrics_dir: Path | None = Field(
         None, description="folder that the replicas of a node share for their metrics; environment"
     )
+    traces: bool = Field(
+        False, description="OpenTelemetry traces by OTLP (extra `otel`); OTEL_* variables say where"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
@@ -103,6 +108,17 @@ class Settings(BaseSettings):
             loras=self.loras,
             defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
         )
+
+    @model_validator(mode="after")
+    def _traces_can_be_sent(self) -> Settings:
+        try:
+            if self.traces:
+                importlib.metadata.version(OTLP_EXPORTER)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(
+                f"traces needs the package {OTLP_EXPORTER}: pip install 'fourstep[otel]'"
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def _default_loras_are_served(self) -> Settings:

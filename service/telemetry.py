@@ -1,4 +1,4 @@
-"""What wraps every HTTP exchange: request id, body limit, access log, request metrics.
+"""What wraps every HTTP exchange: request id, trace, body limit, access log, request metrics.
 
 Pure ASGI, because it must see streamed bodies, disconnects and cancellations as they are.
 """
@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,8 +21,12 @@ from service.errors import ServiceError, TooLarge
 from service.quota import Tenant
 from service.replica import Replica
 
+if TYPE_CHECKING:
+    from service.tracing import RequestTrace
+
 logger = logging.getLogger("fourstep.access")
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+trace_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
 
 VALID_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 COUNTED = {"/v1/images/generations": "generations", "/v1/images/edits": "edits"}
@@ -44,6 +48,11 @@ class Telemetry:
         exchange = Exchange(scope, receive, send, self._replica.settings.max_body_bytes)
         exchange.send_request_id = self._send_request_id
         request_id_var.set(exchange.request_id)
+        if self._replica.tracing is not None and exchange.path in COUNTED:
+            exchange.trace = self._replica.tracing.begin(
+                exchange.method, exchange.path, exchange.request_id, scope["headers"]
+            )
+            trace_id_var.set(exchange.trace.trace_id)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
@@ -61,6 +70,8 @@ class Telemetry:
     def _record(self, exchange: Exchange) -> None:
         seconds = time.perf_counter() - exchange.begun
         path = exchange.path
+        if exchange.trace is not None:
+            exchange.trace.end(exchange.status)
         if (endpoint := COUNTED.get(path)) and self._replica.started:
             self._replica.metrics.request(endpoint, exchange.status, seconds)
         if path not in QUIET:
@@ -84,6 +95,7 @@ class Exchange:
         self.log_fields: dict[str, Any] = {}
         self.tenant = Tenant()  # until a key says whose request it is
         self.send_request_id = True
+        self.trace: RequestTrace | None = None
         scope.setdefault("state", {})["exchange"] = self
         self._receive, self._send = receive, send
         self._max_body_bytes = max_body_bytes

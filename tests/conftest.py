@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.model import prepare
+from engines.order import Order
 from tests.engines.checkpoints import make_checkpoint
 from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
 
@@ -27,6 +29,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]:
     """For replicas that shed after a few images and draw for long where asked to."""
+    prepare(Order(str(lcm_checkpoint), "onnxruntime", cache_dir=cache_dir), lambda *_: None)
     return {
         "model": lcm_checkpoint,
         "cache_dir": cache_dir,

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 HOMES = {  # top-level package → the only modules that may import it
     "ray": {"service/deployment.py", "service/serve.py", "service/serve_config.py"},
     "prometheus_client": {"service/metrics.py"},
+    "opentelemetry": {"service/tracing.py"},
     "onnxruntime": {"engines/onnxruntime_engine.py"},
 }
 FORBIDDEN = {  # module prefix → what it must not import
