@@ -1,4 +1,4 @@
-"""Fixtures that several test packages share: a tiny checkpoint, the bundle cache, replicas."""
+"""Fixtures that several test packages share: a tiny checkpoint, bundles, replicas, a Prometheus."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from engines.model import prepare
 from engines.order import Order
 from tests.engines.checkpoints import make_checkpoint
+from tests.monitoring import Prometheus, run_prometheus, send_traffic, wait_for
 from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
 
 
@@ -53,3 +54,20 @@ def two_nodes(
         for node in nodes:
             wait_until_ready(node)
         yield nodes
+
+
+@pytest.fixture(scope="session")
+def prometheus(
+    tmp_path_factory: pytest.TempPathFactory, two_nodes: list[ReplicaProcess]
+) -> Iterator[Prometheus]:
+    """It watches two nodes that have had traffic of every kind."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    targets = [node.url.removeprefix("http://") for node in two_nodes]
+    with run_prometheus(folder, targets) as prometheus:
+        wait_for(lambda: len(prometheus.query("up == 1")) == 2, "both nodes are scraped")
+        for node in two_nodes:
+            send_traffic(node)
+        # A rate needs two scrapes, and so do the rules over it.
+        rated = "model:fourstep_request_errors:ratio_rate5m > 0"
+        wait_for(lambda: bool(prometheus.query(rated)), "the traffic shows in a recorded ratio")
+        yield prometheus

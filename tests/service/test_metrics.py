@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from service.app import build_app
 from service.recorder import gpu_memory
 from service.replica import Replica
 from service.settings import load_settings
+from tests.monitoring import wait_for
 from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
 
 PATH = "/v1/images/generations"
@@ -30,13 +30,6 @@ LONG = {"prompt": "x", "n": 4, "sampler": "ddim", "num_inference_steps": 1000}
 @pytest.fixture
 def node(two_nodes: list[ReplicaProcess]) -> ReplicaProcess:
     return two_nodes[0]
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
 
 
 def growth(before: Mapping[str, float], after: Mapping[str, float], series: str) -> float:
