@@ -279,7 +279,12 @@ class EngineLoop:
             if request.records is not None:
                 request.records.append(
                     StageRecord(
-                        work.kind, started_at, seconds, self._num_calls, len(work.rows), num_lanes
+                        work.kind.value,
+                        started_at,
+                        seconds,
+                        self._num_calls,
+                        len(work.rows),
+                        num_lanes,
                     )
                 )
         if work.kind is WorkKind.DECODE:

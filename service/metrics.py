@@ -7,8 +7,10 @@ them shows the node's total: counters of all processes there have been, gauges o
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from service.liveness import bury_dead, declare_alive
@@ -23,6 +25,7 @@ from prometheus_client import (  # noqa: E402  (its import reads the environment
     Counter,
     Gauge,
     Histogram,
+    Metric,
     generate_latest,
     multiprocess,
 )
@@ -56,7 +59,7 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         if SHARED_FOLDER:
-            declare_alive(SHARED_FOLDER, multiprocess.mark_process_dead)
+            declare_alive(SHARED_FOLDER, functools.partial(_forget_gauges, SHARED_FOLDER))
         self.registry = CollectorRegistry()
         self.before_exposition: Callable[[], None] = lambda: None  # brings the values up to date
         self._model = model
@@ -90,6 +93,7 @@ class Metrics:
         self._make_engine_metrics(model)
         self._make_replica_metrics(model)
         for endpoint in ENDPOINTS:
+            self._request.labels(model, endpoint)
             for status in STATUSES:
                 self._requests.labels(model, endpoint, str(status))
         self._starts.inc()
@@ -219,17 +223,31 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """The text format and its media type: this process's, or the node's when shared."""
         self.before_exposition()
-        registry = node_registry() if SHARED_FOLDER else self.registry
+        registry = node_registry(SHARED_FOLDER) if SHARED_FOLDER else self.registry
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
-def node_registry() -> CollectorRegistry:
-    """What all replicas of the node have written; the gauges of dead ones are taken away first."""
-    assert SHARED_FOLDER is not None, "FOURSTEP_METRICS_DIR names the folder"
-    bury_dead(SHARED_FOLDER, multiprocess.mark_process_dead)
+class _NodeCollector(multiprocess.MultiProcessCollector):
+    """What all replicas of a node have written, at each scrape without the gauges of dead ones."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(None, path=str(folder))  # type: ignore[no-untyped-call]
+        self._folder = folder
+
+    def collect(self) -> Iterable[Metric]:
+        bury_dead(self._folder, functools.partial(_forget_gauges, self._folder))
+        return super().collect()  # type: ignore[no-untyped-call, no-any-return]
+
+
+def node_registry(folder: Path) -> CollectorRegistry:
+    """The metrics of a node whose replicas write into ``folder``."""
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(_NodeCollector(folder))
     return registry
+
+
+def _forget_gauges(folder: Path, pid: int) -> None:
+    multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 
 def _version(package: str) -> str:

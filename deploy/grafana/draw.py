@@ -30,7 +30,7 @@ DASHBOARD = HERE / "fourstep.json"
 MAIN = (
     "Requests by status", "Request latency", "Where the time goes, p95",
     "Rows per engine call", "Engine busy", "Rows waiting and running",
-    "Time to first preview", "Denoise batches by size", "Refused and lost",
+    "Time to first preview", "Images", "Refused and lost",
 )  # fmt: skip
 COLUMNS = 3
 NUM_POINTS = 240  # of each line
@@ -43,6 +43,7 @@ STYLE = {
     "axes.facecolor": "#fbfbfc",
     "axes.edgecolor": "#c9ccd1",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "grid.color": "#e6e8eb",
@@ -95,20 +96,33 @@ def legend(template: str, labels: dict[str, str]) -> str:
     return template
 
 
+def line_colors(panel: dict[str, Any], names: list[str]) -> list[str]:
+    """Those that the panel fixes by name; the others in turn."""
+    fixed = {
+        override["matcher"]["options"]: override["properties"][0]["value"]["fixedColor"]
+        for override in panel["fieldConfig"]["overrides"]
+    }
+    return [fixed.get(name, COLORS[k % len(COLORS)]) for k, name in enumerate(names)]
+
+
 def draw_panel(axes: Axes, panel: dict[str, Any], lines: list[Line], start: float) -> None:
     """One panel, as its field settings say."""
     defaults = panel["fieldConfig"]["defaults"]
+    colors = line_colors(panel, [name for name, _, _ in lines])
     if defaults["custom"]["stacking"]["mode"] == "normal" and lines:
         times = np.unique(np.concatenate([line[1] for line in lines]))
         stacked = [np.nan_to_num(_at(times, line)) for line in lines]
         names = [name for name, _, _ in lines]
-        axes.stackplot((times - start) / 60, stacked, labels=names, colors=COLORS, alpha=0.85)
+        axes.stackplot((times - start) / 60, stacked, labels=names, colors=colors, alpha=0.85)
     else:
-        for color, (name, times, values) in zip(COLORS, lines, strict=False):
+        for color, (name, times, values) in zip(colors, lines, strict=True):
             axes.plot((times - start) / 60, values, label=name, color=color, linewidth=1.7)
     axes.set_title(panel["title"], loc="left", fontweight="bold", fontsize=11, pad=8)
     axes.set_ylabel(UNITS.get(defaults["unit"], defaults["unit"]))
-    axes.set_ylim(0, defaults.get("max"))
+    if defaults["custom"].get("scaleDistribution", {}).get("type") == "log":
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, defaults.get("max"))
     if defaults["unit"] == "percentunit":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

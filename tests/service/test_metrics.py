@@ -209,9 +209,13 @@ def test_padding_is_counted_as_the_engine_says(lcm_checkpoint: Path, cache_dir: 
         body = {"prompt": "x", "n": 3, "num_inference_steps": 2}
         assert http.post(PATH, json=body).status_code == 200
         lines = http.get("/metrics").text.splitlines()
-    lanes = 'fourstep_engine_lanes_total{model="tiny-lcm",stage="denoise",use='
-    assert f'{lanes}"row"}} 6.0' in lines
-    assert f'{lanes}"padding"}} 2.0' in lines, "warm-up's padding is not traffic's"
+    values = dict(line.rsplit(" ", 1) for line in lines)
+    of_denoise = 'model="tiny-lcm",stage="denoise"'
+    num_calls = float(values[f"fourstep_batch_rows_count{{{of_denoise}}}"])
+    lanes = f"fourstep_engine_lanes_total{{{of_denoise},use="
+    assert float(values[f'{lanes}"row"}}']) == 3 * 2
+    padding = float(values[f'{lanes}"padding"}}'])
+    assert padding == 4 * num_calls - 3 * 2, "warm-up's padding is not traffic's"
 
 
 def test_no_gpu_no_gpu_memory(node: ReplicaProcess) -> None:
