@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.request import Request, StageRecord
+from service.request import Request, StageRecord, Status
 
 # Names of OpenTelemetry's semantic conventions (HTTP 1.23, GenAI); ours begin with `fourstep.`.
 METHOD, ROUTE, STATUS = "http.request.method", "http.route", "http.response.status_code"
@@ -106,8 +106,9 @@ class RequestTrace:
         )
 
     def end(self, status: int) -> None:
-        if self._request is not None:
-            self._end_stages(self._request)
+        request = self._request
+        if request is not None and (request.status is not Status.WAITING or request.cancelled):
+            self._end_stages(request)  # it was accepted
         self._span.set_attribute(STATUS, status)
         if status >= 500:
             self._span.set_attribute(ERROR_TYPE, str(status))

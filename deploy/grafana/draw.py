@@ -37,7 +37,11 @@ NUM_POINTS = 240  # of each line
 COLORS = (
     "#2f6db5", "#e08a2e", "#3f9b5f", "#c8443f", "#7d5fb0", "#4fa3b8", "#a0714f", "#8a8f98",
 )  # fmt: skip
-UNITS = {"reqps": "requests/s", "s": "seconds", "cps": "calls/s", "short": "", "percentunit": ""}
+LABELS = {"reqps": "requests/s", "cps": "calls/s"}
+FORMATS = {
+    "percentunit": PercentFormatter(1.0, decimals=0),
+    "s": FuncFormatter(lambda s, _: f"{s:g} s" if s >= 1 or s == 0 else f"{1000 * s:g} ms"),
+}
 STYLE = {
     "figure.facecolor": "white",
     "axes.facecolor": "#fbfbfc",
@@ -118,13 +122,13 @@ def draw_panel(axes: Axes, panel: dict[str, Any], lines: list[Line], start: floa
         for color, (name, times, values) in zip(colors, lines, strict=True):
             axes.plot((times - start) / 60, values, label=name, color=color, linewidth=1.7)
     axes.set_title(panel["title"], loc="left", fontweight="bold", fontsize=11, pad=8)
-    axes.set_ylabel(UNITS.get(defaults["unit"], defaults["unit"]))
+    axes.set_ylabel(LABELS.get(defaults["unit"], ""))
     if defaults["custom"].get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
     else:
         axes.set_ylim(0, defaults.get("max"))
-    if defaults["unit"] == "percentunit":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if defaults["unit"] in FORMATS:
+        axes.yaxis.set_major_formatter(FORMATS[defaults["unit"]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda minutes, _: f"{minutes:.0f} min"))
     axes.margins(x=0)

@@ -29,7 +29,7 @@ SAMPLED = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
 SECRET = "a purple xylophone nobody else may hear of"
 
 
-def settings_of(checkpoint: Path, cache_dir: Path, **more: object) -> Replica:
+def make_replica(checkpoint: Path, cache_dir: Path, **more: object) -> Replica:
     values = {"model": str(checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir} | more
     return Replica(load_settings(values))
 
@@ -82,7 +82,7 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def traced(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[Traced]:
-    replica = settings_of(lcm_checkpoint, cache_dir, num_threads=1)
+    replica = make_replica(lcm_checkpoint, cache_dir, num_threads=1, max_waiting=8)
     with TestClient(build_app(replica)) as http:
         yield Traced(http, replica)
 
@@ -127,6 +127,9 @@ def test_failures_are_seen(traced: Traced) -> None:
     assert root.attributes is not None
     assert root.attributes["http.response.status_code"] == 400
     assert root.status.is_unset, "the caller's fault is no error of a server span"
+    (shed,) = traced.spans_of({"prompt": "x", "n": 9})
+    assert shed.attributes is not None
+    assert shed.attributes["http.response.status_code"] == 429, "and was in no queue"
     body = {"prompt": "x", "n": 4, "sampler": "ddim", "num_inference_steps": 50}
     late, queue, *_ = traced.spans_of(body, **{"x-request-timeout": "0.001"})
     assert late.attributes is not None
@@ -179,7 +182,7 @@ def test_a_collector_gets_everything_by_the_standard_variables(
     endpoint = f"http://127.0.0.1:{collector.server_port}"
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     monkeypatch.setenv("OTEL_SERVICE_NAME", "pictures")
-    replica = settings_of(lcm_checkpoint, cache_dir, num_threads=1, traces=True)
+    replica = make_replica(lcm_checkpoint, cache_dir, num_threads=1, traces=True)
     with TestClient(build_app(replica)) as http:
         answer = http.post(PATH, json={"prompt": "x"}, headers=SAMPLED | {"x-request-id": "mine"})
         assert answer.status_code == 200
