@@ -166,7 +166,7 @@ def main(
         for axes, title in zip(grid.flat, MAIN, strict=True):
             lines = query_lines(http, panels[title], since, until, rate_interval)
             draw_panel(axes, panels[title], lines, since)
-        figure.savefig(out, dpi=100, facecolor="white")
+        figure.savefig(out, dpi=100, facecolor="white", pil_kwargs={"optimize": True})
         plt.close(figure)
     typer.echo(f"{out}: {len(MAIN)} panels, {until - since:.0f} s")
 
