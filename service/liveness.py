@@ -23,25 +23,24 @@ def declare_alive(folder: Path, on_stale: Callable[[int], None]) -> None:
     if file in _held:
         return
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # held elsewhere for moments only, by bury_dead
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # held elsewhere for moments only, by find_dead
     on_stale(os.getpid())
     _held[file] = descriptor
 
 
-def bury_dead(folder: Path, on_dead: Callable[[int], None]) -> None:
-    """Call ``on_dead`` with the id of every process that has ended, each time this is called.
-
-    Its file stays: were it removed, a new process of that id could be waiting to lock it.
-    """
+def find_dead(folder: Path) -> set[int]:
+    """Ids of the processes that have ended. Changes nothing: the folder may be read-only here."""
+    dead = set()
     for file in folder.glob("alive_*"):
         if file in _held:
             continue
         with file.open() as opened:
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            on_dead(int(file.name.removeprefix("alive_")))
+            dead.add(int(file.name.removeprefix("alive_")))
+    return dead
 
 
 def _file(folder: Path, pid: int) -> Path:

@@ -7,13 +7,12 @@ them shows the node's total: counters of all processes there have been, gauges o
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from service.liveness import bury_dead, declare_alive
+from service.liveness import declare_alive, find_dead
 from service.scheduler import WorkKind
 from service.settings import share_metrics
 
@@ -61,7 +60,7 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         if SHARED_FOLDER:
-            declare_alive(SHARED_FOLDER, functools.partial(_forget_gauges, SHARED_FOLDER))
+            declare_alive(SHARED_FOLDER, multiprocess.mark_process_dead)
         self.registry = CollectorRegistry()
         self.before_exposition: Callable[[], None] = lambda: None  # brings the values up to date
         self._model = model
@@ -230,15 +229,16 @@ class Metrics:
 
 
 class _NodeCollector(multiprocess.MultiProcessCollector):
-    """What all replicas of a node have written, at each scrape without the gauges of dead ones."""
+    """What all replicas of a node have written, without the gauges of those that have ended."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(None, path=str(folder))  # type: ignore[no-untyped-call]
         self._folder = folder
 
     def collect(self) -> Iterable[Metric]:
-        bury_dead(self._folder, functools.partial(_forget_gauges, self._folder))
-        return super().collect()  # type: ignore[no-untyped-call, no-any-return]
+        dead = find_dead(self._folder)
+        files = [str(file) for file in self._folder.glob("*.db") if not _is_gauge_of(dead, file)]
+        return self.merge(files)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def node_registry(folder: Path) -> CollectorRegistry:
@@ -248,8 +248,9 @@ def node_registry(folder: Path) -> CollectorRegistry:
     return registry
 
 
-def _forget_gauges(folder: Path, pid: int) -> None:
-    multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+def _is_gauge_of(pids: set[int], file: Path) -> bool:
+    """Of files as prometheus_client names them: ``gauge_livesum_PID.db``."""
+    return file.name.startswith("gauge_live") and int(file.stem.rpartition("_")[2]) in pids
 
 
 def _version(package: str) -> str:

@@ -33,6 +33,11 @@ def test_promtool_takes_the_rules_and_the_example() -> None:
     assert "is valid" in promtool("check", "config", "prometheus.yaml")
 
 
+def test_the_operator_gets_the_same_rules() -> None:
+    resource = yaml.safe_load((FOLDER / "prometheusrule.yaml").read_text())
+    assert resource["spec"] == yaml.safe_load(RULES.read_text())
+
+
 def test_each_alert_fires_where_it_should_and_only_there() -> None:
     assert "SUCCESS" in promtool("test", "rules", "rules_test.yaml")
     tests = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())["tests"]

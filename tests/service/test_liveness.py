@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from service.liveness import bury_dead, declare_alive
+from service.liveness import declare_alive, find_dead
 
 DECLARE = (
     "import sys, pathlib, service.liveness as l; l.declare_alive(pathlib.Path(sys.argv[1]), print)"
@@ -21,9 +21,7 @@ def test_the_living_are_left_and_the_dead_are_found(tmp_path: Path) -> None:
     assert stale == [os.getpid()], "what an earlier process of this id has left is forgotten, once"
     ended = subprocess.Popen([sys.executable, "-c", DECLARE, str(tmp_path)])
     assert ended.wait() == 0
-    dead: list[int] = []
-    bury_dead(tmp_path, dead.append)
-    assert dead == [ended.pid]
+    assert find_dead(tmp_path) == {ended.pid}
 
 
 def test_a_process_beside_sees_the_same(tmp_path: Path) -> None:
@@ -35,11 +33,8 @@ def test_a_process_beside_sees_the_same(tmp_path: Path) -> None:
         assert living.stdout is not None
         assert living.stdout.readline() == f"{living.pid}\n"
         assert living.stdout.readline() == "alive\n"
-        dead: list[int] = []
-        bury_dead(tmp_path, dead.append)
-        assert dead == []
+        assert find_dead(tmp_path) == set()
         living.stdin.write("\n")
         living.stdin.flush()
         living.wait()
-    bury_dead(tmp_path, dead.append)
-    assert dead == [living.pid]
+    assert find_dead(tmp_path) == {living.pid}
