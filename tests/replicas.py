@@ -29,10 +29,11 @@ def app() -> FastAPI:
 
 @dataclass(frozen=True)
 class ReplicaProcess:
-    """A running one."""
+    """A running one; ``folder`` has its node's metrics."""
 
     process: subprocess.Popen[bytes]
     port: int
+    folder: Path
 
     @property
     def url(self) -> str:
@@ -61,7 +62,7 @@ def replica_process(folder: Path, **settings: object) -> Iterator[ReplicaProcess
     command += ["--port", str(port), "--log-level", "warning"]
     process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[1])
     try:
-        yield ReplicaProcess(process, port)
+        yield ReplicaProcess(process, port, folder)
     finally:
         process.kill()
         process.wait()

@@ -17,6 +17,7 @@ from engines.model import load_model
 from engines.order import Order
 from engines.runner import Runner
 from service.app import build_app
+from service.metrics import Metrics
 from service.recorder import gpu_memory
 from service.replica import Replica
 from service.settings import load_settings
@@ -147,31 +148,28 @@ def test_what_is_shed_is_counted_and_does_not_look_fast(node: ReplicaProcess) ->
 
 
 def test_a_killed_replica_leaves_its_counts_and_takes_its_gauges(
-    tmp_path: Path, replica_settings: dict[str, object]
+    node: ReplicaProcess, replica_settings: dict[str, object]
 ) -> None:
-    replicas, starts = (
+    running, ready, starts = (
         f'fourstep_{name}{{model="tiny-lcm"}}'
-        for name in ("ready_replicas", "replica_starts_total")
+        for name in ("running_rows", "ready_replicas", "replica_starts_total")
     )
-    running = 'fourstep_running_rows{model="tiny-lcm"}'
+    before = node.metrics()
     with (
-        replica_process(tmp_path, **replica_settings) as killed,
-        replica_process(tmp_path, **replica_settings) as left,
+        replica_process(node.folder, **replica_settings) as killed,
         ThreadPoolExecutor(1) as pool,
     ):
         wait_until_ready(killed)
-        wait_until_ready(left)
-        wait_for(lambda: left.metrics()[replicas] == 2, "both are seen")
+        wait_for(lambda: node.metrics()[ready] == 2, "both are seen at one")
         unanswered = pool.submit(httpx.post, killed.url + PATH, json=LONG, timeout=60)
-        wait_for(lambda: left.metrics()[running] == 4, "the rows of the one show at the other")
+        wait_for(lambda: node.metrics()[running] == 4, "the rows of the one show at the other")
         killed.process.kill()
         killed.process.wait()
         with pytest.raises(httpx.HTTPError):
             unanswered.result()
-        metrics = left.metrics()
-    assert metrics[replicas] == 1
-    assert metrics[running] == 0
-    assert metrics[starts] == 2
+    after = node.metrics()
+    assert (after[ready], after[running]) == (1, 0)
+    assert growth(before, after, starts) == 1
 
 
 class PaddingEngine:
@@ -217,6 +215,14 @@ def test_padding_is_counted_as_the_engine_says(lcm_checkpoint: Path, cache_dir: 
 def test_no_gpu_no_gpu_memory(node: ReplicaProcess) -> None:
     assert gpu_memory() is None
     assert not [series for series in node.metrics() if series.startswith("fourstep_gpu_memory")]
+
+
+def test_gpu_memory_is_shown_by_gpu() -> None:
+    metrics = Metrics("m")
+    metrics.gpu_memory("GPU-7", free_bytes=3 * 2**30, total_bytes=4 * 2**30)
+    lines = metrics.exposition()[0].decode().splitlines()
+    assert 'fourstep_gpu_memory_bytes{gpu="GPU-7",state="free"} 3.221225472e+09' in lines
+    assert 'fourstep_gpu_memory_bytes{gpu="GPU-7",state="used"} 1.073741824e+09' in lines
 
 
 @pytest.mark.gpu
