@@ -89,11 +89,14 @@ class Recorder:
 
 
 def gpu_memory() -> tuple[str, int, int] | None:
-    """Id, free and total bytes of the GPU that this process draws on; None where it uses none."""
+    """Id, free and total bytes of the GPU that this process draws on; None where it has none."""
     import torch
 
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         # Asking further would put a context on a GPU that is not used here.
         return None
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    return str(torch.cuda.get_device_properties().uuid), free_bytes, total_bytes
+    try:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        return str(torch.cuda.get_device_properties().uuid), free_bytes, total_bytes
+    except RuntimeError:  # a GPU in error: the engine's own failures say so
+        return None

@@ -5,7 +5,8 @@
       ├─ encode_text, encode_image
       ├─ denoise …                  one for each batch that took a row of this request
       ├─ decode …
-      └─ image_encode …             PNG, JPEG or WebP
+      ├─ image_encode …             PNG, JPEG or WebP
+      └─ response                   the last image encoded to the last byte handed over
 
 A batch serves several requests and belongs to none of their traces. Each gets a span of its own for
 it, with the whole batch's size, so that one trace explains one slow request, and with its number
@@ -116,11 +117,14 @@ class RequestTrace:
         self._span.end()
 
     def _end_stages(self, request: Request) -> None:
-        records = sorted(request.records or (), key=lambda record: record.started_at)
-        first_call_at = records[0].started_at if records else self._now()
-        queue = StageRecord("queue", request.arrived_at, first_call_at - request.arrived_at)
+        now, records = self._now(), list(request.records or ())
+        first_call_at = min((record.started_at for record in records), default=now)
+        records.append(StageRecord("queue", request.arrived_at, first_call_at - request.arrived_at))
+        if request.status is Status.COMPLETED:
+            finished_at = request.arrived_at + request.timings.total_s
+            records.append(StageRecord("response", finished_at, max(0.0, now - finished_at)))
         below = trace.set_span_in_context(self._span)
-        for record in (queue, *records):
+        for record in records:
             attributes: dict[str, int] = {}
             if record.batch_id is not None:
                 attributes = {

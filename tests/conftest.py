@@ -56,7 +56,7 @@ def two_nodes(
         yield nodes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it costs a little of the machine while it runs
 def prometheus(
     tmp_path_factory: pytest.TempPathFactory, two_nodes: list[ReplicaProcess]
 ) -> Iterator[Prometheus]:

@@ -93,6 +93,7 @@ def test_a_request_is_one_trace_from_queue_to_file(traced: Traced) -> None:
     assert root.name == f"POST {PATH}"
     assert names[0] == "queue"
     assert "encode_text" in names
+    assert names[-1] == "response"
     assert names.count("denoise") >= 3
     assert names.count("decode") >= 1
     assert names.count("image_encode") == 2
@@ -193,7 +194,9 @@ def test_a_collector_gets_everything_by_the_standard_variables(
     assert resource["service.version"]
     spans = [span for scope in resource_spans.scope_spans for span in scope.spans]
     assert {span.trace_id.hex() for span in spans} == {TRACE_ID}
-    assert {"queue", "encode_text", "denoise", "decode", "image_encode"} <= {s.name for s in spans}
+    assert {"queue", "encode_text", "denoise", "decode", "image_encode", "response"} <= {
+        s.name for s in spans
+    }
     (server_span,) = [span for span in spans if span.kind == span.SPAN_KIND_SERVER]
     assert server_span.parent_span_id.hex() == PARENT_ID
     entries = [json.loads(line) for line in log_lines]
