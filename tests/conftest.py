@@ -38,6 +38,7 @@ def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]
         "num_threads": 1,
         "max_waiting": 8,
         "max_steps": 1000,
+        "request_timeout_s": 3600,  # a busy machine would call a long one hopeless
     }
 
 
