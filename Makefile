@@ -1,11 +1,11 @@
-# The whole vocabulary of the project: make serve, make test, make lint, make bench.
+# The whole vocabulary of the project: make serve, make test, make lint, make bench, make audit.
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test lint bench
+.PHONY: serve test lint bench audit
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -21,6 +21,10 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test
 	@$(BIN)/python -m loadtests $(ARGS)
+
+# Its outcome changes while the code does not, so it is part of neither lint nor test.
+audit: $(VENV)/.audit
+	@$(BIN)/python .ci/audit
 
 # Each stamp says which extra is installed, at which pins; editing the pins installs again.
 $(VENV)/bin/python:
@@ -39,4 +43,8 @@ $(VENV)/.test: $(VENV)/.serve
 
 $(VENV)/.lint: $(VENV)/.serve
 	@$(PIP) -c deploy/constraints.txt -e '.[lint]'
+	@touch $@
+
+$(VENV)/.audit: pyproject.toml deploy/constraints.txt | $(VENV)/bin/python
+	@$(PIP) -c deploy/constraints.txt pip-audit
 	@touch $@
