@@ -45,7 +45,8 @@ def check_model(name: str | None, model_id: str, settings: Settings) -> None:
     """Raises `NotFound` unless ``name`` is this model, one of its aliases, or absent."""
     if name is not None and name not in (model_id, *settings.aliases):
         raise NotFound(
-            f"model {name!r} is not served here; this service has {model_id!r} (GET /v1/models)",
+            f"model {name[:80]!r} is not served here; this service has {model_id!r} "
+            "(GET /v1/models)",
             param="model",
             code="model_not_found",
         )

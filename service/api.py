@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -19,9 +19,6 @@ from service.parsing import accepted_format, parse_edit, parse_generation
 from service.replica import Replica
 from service.request import Timings
 from service.schema import (
-    EditRequest,
-    ErrorResponse,
-    GenerationRequest,
     ImageParams,
     ImagesResponse,
     ModelList,
@@ -30,55 +27,26 @@ from service.schema import (
 )
 from service.telemetry import Exchange
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503, 504)
-}
-EDIT_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": EditRequest.model_json_schema()
-            | {
-                "properties": EditRequest.model_json_schema()["properties"]
-                | {
-                    "image": {
-                        "type": "string",
-                        "format": "binary",
-                        "description": "PNG, JPEG, WebP",
-                    }
-                },
-                "required": ["prompt", "image"],
-            }
-        }
-    },
-}
-GENERATION_BODY = {
-    "required": True,
-    "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}},
-}
+T = TypeVar("T")
 
 
 def build_router(replica: Replica) -> APIRouter:
     """Routes of one replica."""
-    router = APIRouter(prefix="/v1", responses=ERRORS)
+    router = APIRouter(prefix="/v1")
 
-    @router.post(
-        "/images/generations",
-        response_model=ImagesResponse,
-        openapi_extra={"requestBody": GENERATION_BODY},
-    )
+    @router.post("/images/generations", response_model=ImagesResponse)
     async def generations(request: Request) -> Response:
         """Draw images from a prompt. `Accept: image/png|jpeg|webp` returns the raw image."""
-        params = await parse_generation(request)
+        params = await parse_generation(request, replica.settings.max_prompt_chars)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
         admitted = admit(params, replica.runner, replica.settings, tenant)
+        if replica.safety is not None:
+            await _in_worker(replica, replica.safety.check_prompt, params.prompt)
         return await _answer(replica, request, params, admitted, output_format, "image_generation")
 
-    @router.post(
-        "/images/edits", response_model=ImagesResponse, openapi_extra={"requestBody": EDIT_BODY}
-    )
+    @router.post("/images/edits", response_model=ImagesResponse)
     async def edits(request: Request) -> Response:
         """Redraw one image after a prompt (image-to-image); `strength` says how far."""
         params, data = await parse_edit(request)
@@ -89,10 +57,12 @@ def build_router(replica: Replica) -> APIRouter:
 
         def prepare() -> Admitted:
             pixels = decode_image(data, max_px=max_px)
-            return admit(params, replica.runner, replica.settings, tenant, pixels)
+            admitted = admit(params, replica.runner, replica.settings, tenant, pixels)
+            if replica.safety is not None:
+                replica.safety.check_prompt(params.prompt)
+            return admitted
 
-        event_loop = asyncio.get_running_loop()
-        admitted = await event_loop.run_in_executor(replica.image_workers, prepare)
+        admitted = await _in_worker(replica, prepare)
         return await _answer(replica, request, params, admitted, output_format, "image_edit")
 
     @router.get("/models")
@@ -107,6 +77,12 @@ def build_router(replica: Replica) -> APIRouter:
         return _model_object(replica)
 
     return router
+
+
+async def _in_worker(replica: Replica, work: Callable[..., T], *arguments: object) -> T:
+    """What blocks runs beside the event loop, where images are encoded too."""
+    event_loop = asyncio.get_running_loop()
+    return await event_loop.run_in_executor(replica.image_workers, work, *arguments)
 
 
 def _model_object(replica: Replica) -> ModelObject:
@@ -227,7 +203,9 @@ def _images_response(
     return {
         "created": int(time.time()),
         "data": [
-            _payload(image.data, params) | {"seed": admitted.seed + image.row_index}
+            _payload(image.data, params)
+            | {"seed": admitted.seed + image.row_index}
+            | ({"filtered": True} if image.filtered else {})
             for image in images
         ],
         "model": replica.runner.info.model_id,
@@ -240,8 +218,14 @@ def _images_response(
         "sampler": admitted.sampler,
         "loras": dict(admitted.loras),
         "timings": timings.milliseconds(),
-        "warnings": admitted.warnings,
+        "warnings": admitted.warnings + _withheld(images),
     }
+
+
+def _withheld(images: Sequence[EncodedImage]) -> list[str]:
+    """A warning where the safety filter put a black picture in an image's place."""
+    indices = ", ".join(str(image.row_index) for image in images if image.filtered)
+    return [f"the safety filter withheld image {indices} (from 0): it is black"] if indices else []
 
 
 def _payload(data: bytes, params: ImageParams) -> dict[str, str]:
@@ -287,7 +271,9 @@ async def _stream(
                 event["partial_image_index"] = image.preview_index
             else:
                 event["timings"] = job.request.timings.milliseconds()
-                event["warnings"] = admitted.warnings
+                event["warnings"] = admitted.warnings + _withheld([image])
+                if image.filtered:
+                    event["filtered"] = True
             yield _sse(event["type"], event)
         exchange.status = 200
     except ServiceError as error:

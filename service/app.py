@@ -7,12 +7,13 @@ import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import build_router
 from service.errors import (
@@ -23,12 +24,14 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
+from service.headers import SecurityHeaders, cors_options
 from service.keys import Authentication, KeyRing
+from service.openapi import complete_document
+from service.pages import add_pages
 from service.replica import Replica
 from service.telemetry import Telemetry
 
 logger = logging.getLogger("fourstep.app")
-STUDIO_PAGE = Path(__file__).parent / "static" / "index.html"
 
 
 def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
@@ -49,38 +52,74 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         version=importlib.metadata.version("fourstep"),
         description="Few-step diffusion over an OpenAI-compatible Images API.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.include_router(build_router(replica))
     _add_probes(app, replica)
+    add_pages(app)
     _add_error_shapes(app)
-    if replica.settings.api_keys_file:
-        app.add_middleware(Authentication, keys=KeyRing(replica.settings.api_keys_file))
+    settings = replica.settings
+    complete_document(app, settings)
+    # Each of these goes around those before it.
+    if settings.api_keys_file:
+        app.add_middleware(Authentication, keys=KeyRing(settings.api_keys_file))
+    app.add_middleware(UnforeseenErrors)
     app.add_middleware(Telemetry, replica=replica, send_request_id=not behind_ray)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, **cors_options(settings.cors_origins))
+    app.add_middleware(SecurityHeaders)
     return app
 
 
+class UnforeseenErrors:
+    """Middleware: an error that nobody expected leaves in the shape of all others.
+
+    Starlette's own place for that is around all middleware: such an answer would lack its request
+    id and the security headers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except ServiceError:
+            raise  # Telemetry answers it
+        except Exception:
+            if started or scope["type"] != "http":
+                raise
+            logger.exception("unforeseen error in %s %s", scope["method"], scope["path"])
+            failure = EngineFailure("an error in this service; its log has the details")
+            await JSONResponse(failure.body(), failure.status)(scope, receive, send)
+
+
 def _add_probes(app: FastAPI, replica: Replica) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> PlainTextResponse:
         """Liveness: this process answers."""
         return PlainTextResponse("ok\n")
 
-    @app.get("/readyz")
+    @app.get("/readyz", response_class=PlainTextResponse)
     async def readyz() -> PlainTextResponse:
         """Readiness: the engine is warmed up and its thread serves."""
         if not replica.ready:
             raise NotReady("the engine is not serving", retry_after_s=1)
         return PlainTextResponse("ready\n")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:  # not async: reading the shared files belongs in a thread
         """Prometheus text format."""
         body, media_type = replica.metrics.exposition()
         return Response(body, media_type=media_type)
-
-    @app.get("/", include_in_schema=False)
-    async def studio() -> FileResponse:
-        return FileResponse(STUDIO_PAGE, media_type="text/html")
 
 
 def _add_error_shapes(app: FastAPI) -> None:
@@ -100,9 +139,3 @@ def _add_error_shapes(app: FastAPI) -> None:
             allowed = (error.headers or {}).get("Allow", "another method")
             known = MethodNotAllowed(f"{where} is not allowed; use {allowed}")
         return JSONResponse(known.body(), known.status, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        logger.exception("unforeseen error in %s %s", request.method, request.url.path)
-        failure = EngineFailure("an error in this service; its log has the details")
-        return JSONResponse(failure.body(), failure.status)

@@ -21,6 +21,7 @@ from service.images import encode_image
 from service.quota import Tenant
 from service.replica import Replica
 from service.request import Event, Finished, Preview, Request, Resolved, Row, StageRecord
+from service.safety import PolicyViolation
 from service.schema import ImageParams, OutputFormat
 
 DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
@@ -28,11 +29,15 @@ DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A file ready to send. ``preview_index`` is None for a final image."""
+    """A file ready to send. ``preview_index`` is None for a final image.
+
+    ``filtered``: the safety filter withheld it, and ``data`` is a black picture in its place.
+    """
 
     row_index: int
     preview_index: int | None
     data: bytes
+    filtered: bool = False
 
 
 class Job:
@@ -94,19 +99,36 @@ class Job:
     async def items(self) -> AsyncIterator[EncodedImage]:
         """Previews and images, each as soon as it is encoded.
 
+        A filtered preview is left out. A filtered image waits for one that is not: black pictures
+        stand in for the rest of an answer, and alone they would be none.
+
         Raises:
+            PolicyViolation: the safety filter withheld every image.
             ServiceError: the request ended any other way than with all its images.
         """
-        previewed = False
+        withheld: list[EncodedImage] = []
+        any_passed = any_previewed = False
         while not isinstance(item := await self._next(), Resolved):
             image = await asyncio.wrap_future(item)
-            if image.preview_index is not None and not previewed:
-                previewed = True
-                waited_s = self._replica.loop.clock() - self.request.arrived_at
-                self._replica.metrics.first_preview(waited_s)
-            yield image
+            if not image.filtered:
+                any_passed |= image.preview_index is None
+                if image.preview_index is not None and not any_previewed:
+                    any_previewed = True
+                    waited_s = self._replica.loop.clock() - self.request.arrived_at
+                    self._replica.metrics.first_preview(waited_s)
+                yield image
+            elif image.preview_index is None:
+                withheld.append(image)
+            if any_passed:
+                for each in withheld:
+                    yield each
+                withheld.clear()
         if item.error is not None:
             raise item.error
+        if withheld:
+            raise PolicyViolation(
+                "the safety filter withheld what was drawn; try another prompt or seed"
+            )
         self.request.timings.total_s = self._replica.loop.clock() - self.request.arrived_at
 
     async def _next(self) -> Future[EncodedImage] | Resolved:
@@ -130,11 +152,14 @@ class Job:
             self._event_loop.call_soon_threadsafe(self._inbox.put_nowait, item)
 
     def _encode(self, event: Preview | Finished) -> EncodedImage:
-        begun = self._replica.loop.clock()
         final = isinstance(event, Finished)
+        pixels, filtered = event.pixels, False
+        if self._replica.safety is not None:
+            pixels, filtered = self._replica.safety.screen(pixels, "image" if final else "preview")
+        begun = self._replica.loop.clock()
         text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
         data = encode_image(
-            event.pixels,
+            pixels,
             self._output_format,
             self._replica.settings,
             quality=self._params.output_compression,
@@ -144,12 +169,11 @@ class Job:
         self.request.timings.image_encode_s += seconds
         if self.request.records is not None:
             self.request.records.append(StageRecord("image_encode", begun, seconds))
-        if final:
-            height, width = np.shape(event.pixels)[:2]
+        if final and not filtered:
+            height, width = np.shape(pixels)[:2]
             self._replica.metrics.image(width, height, seconds)
-        return EncodedImage(
-            event.row_index, event.preview_index if isinstance(event, Preview) else None, data
-        )
+        preview_index = event.preview_index if isinstance(event, Preview) else None
+        return EncodedImage(event.row_index, preview_index, data, filtered)
 
 
 def parameters_text(

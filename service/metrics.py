@@ -91,6 +91,12 @@ class Metrics:
         self._image_encode = self._histogram(
             "fourstep_image_encode_seconds", "One PNG, JPEG or WebP.", CALL_SECONDS
         ).labels(model)
+        self._safety = self._counter(
+            "fourstep_safety_checks_total",
+            "What the safety filter looked at (prompt, preview, image) and found.",
+            "stage",
+            "outcome",
+        )
         self._make_engine_metrics(model)
         self._make_replica_metrics(model)
         for endpoint in ENDPOINTS:
@@ -198,6 +204,10 @@ class Metrics:
         self._images.inc()
         self._pixels.inc(width * height)
         self._image_encode.observe(encode_s)
+
+    def safety_check(self, stage: str, outcome: str) -> None:
+        """Count one; ``outcome`` is ``passed``, ``filtered`` or ``error``."""
+        self._safety.labels(self._model, stage, outcome).inc()
 
     # -- the replica -------------------------------------------------------------------------
 

@@ -4,72 +4,151 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Any, TypeVar
+import re
+from typing import Any
 
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from service.errors import BadRequest
+from service.errors import BadRequest, TooLarge
 from service.schema import EditRequest, GenerationRequest, ImageParams, OutputFormat
-
-P = TypeVar("P", bound=ImageParams)
 
 NOT_YET = {  # OpenAI fields this service does not act on: refused, never silently dropped
     "mask": "inpainting is not served; leave mask out to redraw the whole image",
 }
+BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{1,70}")  # RFC 2046, 5.1.1
 MAX_FORM_FIELDS = 64
+MAX_FORM_FILES = 8
+MAX_FIELD_BYTES = 2**20  # of one form field that is no file
+MAX_ERRORS = 100  # more than a body has fields; of 15,000 the details alone would cost 0.4 s
+MAX_SHOWN_CHARS = 80  # of a wrong value, in the message about it
+MAX_PARAM_CHARS = 64  # longer than the name of any field
 
 
-async def parse_generation(request: Request) -> GenerationRequest:
+async def parse_generation(request: Request, max_prompt_chars: int) -> GenerationRequest:
     """The JSON body of ``POST /v1/images/generations``."""
-    body = await request.body()
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if media_type.lower() != "application/json":
+        raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be application/json")
+    body = await _read(request, max_json_bytes(max_prompt_chars))
     try:
-        return GenerationRequest.model_validate_json(body)
+        params = GenerationRequest.model_validate_json(body)
     except ValidationError as error:
         raise bad_request(error, GenerationRequest) from error
+    json.loads(body, object_pairs_hook=_unique)  # small and known to be right: a few microseconds
+    return params
+
+
+def max_json_bytes(max_prompt_chars: int) -> int:
+    """What a generation's body may have: two prompts, all escaped (12 bytes a character), more."""
+    return 2 * 12 * max_prompt_chars + 64 * 1024
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise TooLarge(
+                f"the JSON body has more than {max_bytes} bytes, which is room for the two longest "
+                "prompts; shorten them"
+            )
+    return bytes(body)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    """A name that stands twice would mean one thing to a gateway and another here."""
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise BadRequest(f"{name} is given twice; send it once", param=name)
+        seen.add(name)
 
 
 async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
     """The multipart body of ``POST /v1/images/edits``: parameters and the one image."""
-    if "multipart/form-data" not in request.headers.get("content-type", ""):
-        raise BadRequest("the body must be multipart/form-data with one file field `image`")
+    form = await _read_form(request)
     try:
-        form = await request.form(max_files=8, max_fields=MAX_FORM_FIELDS, max_part_size=2**20)
-    except (MultiPartException, HTTPException) as error:
-        detail = getattr(error, "message", None) or getattr(error, "detail", str(error))
-        raise BadRequest(f"the multipart body cannot be read: {detail}") from error
-    try:
-        files = [*form.getlist("image"), *form.getlist("image[]")]
-        if len(files) != 1 or not isinstance(files[0], UploadFile):
-            raise BadRequest(
-                f"image must be exactly one file, got {len(files)} parts", param="image"
-            )
+        for name, reason in NOT_YET.items():
+            if name in form:
+                raise BadRequest(reason, param=name, code="unsupported_parameter")
+        fields: dict[str, str] = {}
+        files: list[UploadFile] = []
+        for as_it_came, value in form.multi_items():
+            name = _text(as_it_came, of="the name of a field")
+            is_image = name in ("image", "image[]")
+            if isinstance(value, UploadFile) != is_image:
+                raise BadRequest(
+                    "image is text; send it as a file" if is_image else
+                    f"{_cut(name)} is a file; only image is one",
+                    param="image" if is_image else _cut(name),
+                )  # fmt: skip
+            if isinstance(value, UploadFile):
+                files.append(value)
+            elif name in fields:
+                raise BadRequest(f"{_cut(name)} is given twice; send it once", param=_cut(name))
+            else:
+                fields[name] = _text(value, of=_cut(name))
+        if len(files) != 1:
+            raise BadRequest(f"image must be exactly one file, got {len(files)}", param="image")
         data = await files[0].read()
-        fields: dict[str, Any] = {}
-        for key, value in form.multi_items():
-            if key in ("image", "image[]"):
-                continue
-            if key in fields:
-                raise BadRequest(f"{key} is given twice; send it once", param=key)
-            fields[key] = value if isinstance(value, str) else "<file>"
     finally:
         await form.close()
-    for name, reason in NOT_YET.items():
-        if name in fields:
-            raise BadRequest(reason, param=name, code="unsupported_parameter")
     try:
         return EditRequest.model_validate(fields), data
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
 
 
+async def _read_form(request: Request) -> FormData:
+    """The parts by name, names and text as `_text` takes them."""
+    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    if media_type != b"multipart/form-data":
+        raise BadRequest(
+            f"the Content-Type is {_shown(media_type.decode('latin-1'))}; it must be "
+            "multipart/form-data, with one file field `image`"
+        )
+    boundary = options.get(b"boundary", b"").decode("latin-1")
+    if not BOUNDARY.fullmatch(boundary):
+        raise BadRequest(
+            "the multipart body cannot be read: the Content-Type has no boundary of 1 to 70 "
+            "letters, digits and '()+_,-./:=?"
+        )
+    # Read as Latin-1, which keeps every byte as it came: of text that is not UTF-8 the parser
+    # would make a guess, and of a charset in the header whatever Python has a codec for.
+    as_it_came = f'multipart/form-data; boundary="{boundary}"; charset=latin-1'
+    parser = MultiPartParser(
+        Headers({"content-type": as_it_came}),
+        request.stream(),
+        max_files=MAX_FORM_FILES,
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise BadRequest(f"the multipart body cannot be read: {error.message}") from error
+
+
+def _text(as_it_came: str, *, of: str) -> str:
+    """UTF-8, whatever a header says, and else refused."""
+    try:
+        return as_it_came.encode("latin-1").decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{of} is not UTF-8 text: {error.reason}") from error
+
+
 def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
     """The first thing wrong, as one sentence with field, value and limit."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    if error.error_count() > MAX_ERRORS:
+        return BadRequest(
+            f"the body has {error.error_count()} wrong or unknown fields; GET /docs lists the known"
+        )
+    first = error.errors(include_url=False)[0]
+    where = _cut(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -78,9 +157,15 @@ def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
         return BadRequest(f"{where} is required", param=where, code="missing_required_parameter")
     if not where:
         return BadRequest(f"the body is not a JSON object of parameters: {first['msg']}")
-    value = json.dumps(first["input"], ensure_ascii=False, default=str)
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return BadRequest(f"{where} is {shown}: {_plain(first['msg'])}", param=where)
+    return BadRequest(f"{where} is {_shown(first['input'])}: {_plain(first['msg'])}", param=where)
+
+
+def _cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
+    return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
+
+
+def _shown(value: object) -> str:
+    return _cut(json.dumps(value, ensure_ascii=False, default=str), MAX_SHOWN_CHARS)
 
 
 def _plain(message: str) -> str:

@@ -18,6 +18,7 @@ from service.loop import EngineLoop
 from service.metrics import Metrics
 from service.quota import Quotas
 from service.recorder import Recorder
+from service.safety import Safety, load_safety
 from service.scheduler import Limits
 from service.settings import Settings
 
@@ -64,6 +65,7 @@ class Replica:
         self.image_workers = ThreadPoolExecutor(
             settings.num_image_workers, thread_name_prefix="fourstep-image"
         )
+        self.safety: Safety | None = None  # by start, where a filter is set
         self._runner: Runner | None = None
         self._metrics: Metrics | None = None
         self._recorder: Recorder | None = None
@@ -75,6 +77,7 @@ class Replica:
 
         Raises:
             engines.errors.EngineError: the model cannot be loaded here; the message says why.
+            SettingsError: nor can the safety filter.
         """
         settings = self.settings
         begun = time.monotonic()
@@ -85,6 +88,7 @@ class Replica:
         self._runner = runner = self._open_runner(settings)
         runner.warm_up(settings.default_loras)
         self._metrics = Metrics(runner.info.model_id)
+        self.safety = load_safety(settings, self._metrics.safety_check)
         self._recorder = Recorder(
             self._metrics, ready=lambda: self.ready, padded_rows=runner.padded_rows
         )

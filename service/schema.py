@@ -6,14 +6,16 @@ and shown in ``/docs``; what depends on the model or on settings is checked in `
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import from_json
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"]
-Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")]
+Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
+Name = Annotated[str, StringConstraints(max_length=256)]  # longer than any that is served
+Note = Annotated[str, StringConstraints(max_length=1024)]  # kept nowhere
 
 
 class LoraChoice(BaseModel):
@@ -21,7 +23,7 @@ class LoraChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    name: str = Field(description="As GET /v1/models lists it under `loras`.")
+    name: Name = Field(description="As GET /v1/models lists it under `loras`.")
     weight: float = Field(1.0, ge=-4, le=4, description="Its share λ; 0 leaves it out.")
 
 
@@ -31,7 +33,7 @@ class ImageParams(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, description="What to draw. Any Unicode text.")
-    model: str | None = Field(None, description="Model id, as GET /v1/models lists it.")
+    model: Name | None = Field(None, description="Model id, as GET /v1/models lists it.")
     n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
     size: Size = Field("auto", description="`WIDTHxHEIGHT` in pixels, or `auto`.")
     response_format: Literal["b64_json", "url"] = Field(
@@ -51,9 +53,11 @@ class ImageParams(BaseModel):
     partial_images: int = Field(
         0, ge=0, le=3, description="Previews per image, when streaming; fewer when steps are few."
     )
-    user: str | None = Field(None, description="Free text for the caller's own records.")
-    safety_identifier: str | None = Field(None, description="As `user`.")
-    moderation: Literal["auto", "low"] | None = Field(None, description="No filter is installed.")
+    user: Note | None = Field(None, description="Free text for the caller's own records.")
+    safety_identifier: Note | None = Field(None, description="As `user`.")
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="Has no effect: whether a safety filter looks is the service's setting."
+    )
     style: Literal["vivid", "natural"] | None = Field(None, description="Has no effect here.")
 
     num_inference_steps: int | None = Field(None, ge=1, description="Denoise calls per image.")
@@ -93,7 +97,7 @@ class EditRequest(ImageParams):
     def _from_form(cls, value: object) -> object:
         """A form carries the list as JSON text."""
         try:
-            return json.loads(value) if isinstance(value, str) else value
+            return from_json(value) if isinstance(value, str) else value
         except ValueError:
             raise ValueError('write it as JSON, [{"name": "...", "weight": 1.0}]') from None
 
@@ -104,6 +108,9 @@ class ImageObject(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    filtered: Literal[True] | None = Field(
+        None, description="The safety filter withheld this image: it is black. Absent otherwise."
+    )
 
 
 class ImagesResponse(BaseModel):
@@ -122,6 +129,35 @@ class ImagesResponse(BaseModel):
     loras: dict[str, float]
     timings: dict[str, float]
     warnings: list[str]
+
+
+class ImageEvent(BaseModel):
+    """What every server-sent event with an image carries."""
+
+    b64_json: str
+    created_at: int
+    image_index: int = Field(description="Of the request's `n` images.")
+    seed: int
+    size: str
+    quality: str
+    background: str
+    output_format: OutputFormat
+
+
+class PartialImageEvent(ImageEvent):
+    """A preview: the image as it looks so far."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    partial_image_index: int
+
+
+class CompletedEvent(ImageEvent):
+    """A finished image."""
+
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    timings: dict[str, float]
+    warnings: list[str]
+    filtered: Literal[True] | None = Field(None, description="As of an ImageObject.")
 
 
 class ModelObject(BaseModel):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engines.facts import Defaults
@@ -21,6 +22,8 @@ from engines.order import DEFAULT_CACHE_DIR, Order
 
 MIB = 1024 * 1024
 OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
+ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")  # browsers send it in lower case, without path
+IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class SettingsError(ValueError):
@@ -73,6 +76,16 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         None, description="file of NAME:SHA256 lines; with it /v1/ needs a key (see `fourstep key`)"
     )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins whose pages may call the API, like https://shop.example; `*`: all"
+    )
+
+    safety: str | None = Field(
+        None, description="filter of prompts and images: `diffusers` or your `module:attribute`"
+    )
+    safety_model: Path | None = Field(
+        None, description="folder of `diffusers`' checker and its image processor, in safetensors"
+    )
 
     # What a request gets that does not say; None: the model's own.
     default_loras: dict[str, float] = Field({}, description="name → weight λ, of `loras`")
@@ -94,6 +107,28 @@ class Settings(BaseSettings):
         False, description="OpenTelemetry traces by OTLP (extra `otel`); OTEL_* variables say where"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write scheme, host and port as browsers send it, "
+                    "like https://shop.example or http://localhost:3000"
+                )
+        return origins
+
+    @model_validator(mode="after")
+    def _safety_can_be_found(self) -> Settings:
+        if self.safety == "diffusers" and self.safety_model is None:
+            raise ValueError(
+                "safety is 'diffusers' and safety_model is not set; give the folder of a Stable "
+                "Diffusion checkpoint that has its safety_checker"
+            )
+        if self.safety not in (None, "diffusers") and not IMPORTABLE.fullmatch(self.safety or ""):
+            raise ValueError(f"safety is {self.safety!r}; write 'diffusers' or 'module:attribute'")
+        return self
 
     @property
     def order(self) -> Order:

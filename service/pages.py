@@ -1,0 +1,63 @@
+"""The two pages for people: the studio and the API reference, with what each may load and run.
+
+Neither asks another host for anything, and their policies hold browsers to that.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse
+
+STUDIO_PAGE = Path(__file__).parent / "static" / "index.html"
+STATIC = "/static-offline-docs"  # where fastapi_offline mounts Swagger UI
+
+
+def add_pages(app: FastAPI) -> None:
+    """Add ``/`` and ``/docs``; neither is part of the API that ``/openapi.json`` describes."""
+    studio_policy = content_security_policy(STUDIO_PAGE.read_text())
+
+    @app.get("/", include_in_schema=False)
+    async def studio() -> FileResponse:
+        headers = {"content-security-policy": studio_policy}
+        return FileResponse(STUDIO_PAGE, media_type="text/html", headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        root = request.scope.get("root_path", "")  # the route prefix, where Ray Serve has one
+        page = get_swagger_ui_html(
+            openapi_url=f"{root}{app.openapi_url}",
+            title=f"{app.title} API",
+            swagger_js_url=f"{root}{STATIC}/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}{STATIC}/swagger-ui.css",
+            swagger_favicon_url=f"{root}{STATIC}/favicon.png",
+        )
+        html = bytes(page.body).decode()
+        return HTMLResponse(
+            html, headers={"content-security-policy": content_security_policy(html)}
+        )
+
+
+def content_security_policy(html: str) -> str:
+    """Let a page run its own inline scripts and styles, known by their hashes, and no others.
+
+    It may load files of its own host, show images of its own (``data:``) and call its own API.
+    """
+    sources = {}
+    for tag in ("script", "style"):
+        inline = filter(None, re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL))
+        sources[tag] = " ".join(["'self'", *map(_hash, inline)])
+    return (
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
+        "img-src 'self' data: blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
