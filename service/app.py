@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import build_router
@@ -92,8 +93,8 @@ class UnforeseenErrors:
 
         try:
             await self._app(scope, receive, watch)
-        except ServiceError:
-            raise  # Telemetry answers it
+        except (ServiceError, ClientDisconnect):
+            raise  # foreseen: Telemetry answers the one and counts the other
         except Exception:
             if started or scope["type"] != "http":
                 raise

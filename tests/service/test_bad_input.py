@@ -72,6 +72,7 @@ def one_of(*names: str) -> str:
 
 FORMATS = one_of("png", "jpeg", "webp")
 QUALITIES = one_of("auto", "low", "medium", "high", "standard", "hd")
+PRIORITIES = "input should be 'low', 'normal' or 'high'"
 SAMPLERS = one_of("lcm", "ddim", "euler", "euler_ancestral", "tcd")
 BACKGROUNDS = one_of("auto", "opaque", "transparent")
 
@@ -193,6 +194,7 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         ("7", f'seed is "7": {INTEGER}'),
     ],
     "sampler": [("heun", f'sampler is "heun": {SAMPLERS}')],
+    "priority": [("urgent", f'priority is "urgent": {PRIORITIES}')],
     "eta": [
         (1.1, "eta is 1.1: input should be less than or equal to 1"),
         (-0.1, "eta is -0.1: input should be greater than or equal to 0"),
@@ -296,6 +298,7 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "seed": [("-1", 'seed is "-1": input should be greater than or equal to 0')],
     "sampler": [("heun", f'sampler is "heun": {SAMPLERS}')],
+    "priority": [("urgent", f'priority is "urgent": {PRIORITIES}')],
     "eta": [("2", 'eta is "2": input should be less than or equal to 1')],
     "loras": [
         (
