@@ -6,6 +6,7 @@ weights differ from the built ones (`Engine.refit`); reading a file is diffusers
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class Adapters:
         self._loras = loras
         self._engines = engines
         self._current: AdapterSet | None = ()  # None: a switch failed half way
-        self._touched: set[str] = set()  # parts that differ from the built ones
+        self._held: dict[str, AdapterSet | None] = dict.fromkeys(PREFIXES, ())  # of it, by part
         for name, lora in loras.items():
             for part, pairs in lora.items():
                 for weight, pair in pairs.items():
@@ -162,12 +163,11 @@ class Adapters:
             return
         self._current = None
         for part in PREFIXES:
-            fused = self._fuse(part, wanted)
-            if fused or part in self._touched:
-                self._touched.add(part)
-                self._engines[part].refit(fused)
-                if not fused:
-                    self._touched.discard(part)
+            own = tuple((name, weight) for name, weight in wanted if self._loras[name][part])
+            if own != self._held[part]:
+                self._held[part] = None
+                self._engines[part].refit(own, functools.partial(self._fuse, part, own))
+                self._held[part] = own
         self._current = wanted
 
     def _fuse(self, part: str, wanted: AdapterSet) -> dict[str, Tensor]:

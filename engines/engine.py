@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Variant = tuple[tuple[str, float], ...]  # names a set of weights; (): the built ones
 
 
 class Engine(Protocol):
@@ -18,8 +21,11 @@ class Engine(Protocol):
     def weight(self, name: str) -> Tensor:
         """A weight as it was built, on the CPU; KeyError where the part has none of that name."""
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """From now on these weights stand in for the built ones, and no others do."""
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        """From now on ``weights()`` stand in for the built ones, and no others do.
+
+        They are always the same for one ``variant``: an engine that still holds it asks for none.
+        """
 
     def close(self) -> None:
         """Free what the engine holds; it is not called again."""

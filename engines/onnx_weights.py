@@ -29,6 +29,9 @@ class OnnxWeights:
         graph = onnx.load(self._path, load_external_data=False).graph
         return {tensor.name: tensor for tensor in graph.initializer}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._initializers
+
     def __getitem__(self, name: str) -> Tensor:
         import onnx.numpy_helper
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnxruntime
@@ -10,8 +11,13 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from torch import Tensor
 
+from engines.engine import Variant
 from engines.onnx_weights import OnnxWeights
 
+# Sessions of recent LoRA sets, for opening one anew costs half a second even on a small model. Each
+# holds weights of its own, about the file's size (packed for the kernels, they cannot be shared): a
+# small model keeps dozens, one of gigabytes only the session it runs.
+KEPT_BYTES = 2**30
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
 
 
@@ -21,8 +27,14 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, num_threads: int | None) -> None:
         self._path, self._num_threads = path, num_threads
         self._weights = OnnxWeights(path)
-        self._session: onnxruntime.InferenceSession | None = self._open({})
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        session = self._open({})
+        self._session: onnxruntime.InferenceSession | None = session
+        self._outputs = [output.name for output in session.get_outputs()]
+        # Of recent variants, the last one used at the end.
+        self._sessions: OrderedDict[Variant, onnxruntime.InferenceSession] = OrderedDict()
+        self._sessions[()] = session
+        num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        self._max_sessions = max(1, KEPT_BYTES // max(1, num_bytes))
 
     def _open(self, weights: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
         """A session in which ``weights`` stand in for the file's own."""
@@ -58,8 +70,15 @@ class OnnxRuntimeEngine:
     def weight(self, name: str) -> Tensor:
         return self._weights[name]
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        self._session = self._open(weights)
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        if variant not in self._sessions:
+            self._session = None  # room first: there may be memory for one of a large model
+            while len(self._sessions) >= self._max_sessions:
+                self._sessions.popitem(last=False)
+            self._sessions[variant] = self._open(weights())
+        self._sessions.move_to_end(variant)
+        self._session = self._sessions[variant]
 
     def close(self) -> None:
         self._session = None
+        self._sessions.clear()

@@ -7,7 +7,7 @@ part alone, never of the steps before it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.drawing import Recipe
-from engines.engine import Engine
+from engines.engine import Engine, Variant
 from engines.model import PARTS, Model
 from engines.runner import Runner
 
@@ -86,9 +86,9 @@ class _Both:
     def weight(self, name: str) -> Tensor:
         return self._reference.weight(name)
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        self._reference.refit(weights)
-        self._other.refit(weights)
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._reference.refit(variant, weights)
+        self._other.refit(variant, weights)
 
     def close(self) -> None:
         self._reference.close()

@@ -7,13 +7,16 @@ buffers on the device and replays the graph; latents never pass through the host
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engines.engine import Variant
 from engines.errors import BackendUnavailable, InvalidInput
 from engines.onnx_weights import OnnxWeights
 from engines.plan import MODULES, import_tensorrt, make_logger
@@ -22,13 +25,16 @@ DTYPES = {
     "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,
     "INT32": torch.int32, "UINT8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+logger = logging.getLogger("fourstep.tensorrt")
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class TensorRtEngine:
     """Runs one plan, whose ONNX lies beside it; batches are padded to the next of ``batches``."""
 
-    def __init__(self, plan: Path, engine: str, batches: tuple[int, ...]) -> None:
+    def __init__(
+        self, plan: Path, engine: str, batches: tuple[int, ...], *, stripped: bool = False
+    ) -> None:
         """Raises BackendUnavailable where this GPU, driver or version does not take the plan."""
         self._trt = trt = import_tensorrt(engine)
         self._log = make_logger(trt)
@@ -40,6 +46,8 @@ class TensorRtEngine:
                 f"{MODULES[engine]} {trt.__version__} cannot load {plan} on this GPU: "
                 f"{self._log.last_error}; build the bundle again here"
             )
+        if stripped:
+            self._fill(plan.with_suffix(".onnx"))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         mode = trt.TensorIOMode.INPUT
         self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == mode]
@@ -53,6 +61,15 @@ class TensorRtEngine:
         self._cache = _RuntimeCache(trt, self._engine, plan.with_suffix(".runtime-cache"))
         self.num_rows = self.num_padded_rows = 0  # since the engine was made; their ratio is waste
 
+    def _fill(self, onnx: Path) -> None:
+        """Give a stripped plan the weights of the graph it was built from."""
+        refitter = self._trt.Refitter(self._engine, self._log)
+        parser = self._trt.OnnxParserRefitter(refitter, self._log)
+        if not (parser.refit_from_file(str(onnx)) and refitter.refit_cuda_engine()):
+            raise BackendUnavailable(
+                f"the stripped plan beside {onnx} took no weights of it: {self._log.last_error}"
+            )
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rows = len(inputs[self._inputs[0]])
         bucket = next((size for size in self._batches if size >= rows), None)
@@ -63,12 +80,13 @@ class TensorRtEngine:
         shapes: Shapes = tuple((n, (bucket, *inputs[n].shape[1:])) for n in self._inputs)
         with torch.cuda.stream(self._stream):
             self._stream.wait_stream(torch.cuda.default_stream())
-            slot = self._slots.get(shapes)
-            if slot is None:
-                slot = self._slots[shapes] = self._make_slot(shapes)
+            slot = self._slots.get(shapes) or self._make_slot(shapes)
             for name, value in inputs.items():
                 slot.buffers[name][:rows].copy_(value, non_blocking=True)
             slot.launch()
+            if shapes not in self._slots:  # after it ran: one that found no memory is made anew
+                self._slots[shapes] = slot
+                self._cache.keep()
             # Copies, because the next run writes into the same buffers.
             outputs = {name: slot.buffers[name][:rows].clone() for name in self._outputs}
         torch.cuda.default_stream().wait_stream(self._stream)
@@ -76,11 +94,14 @@ class TensorRtEngine:
 
     def _make_slot(self, shapes: Shapes) -> _Slot:
         context = self._cache.context()
+        if context is None:  # the binding's answer where its scratch memory does not fit
+            raise _failure("TensorRT made no execution context", self._log)
         handle = self._stream.cuda_stream
         if not context.set_optimization_profile_async(self._profile_for(shapes), handle):
             raise BackendUnavailable(f"TensorRT took no profile: {self._log.last_error}")
         for name, shape in shapes:
-            context.set_input_shape(name, shape)
+            if not context.set_input_shape(name, shape):
+                raise _failure(f"TensorRT refused {name} {shape}", self._log)
         buffers = {}
         for name in (*self._inputs, *self._outputs):
             shape = tuple(context.get_tensor_shape(name))
@@ -109,7 +130,7 @@ class TensorRtEngine:
     def weight(self, name: str) -> Tensor:
         return self._weights[name]
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         trt = self._trt
         if not self._engine.refittable:
             raise BackendUnavailable(
@@ -117,19 +138,28 @@ class TensorRtEngine:
                 "--refit, on a machine with a GPU, or serve with --engine torch"
             )
         refitter = trt.Refitter(self._engine, self._log)
+        fused = weights()
         kept = []  # alive until the refit is done
-        # What the set before changed is set back as well: it would linger otherwise.
-        for name in self._replaced | weights.keys():
-            value = (weights[name] if name in weights else self._weights[name]).contiguous()
+
+        def give(name: str) -> None:
+            if name not in fused and name not in self._weights:
+                raise BackendUnavailable(f"TensorRT wants {name or 'unnamed weights'} to refit")
+            value = (fused[name] if name in fused else self._weights[name]).contiguous()
             kept.append(value)
             kind = next(k for k, dtype in DTYPES.items() if dtype == value.dtype)
             given = trt.Weights(getattr(trt.DataType, kind), value.data_ptr(), value.numel())
             if not refitter.set_named_weights(name, given, trt.TensorLocation.HOST):
                 raise BackendUnavailable(f"TensorRT refused {name}: {self._log.last_error}")
+
+        # What the set before changed is set back as well: it would linger otherwise.
+        for name in self._replaced | fused.keys():
+            give(name)
+        for name in refitter.get_missing_weights():  # fused by the builder with those just given
+            give(name)
         torch.cuda.synchronize()
         if not refitter.refit_cuda_engine():
             raise BackendUnavailable(f"TensorRT did not refit: {self._log.last_error}")
-        self._replaced = set(weights)
+        self._replaced = set(fused)
         for slot in self._slots.values():
             slot.forget_graph()
 
@@ -152,14 +182,18 @@ class _Slot:
     ) -> None:
         self._context, self.buffers, self._stream, self._log = context, buffers, stream, log
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._to_capture = True
 
     def launch(self) -> None:
-        """Run on the current stream; the first time eagerly, then as a graph."""
+        """Run on the current stream; the first time eagerly, then as a graph where that can be."""
         if self._graph is not None:
             self._graph.replay()
             return
         self._execute()
+        if not self._to_capture:
+            return
         self._stream.synchronize()
+        self._to_capture = False
         capturable = getattr(self._context, "is_stream_capturable", lambda handle: True)
         if capturable(self._stream.cuda_stream):
             graph = torch.cuda.CUDAGraph()
@@ -170,12 +204,15 @@ class _Slot:
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            error = self._log.last_error
-            kind = torch.cuda.OutOfMemoryError if "memory" in error.lower() else RuntimeError
-            raise kind(f"TensorRT did not run: {error}")
+            raise _failure("TensorRT did not run", self._log)
 
     def forget_graph(self) -> None:
-        self._graph = None
+        self._graph, self._to_capture = None, True
+
+
+def _failure(what: str, log: Any) -> Exception:
+    kind = torch.OutOfMemoryError if "memory" in log.last_error.lower() else RuntimeError
+    return kind(f"{what}: {log.last_error or 'no reason given'}")
 
 
 class _RuntimeCache:
@@ -200,8 +237,14 @@ class _RuntimeCache:
         return self._engine.create_execution_context(self._config)
 
     def keep(self) -> None:
-        """Write what was compiled, for the next process."""
-        if self._cache is not None:
-            partial = self._file.with_suffix(".partial")
+        """Write what was compiled so far, for the next process; where it may: a bundle may be on
+        a read-only file system, or shared by replicas that write at the same time.
+        """
+        if self._cache is None:
+            return
+        partial = self._file.with_suffix(f".{os.getpid()}.partial")
+        try:
             partial.write_bytes(self._cache.serialize())
             partial.replace(self._file)
+        except OSError as error:
+            logger.warning("kernels that TensorRT-RTX compiled are not kept: %s", error)

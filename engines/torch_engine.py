@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from engines.engine import Variant
 from engines.families.part import Part
 
 
@@ -32,10 +33,11 @@ class TorchEngine:
         return self._built[name] if name in self._built else self._weights[name].detach().cpu()
 
     @torch.no_grad()
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        for name in self._built.keys() - weights.keys():
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        fused = weights()
+        for name in self._built.keys() - fused.keys():
             self._weights[name].copy_(self._built.pop(name))
-        for name, value in weights.items():
+        for name, value in fused.items():
             if name not in self._built:
                 self._built[name] = self._weights[name].detach().cpu().clone()
             self._weights[name].copy_(value)

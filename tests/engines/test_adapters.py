@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engines import onnxruntime_engine
 from engines.adapters import read_lora
 from engines.bundle import Blueprint, build_bundle
 from engines.errors import CheckpointError, InvalidInput
 from engines.facts import Defaults
+from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.order import Order
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
@@ -105,6 +107,32 @@ def test_nothing_of_the_set_before_stays(runner: Runner) -> None:
     assert np.array_equal(draw({"attention": 1.0}), one)
     assert np.array_equal(draw({"everything": 1.0}), other)
     assert np.array_equal(draw({"attention": 0.0}), base)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_sessions_of_recent_sets_are_kept_as_far_as_memory_goes(
+    kept_bytes: int,
+    checkpoints: Path,
+    cache_dir: Path,
+    loras: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "KEPT_BYTES", kept_bytes)
+    source = str(checkpoints / "tiny-sd")
+    order = Order(source, "onnxruntime", cache_dir=cache_dir, num_threads=1, loras=loras)
+    runner = Runner.open(order)
+    engine = runner._model.engines["denoiser"]
+    assert isinstance(engine, OnnxRuntimeEngine)
+    results, sessions = [], []
+    for chosen in ({"attention": 1.0}, {"everything": 0.7}, {"attention": 1.0}, {}):
+        wanted = recipe(sampler="lcm", num_steps=1, loras=chosen)
+        results.append(draw_together(runner, [wanted])[0].latents)
+        sessions.append(engine._session)
+    assert np.array_equal(results[0], results[2])
+    assert not np.allclose(results[0], results[1])
+    assert (sessions[0] is sessions[2]) == bool(kept_bytes)
+    assert len(engine._sessions) == (3 if kept_bytes else 1)
+    runner.close()
 
 
 @pytest.mark.parametrize("chosen", [loras for loras in SETS if loras], ids=str)

@@ -14,7 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from torch import Tensor
 
-from engines.engine import Engine
+from engines.engine import Engine, Variant
 from engines.errors import EngineError
 from engines.model import load_model
 from engines.order import Order
@@ -46,8 +46,8 @@ class FaultyEngine:
     def weight(self, name: str) -> Tensor:
         return self._engine.weight(name)
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        self._engine.refit(weights)
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._engine.refit(variant, weights)
 
     def close(self) -> None:
         self._engine.close()
