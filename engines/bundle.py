@@ -135,8 +135,7 @@ def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> 
     Two processes asking at once build once: the second waits and opens. A damaged cache entry is
     built again.
     """
-    name = name_of(blueprint.source).rpartition("/")[2]
-    folder = cache_dir / "bundles" / f"{name}-{blueprint.precision}-{blueprint.key}"
+    folder = folder_of(blueprint, cache_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if is_bundle(folder):
@@ -146,6 +145,12 @@ def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> 
                 shutil.rmtree(folder)
         _build(blueprint, folder, progress)
     return open_bundle(folder)
+
+
+def folder_of(blueprint: Blueprint, cache_dir: Path) -> Path:
+    """Where the cache has, or will have, a blueprint's bundle."""
+    name = name_of(blueprint.source).rpartition("/")[2]
+    return cache_dir / "bundles" / f"{name}-{blueprint.precision}-{blueprint.key}"
 
 
 def build_bundle(blueprint: Blueprint, folder: Path, progress: Progress) -> Bundle:
@@ -175,8 +180,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
     pipeline = load_pipeline(source, blueprint.precision)
     facts = load_facts(source, pipeline).with_defaults(blueprint.defaults)
     if target:
-        own_size = (facts.default_size_px, facts.default_size_px)
-        target = dataclasses.replace(target, sizes_px=target.sizes_px or (own_size,))
+        target = target.settled(facts)
         check_target(target, facts)
     parts = family_of(pipeline_class(source)).parts(pipeline, facts)
     fuse(parts, blueprint.loras)

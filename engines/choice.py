@@ -5,12 +5,13 @@ tensorrt  ◀ an NVIDIA GPU and the package      otherwise ▶ tensorrt-rtx ▶ 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import BackendUnavailable
-from engines.plan import MODULES, RTX_CAPABILITY_BITS
+from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
@@ -21,6 +22,7 @@ class Machine:
 
     compute_capability: int | None
     packages: frozenset[str]  # of those that backends need
+    gpu: str = ""  # its name, "NVIDIA L4" say
 
     @classmethod
     def here(cls) -> Machine:
@@ -34,7 +36,12 @@ class Machine:
         if not torch.cuda.is_available():
             return cls(None, packages)
         major, minor = torch.cuda.get_device_capability()
-        return cls(10 * major + minor, packages)
+        return cls(10 * major + minor, packages, torch.cuda.get_device_name())
+
+    def aim(self, target: PlanTarget) -> PlanTarget:
+        """The target of plans that are built here, named after this GPU if no other runs them."""
+        portable = target.compute_capabilities or target.hardware_compatibility != "none"
+        return target if portable else dataclasses.replace(target, gpu=self.gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,8 @@ def _missing(backend: str, machine: Machine) -> str:
     package = MODULES.get(backend, backend)
     if package not in machine.packages:
         others = ", ".join(name for name in BACKENDS if name != backend)
-        return f"needs a package: pip install {backend}, or choose among {others}"
+        way_out = INSTALL.get(backend, f"pip install {backend}")
+        return f"needs a package: {way_out}, or choose among {others}"
     if backend not in MODULES:
         return ""
     capability = machine.compute_capability

@@ -85,6 +85,7 @@ def build(
     """Compile a model's parts into a bundle."""
     from engines.bundle import Blueprint, build_bundle
     from engines.checkpoint import DTYPES, download, resolve
+    from engines.choice import Machine
     from engines.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
     from engines.samplers import SAMPLERS
 
@@ -104,6 +105,7 @@ def build(
             refit=refit,
             strip=strip,
         )
+        target = Machine.here().aim(target)
     begun = time.monotonic()
     source = resolve(model) or download(model)
     files = [_weighted(text) for text in lora or ()]
@@ -183,8 +185,11 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
     if plans := manifest.get("plans"):
         target = plans["target"]
         sizes = ", ".join(f"{width}x{height}" for width, height in target["sizes_px"])
-        gpus = ", ".join(map(str, target["compute_capabilities"])) or "the building machine's"
-        lines["plans"] = f"{target['engine']} {plans['version']}, compute capability {gpus}"
+        gpus = ", ".join(map(str, target["compute_capabilities"]))
+        gpus = (
+            f"compute capability {gpus}" if gpus else target.get("gpu") or "the building machine's"
+        )
+        lines["plans"] = f"{target['engine']} {plans['version']}, {gpus}"
         lines["plans take"] = f"{sizes} px, up to {target['max_batch']} rows"
         for part, report in plans["parts"].items():
             lines[f"  {part}"] = (

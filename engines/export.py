@@ -38,7 +38,8 @@ def export_onnx(part: Part, path: Path) -> None:
         )
         for name, dims in part.dynamic.items()
     }
-    for name in ("torch.onnx", "onnx_ir"):
+    # The last one warns of each division that it cannot bound, which is the exporter's affair.
+    for name in ("torch.onnx", "onnx_ir", "torch.utils._sympy.interp"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.inference_mode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,19 @@ from engines.bundle import (
     Bundle,
     Progress,
     ensure_bundle,
+    folder_of,
     is_bundle,
     open_bundle,
 )
 from engines.checkpoint import download, load_facts, load_pipeline, pipeline_class, resolve
 from engines.choice import Choice, Machine, choose_backend
 from engines.engine import Engine
-from engines.errors import BundleError
+from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.order import Order
 from engines.plan import MODULES, PlanTarget, import_tensorrt
 
+logger = logging.getLogger("fourstep.model")
 # Rows of one denoise call. A CPU's cost grows with the rows, so small batches keep the latency low
 # and lose nothing; a GPU is not full before eight.
 DEFAULT_MAX_BATCH = {"cpu": 2, "cuda": 8}
@@ -45,6 +49,12 @@ class Model:
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
 
+    def batch_for(self, wanted: int | None) -> int:
+        """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
+        if self.target is None:
+            return wanted or DEFAULT_MAX_BATCH[self.device]
+        return min(wanted or self.target.max_batch, self.target.max_batch)
+
 
 def prepare(order: Order, progress: Progress) -> Bundle:
     """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
@@ -53,31 +63,45 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     """
     choice = choose_backend(order.backend)
     folder = resolve(order.model) or download(order.model)
-    if is_bundle(folder):
-        bundle = open_bundle(folder)
-        if order.precision not in ("auto", bundle.precision):
-            raise BundleError(
-                f"{folder} was built with {bundle.precision}, not {order.precision}; "
-                f"fourstep build MODEL --precision {order.precision} makes another"
-            )
-        if choice.backend in MODULES:
-            check_plans(bundle, choice.backend, Machine.here())
-        return bundle
+    if not is_bundle(folder):
+        return ensure_bundle(_blueprint(order, choice, folder), order.cache_dir, progress)
+    bundle = open_bundle(folder)
+    if order.precision not in ("auto", bundle.precision):
+        raise BundleError(
+            f"{folder} was built with {bundle.precision}, not {order.precision}; "
+            f"fourstep build MODEL --precision {order.precision} makes another"
+        )
+    if choice.backend in MODULES:
+        check_plans(bundle, choice.backend, Machine.here())
+    return bundle
+
+
+def must_be_built(order: Order) -> bool:
+    """Whether `load_model` would have to make a bundle first."""
+    choice = choose_backend(order.backend)
+    folder = resolve(order.model) or download(order.model)
+    if choice.backend == "torch" or is_bundle(folder):
+        return False
+    return not is_bundle(folder_of(_blueprint(order, choice, folder), order.cache_dir))
+
+
+def _blueprint(order: Order, choice: Choice, folder: Path) -> Blueprint:
     plans = choice.backend in MODULES
     precision = ("fp16" if plans else "fp32") if order.precision == "auto" else order.precision
-    target = _target(order, choice.backend) if plans else None
-    return ensure_bundle(Blueprint(folder, precision, target), order.cache_dir, progress)
+    return Blueprint(folder, precision, _target(order, choice.backend) if plans else None)
 
 
 def _target(order: Order, backend: str) -> PlanTarget:
-    capability = Machine.here().compute_capability
-    return PlanTarget(
+    machine = Machine.here()
+    capability = machine.compute_capability
+    target = PlanTarget(
         engine=backend,
         sizes_px=(),  # the model's own
         max_batch=order.max_batch or DEFAULT_MAX_BATCH["cuda"],
         compute_capabilities=(capability,) if backend == "tensorrt-rtx" and capability else (),
         refit=bool(order.loras),
     )
+    return machine.aim(target)
 
 
 def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
@@ -86,25 +110,60 @@ def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
     way_out = f"fourstep build MODEL --engine {backend} --out {bundle.folder} builds them anew"
     if plans is None:
         raise BundleError(f"{bundle.folder} has no TensorRT plans; {way_out}")
-    target, version = plans["target"], str(import_tensorrt(backend).__version__)
-    if target["engine"] != backend or (plans["version"] != version):
+    target, version = PlanTarget.from_json(plans["target"]), import_tensorrt(backend).__version__
+    if (target.engine, plans["version"]) != (backend, str(version)):
         raise BundleError(
-            f"{bundle.folder} has plans of {target['engine']} {plans['version']}, here is "
+            f"{bundle.folder} has plans of {target.engine} {plans['version']}, here is "
             f"{backend} {version}; {way_out}"
         )
-    built_for = target["compute_capabilities"]
+    built_for = target.compute_capabilities
     if built_for and machine.compute_capability not in built_for:
         raise BundleError(
             f"{bundle.folder} has plans for compute capability {', '.join(map(str, built_for))}, "
             f"this GPU has {machine.compute_capability}; {way_out}"
         )
+    if target.gpu not in ("", machine.gpu):
+        raise BundleError(
+            f"{bundle.folder} has plans built on {target.gpu}, which run there alone; this GPU is "
+            f"{machine.gpu}; {way_out}"
+        )
 
 
 def load_model(order: Order, progress: Progress) -> Model:
-    """Load every part of a model, and the LoRAs it may be asked for."""
+    """Load every part of a model, and the LoRAs it may be asked for.
+
+    Where ``auto`` chose plans and they cannot be built or loaded, torch draws, or ONNX Runtime
+    where there is no checkpoint for torch.
+    """
     choice = choose_backend(order.backend)
     if choice.backend == "torch":
         return _load_torch(order, choice)
+    try:
+        return load_built(order, choice, progress)
+    except (BackendUnavailable, BuildError, BundleError) as error:
+        if order.backend != "auto" or choice.backend not in MODULES:
+            raise
+        logger.warning("%s cannot draw %s: %s", choice.backend, order.model, error)
+        reason = f"{choice.backend} failed: {error}"
+    if is_bundle(resolve(order.model) or Path()):
+        order = dataclasses.replace(order, backend="onnxruntime")
+        return load_built(order, Choice("onnxruntime", reason), progress)
+    return _load_torch(order, Choice("torch", reason))
+
+
+def load_interim(order: Order) -> Model:
+    """By torch what draws until the order's own bundle is built: same sizes, device and LoRAs."""
+    choice = choose_backend(order.backend)
+    plans = choice.backend in MODULES
+    interim = Choice("torch", f"until {choice.backend} is built")
+    model = _load_torch(order, interim, device="cuda" if plans else "cpu")
+    if not plans:
+        return model
+    return dataclasses.replace(model, target=_target(order, choice.backend).settled(model.facts))
+
+
+def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
+    """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
     engines: dict[str, Engine] = {}
     target = None
@@ -114,7 +173,9 @@ def load_model(order: Order, progress: Progress) -> Model:
         target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
         for name in PARTS:
             plan = bundle.part(name).with_suffix(".plan")
-            engines[name] = TensorRtEngine(plan, choice.backend, target.batches)
+            engines[name] = TensorRtEngine(
+                plan, choice.backend, target.batches, stripped=target.strip
+            )
     else:
         from engines.onnxruntime_engine import OnnxRuntimeEngine
 
@@ -131,7 +192,7 @@ def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> 
     return Adapters({name: read_lora(path) for name, path in loras.items()}, engines)
 
 
-def _load_torch(order: Order, choice: Choice) -> Model:
+def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     import torch
 
     from engines.families import family_of
@@ -140,7 +201,7 @@ def _load_torch(order: Order, choice: Choice) -> Model:
     folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):
         raise BundleError(f"{folder} is a bundle; --engine torch needs the checkpoint itself")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = order.precision
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "fp32"

@@ -26,3 +26,4 @@ class Order:
     max_batch: int | None = None
     loras: Mapping[str, Path] = field(default_factory=dict)  # those that a recipe may name
     defaults: Defaults = OWN_DEFAULTS
+    serve_meanwhile: bool = False  # draw by torch at once where a bundle must be built first

@@ -6,6 +6,7 @@ an API; what only one of them can do is gated on it. Runs no plan: see `engines.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import resource
@@ -23,6 +24,10 @@ if TYPE_CHECKING:  # it imports torch, which reading a bundle must not wait for
     from engines.families.part import Part
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine → Python package
+INSTALL = {
+    "tensorrt": "pip install tensorrt (its library comes from NVIDIA's package index)",
+    "tensorrt-rtx": "pip install 'fourstep[tensorrt-rtx]'",
+}
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 RTX_MAGIC = b"vtrt"
 # Bits of the header's mask, as TensorRT-RTX 1.7 sets them for each target asked of it.
@@ -49,6 +54,7 @@ class PlanTarget:
     version_compatible: bool = False
     refit: bool = False
     strip: bool = False
+    gpu: str = ""  # the name of the one it is built on, where its plans run on no other
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PlanTarget:
@@ -56,6 +62,11 @@ class PlanTarget:
         sizes = tuple((width, height) for width, height in values["sizes_px"])
         capabilities = tuple(values["compute_capabilities"])
         return cls(**{**values, "sizes_px": sizes, "compute_capabilities": capabilities})
+
+    def settled(self, facts: Facts) -> PlanTarget:
+        """With the model's own size where none was named."""
+        own = (facts.default_size_px, facts.default_size_px)
+        return dataclasses.replace(self, sizes_px=self.sizes_px or (own,))
 
     def takes(self, width_px: int, height_px: int) -> bool:
         """Whether plans for this target have a profile for the size."""
@@ -94,13 +105,9 @@ def import_tensorrt(engine: str) -> Any:
     try:
         return importlib.import_module(MODULES[engine])
     except ImportError as error:
-        hints = {
-            "tensorrt": "pip install tensorrt (its library comes from NVIDIA's package index)",
-            "tensorrt-rtx": "pip install 'fourstep[tensorrt-rtx]'",
-        }
+        way_out = f"{INSTALL[engine]}, or choose --engine torch or onnxruntime"
         raise BackendUnavailable(
-            f"engine {engine!r} needs a package that is not installed here ({error}): "
-            f"{hints[engine]}, or choose --engine torch or onnxruntime"
+            f"engine {engine!r} needs a package ({error}): {way_out}"
         ) from error
 
 

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
+from engines.adapters import Adapters
 from engines.bundle import Bundle
 from engines.choice import Choice, Machine, choose_backend
 from engines.errors import BackendUnavailable, BundleError
 from engines.facts import Facts
-from engines.model import check_plans
+from engines.model import Model, check_plans
 from engines.plan import PlanTarget
 
 EVERYTHING = frozenset({"onnxruntime", "torch", "tensorrt", "tensorrt_rtx"})
@@ -76,6 +79,34 @@ def test_plans_for_another_gpu_or_version_are_refused() -> None:
     ):
         with pytest.raises(BundleError, match=rf"{message}.*fourstep build"):
             check_plans(bundle, "tensorrt-rtx", machine)
+
+
+def test_plans_that_one_gpu_runs_alone_are_refused_on_another() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="wheels for Linux x86-64 only")
+    small, large = Machine(89, EVERYTHING, "NVIDIA L4"), Machine(89, EVERYTHING, "NVIDIA L40S")
+    own = small.aim(PlanTarget("tensorrt-rtx", ((64, 64),), 4))
+    check_plans(_bundle(own, trt.__version__), "tensorrt-rtx", small)
+    with pytest.raises(BundleError, match=r"built on NVIDIA L4, .*this GPU is NVIDIA L40S"):
+        check_plans(_bundle(own, trt.__version__), "tensorrt-rtx", large)
+    for portable in (
+        PlanTarget("tensorrt-rtx", ((64, 64),), 4, (89,)),
+        PlanTarget("tensorrt", ((64, 64),), 4, hardware_compatibility="ampere_plus"),
+    ):
+        assert small.aim(portable) == portable
+
+
+def test_batches_are_no_larger_than_plans_take() -> None:
+    def model(device: str, target: PlanTarget | None) -> Model:
+        facts = _bundle(None, "").facts
+        return Model(
+            facts, Tokenizer(BPE()), {}, Adapters({}, {}), Choice("x", "y"), "fp16", device, target
+        )
+
+    small = PlanTarget("tensorrt", ((64, 64),), 4)
+    assert model("cuda", small).batch_for(None) == model("cuda", small).batch_for(8) == 4
+    assert model("cuda", small).batch_for(2) == 2
+    assert model("cuda", None).batch_for(None) == 8
+    assert model("cpu", None).batch_for(16) == 16
 
 
 def test_a_target_survives_its_manifest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from engines.bundle import Blueprint, build_bundle
 from engines.choice import Machine, choose_backend
 from engines.drawing import Recipe
-from engines.errors import BackendUnavailable, InvalidInput
+from engines.errors import BackendUnavailable, InvalidInput, OutOfMemory
 from engines.order import Order
-from engines.plan import MODULES
+from engines.plan import MODULES, PlanTarget
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
 from tests.engines.peers import draw_together, psnr_db, recipe
@@ -119,11 +121,74 @@ def test_two_engines_in_one_process(runner: Runner, cache_dir: Path, reference: 
     other.close()
 
 
-def test_memory_that_is_not_there_is_an_error_and_no_crash(runner: Runner) -> None:
-    free, _total = torch.cuda.mem_get_info()
-    hog = torch.empty(int(free * 0.99), dtype=torch.uint8, device="cuda")
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        torch.empty(int(free * 0.5), dtype=torch.uint8, device="cuda")
-    del hog
+def test_memory_that_is_not_there_is_an_error_and_no_crash(runner: Runner, cache_dir: Path) -> None:
+    """A fresh engine has no buffers yet for any shape; it makes them when there is room again."""
+    backend = runner.info.backend
+    fresh = Runner.open(
+        Order(DEMO, backend=backend, precision="fp16", max_batch=8, cache_dir=cache_dir)
+    )
+    wanted = _recipes(8)
+    rows = [fresh.start(each) for each in wanted]
     torch.cuda.empty_cache()
-    draw_together(runner, _recipes(1))
+    hogs = []
+    for size in (2**30, 2**24, 2**20, 2**16):  # to the last piece, whatever the fragments
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                hogs.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    with pytest.raises(OutOfMemory):
+        fresh.encode_text(rows)
+    hogs.clear()
+    torch.cuda.empty_cache()
+    for ours, theirs in zip(
+        draw_together(fresh, wanted), draw_together(runner, wanted), strict=True
+    ):
+        assert psnr_db(ours.pixels, theirs.pixels) >= MIN_PSNR_DB
+    fresh.close()
+
+
+def test_one_lora_target_of_a_fused_group_can_be_refitted(
+    tmp_path: Path, cache_dir: Path, runner: Runner
+) -> None:
+    """Where the builder has fused q, k and v, changing q alone takes the other two as well."""
+    lora = make_lora(Path("engines/demo") / DEMO, tmp_path / "one", ["to_q"])
+    wanted = [recipe(width_px=128, height_px=128, loras={"one": 1.0})]
+    drawn = []
+    for kind, precision in ((runner.info.backend, "fp16"), ("torch", "fp32")):
+        order = Order(DEMO, backend=kind, precision=precision, max_batch=4, cache_dir=cache_dir,
+                      loras={"one": lora})  # fmt: skip
+        opened = Runner.open(order)
+        drawn.append(draw_together(opened, wanted)[0].pixels)
+        opened.close()
+    assert psnr_db(*drawn) >= MIN_PSNR_DB
+
+
+def test_a_stripped_plan_gets_its_weights_when_it_is_loaded(tmp_path: Path, runner: Runner) -> None:
+    target = PlanTarget(runner.info.backend, ((128, 128),), 4, strip=True)
+    bundle = build_bundle(
+        Blueprint(Path("engines/demo") / DEMO, "fp16", Machine.here().aim(target)),
+        tmp_path / "stripped",
+        lambda what, done, total: None,
+    )
+    stripped = Runner.open(Order(str(bundle.folder), backend=runner.info.backend))
+    assert stripped.info.max_batch == 4
+    wanted = _recipes(3)
+    for ours, theirs in zip(
+        draw_together(stripped, wanted), draw_together(runner, wanted), strict=True
+    ):
+        assert psnr_db(ours.pixels, theirs.pixels) >= MIN_PSNR_DB
+    stripped.close()
+
+
+def test_torch_draws_while_plans_are_built(tmp_path: Path, runner: Runner) -> None:
+    order = Order(DEMO, backend=runner.info.backend, precision="fp16", max_batch=8,
+                  cache_dir=tmp_path, serve_meanwhile=True)  # fmt: skip
+    both = Runner.open(order)
+    assert both.info.backend == "torch"
+    before = draw_together(both, _recipes(3))
+    assert both._build is not None
+    assert both._build.join(600)
+    after = draw_together(both, _recipes(3))
+    assert both.info.backend == runner.info.backend
+    for one, other in zip(before, after, strict=True):
+        assert psnr_db(one.pixels, other.pixels) >= MIN_PSNR_DB
+    both.close()

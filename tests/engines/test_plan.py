@@ -13,9 +13,11 @@ import torch
 
 from engines.bundle import Blueprint, Bundle, build_bundle, open_bundle
 from engines.checkpoint import load_facts, load_pipeline
+from engines.choice import Machine
 from engines.errors import BackendUnavailable, BuildError, BundleError, InvalidInput
 from engines.families import family_of
 from engines.families.part import Part
+from engines.order import Order
 from engines.plan import (
     PlanTarget,
     RtxHeader,
@@ -26,6 +28,7 @@ from engines.plan import (
     parse,
     profiles_of,
 )
+from engines.runner import Runner
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
 
@@ -184,6 +187,22 @@ def test_what_needs_a_gpu_says_so(change: dict[str, Any], built: Bundle, tmp_pat
     with pytest.raises(BuildError, match="wants a GPU"):
         compile_plan(built.part("text_encoder"), tmp_path / "x.plan", [profile], target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_falls_back_where_plans_do_not_load(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are for a GPU that is said to be here and is not."""
+    machine = Machine(89, frozenset({"torch", "onnxruntime", "tensorrt_rtx"}), "NVIDIA L4")
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: machine))
+    with pytest.raises(BackendUnavailable, match=r"cannot load .*build the bundle again here"):
+        Runner.open(Order(str(built.folder), backend="tensorrt-rtx"))
+    runner = Runner.open(Order(str(built.folder), num_threads=1))
+    assert runner.info.backend == "onnxruntime"  # a bundle has no checkpoint for torch
+    assert runner.info.backend_reason.startswith("tensorrt-rtx failed: tensorrt_rtx")
+    (drawing,) = runner.draw([runner.default_recipe(0)])
+    assert drawing.pixels is not None
+    runner.close()
 
 
 def test_an_operator_it_does_not_take(tmp_path: Path) -> None:
