@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import logging
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,39 +25,19 @@ from torch import Tensor
 from engines.adapters import AdapterSet
 from engines.bundle import Progress
 from engines.drawing import Drawing, Group, Recipe, spread_previews
-from engines.errors import EngineError, InvalidInput, OutOfMemory
-from engines.facts import Facts
-from engines.model import DEFAULT_MAX_BATCH, Model, load_model
+from engines.errors import EngineError, OutOfMemory
+from engines.info import ModelInfo, check_recipe, describe
+from engines.lanes import Lanes
+from engines.model import Model, load_interim, load_model, must_be_built
 from engines.order import Order
-from engines.plan import PlanTarget
-from engines.samplers import SAMPLERS, NoiseSchedule, Schedule, make_schedule
+from engines.samplers import NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
 
+if TYPE_CHECKING:
+    from engines.meanwhile import BackgroundBuild
+
+logger = logging.getLogger("fourstep.runner")
 NUM_CACHED_PROMPTS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What callers may ask of the model; sizes in pixels."""
-
-    model_id: str
-    family: str
-    backend: str
-    backend_reason: str
-    precision: str
-    default_width: int
-    default_height: int
-    size_multiple: int
-    min_size_px: int
-    max_size_px: int
-    max_tokens: int
-    guidance_embedding: bool
-    default_sampler: str
-    default_num_steps: int
-    default_guidance_scale: float
-    samplers: tuple[str, ...]
-    loras: tuple[str, ...]
-    max_batch: int
 
 
 class Runner:
@@ -68,28 +50,11 @@ class Runner:
         )
         self._prompts: OrderedDict[tuple[AdapterSet, bytes], Tensor] = OrderedDict()
         self._prompts_lock = threading.Lock()  # start() reads on other threads
+        self._lanes: Lanes | None = None  # of the last denoise call, while its rows may go on
         self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
-        facts = model.facts
-        self.info = ModelInfo(
-            model_id=model_id or facts.name,
-            family=facts.family,
-            backend=model.choice.backend,
-            backend_reason=model.choice.reason,
-            precision=model.precision,
-            default_width=facts.default_size_px,
-            default_height=facts.default_size_px,
-            size_multiple=facts.size_multiple_px,
-            min_size_px=facts.min_size_px,
-            max_size_px=facts.max_size_px,
-            max_tokens=facts.max_tokens,
-            guidance_embedding=facts.time_cond_dim > 0,
-            default_sampler=facts.default_sampler,
-            default_num_steps=facts.default_num_steps,
-            default_guidance_scale=facts.default_guidance_scale,
-            samplers=SAMPLERS,
-            loras=model.adapters.names,
-            max_batch=max_batch or DEFAULT_MAX_BATCH[model.device],
-        )
+        self._successor: Model | None = None  # put here by any thread, taken by the engine's
+        self._build: BackgroundBuild | None = None
+        self.info: ModelInfo = describe(model, max_batch, model_id)
 
     @classmethod
     def open(
@@ -101,10 +66,44 @@ class Runner:
     ) -> Runner:
         """Load what is ordered; bundles are built on first use.
 
+        With ``serve_meanwhile`` torch draws until that is done, see `succeed`.
+
         Raises:
             engines.errors.EngineError: it cannot be loaded here; the message says why.
         """
-        return cls(load_model(order, progress), max_batch=order.max_batch, model_id=model_id)
+        if not (order.serve_meanwhile and must_be_built(order)):
+            return cls(load_model(order, progress), max_batch=order.max_batch, model_id=model_id)
+        from engines.meanwhile import BackgroundBuild
+
+        runner = cls(load_interim(order), max_batch=order.max_batch, model_id=model_id)
+        runner._build = BackgroundBuild(order, runner.succeed, runner._stay)
+        runner._build.start()
+        return runner
+
+    def succeed(self, model: Model) -> None:
+        """Go on with another build of the same model from the next engine call on, rows in flight
+        included. It is tried first, on the calling thread: every batch size once.
+
+        Raises:
+            EngineError: it does not draw; nothing has changed.
+        """
+        Runner(model, max_batch=self.info.max_batch).warm_up()
+        self._successor = model
+
+    def _stay(self, reason: str) -> None:
+        backend_reason = f"what was to follow failed: {reason}"
+        self.info = dataclasses.replace(self.info, backend_reason=backend_reason)
+
+    def _take_up(self) -> None:
+        """Change over to the successor; on the engine thread, between calls."""
+        model, self._successor = self._successor, None
+        if model is None:
+            return
+        old, self._model, self._lanes = self._model, model, None
+        self.info = describe(model, self.info.max_batch, self.info.model_id)
+        for engine in old.engines.values():
+            engine.close()
+        logger.info("%s draws from now on, %s did", model.choice.backend, old.choice.backend)
 
     # -- any thread --------------------------------------------------------------------------
 
@@ -115,7 +114,7 @@ class Runner:
             InvalidInput: a value the model or its samplers do not take.
         """
         facts = self._model.facts
-        _check(recipe, facts, self._model.target)
+        check_recipe(recipe, self._model)
         image = recipe.image is not None
         schedule = self._schedule(
             recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
@@ -173,6 +172,7 @@ class Runner:
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
+        self._take_up()
         for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
             alike = [drawing for drawing in drawings if drawing.group.loras == loras]
             self._encode_alike(loras, alike)
@@ -200,6 +200,7 @@ class Runner:
 
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
+        self._take_up()
         images = [drawing.recipe.image for drawing in drawings]
         pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
         moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
@@ -211,60 +212,36 @@ class Runner:
 
     def denoise(self, drawings: Sequence[Drawing]) -> None:
         """One step of each row, rows of one group, any step, sampler and guidance, in one call."""
-        lanes = [drawing for drawing in drawings for _ in range(drawing.num_lanes)]
-        first = np.cumsum([0] + [drawing.num_lanes for drawing in drawings])[:-1]
+        self._take_up()
         for drawing in drawings:
             if drawing.latents is None:
                 noise = self._draw_noise(drawing).to(self._model.device)
                 drawing.latents = drawing.schedule.noise_scale * noise
-        steps = [drawing.step_index for drawing in lanes]
-        table = [lane.schedule.coefficients[k] for lane, k in zip(lanes, steps, strict=True)]
-        guidance = np.ones(len(lanes), np.float32)
-        uncond = np.arange(len(lanes))
-        embeds: list[Tensor] = []
-        noise_of: list[Tensor] = []
-        for drawing, lane in zip(drawings, first, strict=True):
-            assert drawing.prompt_embeds is not None, "encode_text comes first"
-            embeds += drawing.prompt_embeds
-            noise_of += [self._step_noise(drawing)] * drawing.num_lanes
-            if drawing.num_lanes == 2:  # its second lane holds the unconditional prediction
-                guidance[lane] = drawing.recipe.guidance_scale
-                uncond[lane] = lane + 1
-        inputs = {
-            "sample": torch.stack([lane.latents for lane in lanes if lane.latents is not None]),
-            "timestep": torch.tensor(
-                [float(lane.schedule.timesteps[k]) for lane, k in zip(lanes, steps, strict=True)]
-            ),
-            "prompt_embeds": torch.stack(embeds),
-            "coefficients": torch.from_numpy(np.stack(table)),
-            "noise": torch.stack(noise_of),
-            "guidance": torch.from_numpy(guidance),
-            "uncond_index": torch.from_numpy(uncond),
-        }
-        if self._model.facts.time_cond_dim:
-            conds = [lane.timestep_cond for lane in lanes if lane.timestep_cond is not None]
-            inputs["timestep_cond"] = torch.stack(conds)
+            self._draw_ahead(drawing)
+        if self._lanes is None or not self._lanes.hold(drawings):
+            self._lanes = Lanes(drawings, self._model.device)
         self._model.adapters.switch(drawings[0].group.loras)
-        outputs = self._run("denoiser", **inputs)
-        for drawing, lane in zip(drawings, first, strict=True):
-            drawing.latents = outputs["next_sample"][lane]
-            drawing.denoised = outputs["denoised"][lane]
-            drawing.step_noise = None
-            drawing.step_index += 1
+        self._lanes.advance(self._run("denoiser", **self._lanes.inputs()))
+        for drawing in drawings:  # a GPU still works on this step
+            self._draw_ahead(drawing)
+        if any(drawing.step_index == drawing.num_steps for drawing in drawings):
+            self._lanes = None
 
     def decode(self, drawings: Sequence[Drawing]) -> None:
         """Rows of one size to pixels: finished ones to their image, others to a preview.
 
         A row whose latents are no numbers any more gets a ``failure`` instead.
         """
+        self._take_up()
         final = [drawing.stage is Stage.DECODE for drawing in drawings]
         latents = [
             drawing.latents if done else drawing.denoised
             for drawing, done in zip(drawings, final, strict=True)
         ]
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
+        sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
         pixels = self._run("vae_decoder", latents=batch)["pixels"].cpu().numpy()  # [B, H, W, 3]
-        finite = torch.isfinite(batch).flatten(1).all(dim=1).tolist()
+        finite = torch.isfinite(sums).tolist()
         for drawing, done, image, sound in zip(drawings, final, pixels, finite, strict=True):
             if not sound:
                 drawing.failure = (
@@ -289,16 +266,14 @@ class Runner:
     def _draw_noise(self, drawing: Drawing) -> Tensor:
         """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
         group = drawing.group
-        shape = (1, self._model.facts.latent_channels, group.rows, group.columns)
-        return torch.randn(shape, generator=drawing.generator)[0]
+        shape = (self._model.facts.latent_channels, group.rows, group.columns)
+        return torch.randn(shape, generator=drawing.generator)
 
-    def _step_noise(self, drawing: Drawing) -> Tensor:
-        if drawing.schedule.draws_noise[drawing.step_index]:
-            if drawing.step_noise is None:
-                drawing.step_noise = self._draw_noise(drawing).to(self._model.device)
-            return drawing.step_noise
-        assert drawing.latents is not None, "the first noise is drawn before a step's"
-        return torch.zeros_like(drawing.latents)
+    def _draw_ahead(self, drawing: Drawing) -> None:
+        """Noise for a row's next step, where it adds any and has none yet."""
+        step, draws = drawing.step_index, drawing.schedule.draws_noise
+        if drawing.step_noise is None and step < len(draws) and draws[step]:
+            drawing.step_noise = self._draw_noise(drawing)
 
     # -- whole images ------------------------------------------------------------------------
 
@@ -319,8 +294,9 @@ class Runner:
         while open_ := [drawing for drawing in drawings if drawing.stage is not Stage.DONE]:
             leader = open_[0]
             alike = [d for d in open_ if d.stage is leader.stage and d.group == leader.group]
-            num_rows = max(1, self.info.max_batch // leader.num_lanes)
-            calls[leader.stage](alike[:num_rows])
+            lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
+            num_rows = sum(count <= self.info.max_batch for count in lanes)
+            calls[leader.stage](alike[: max(1, num_rows)])
         for drawing in drawings:
             if drawing.failure is not None:
                 raise EngineError(drawing.failure)
@@ -352,39 +328,11 @@ class Runner:
 
     def close(self) -> None:
         """Free the engines."""
+        if self._build is not None:
+            self._build.close()
+        self._take_up()
         for engine in self._model.engines.values():
             engine.close()
-
-
-def _check(recipe: Recipe, facts: Facts, target: PlanTarget | None) -> None:
-    """Raise `InvalidInput` for what no sampler could make good."""
-    for name, side in (("width_px", recipe.width_px), ("height_px", recipe.height_px)):
-        step = facts.size_multiple_px
-        if side % step or not facts.min_size_px <= side <= facts.max_size_px:
-            raise InvalidInput(
-                name,
-                side,
-                f"{name} is {side}; it must be a multiple of {step} from "
-                f"{facts.min_size_px} to {facts.max_size_px}",
-            )
-    if target and not target.takes(recipe.width_px, recipe.height_px):
-        size = f"{recipe.width_px}x{recipe.height_px}"
-        built = ", ".join(f"{width}x{height}" for width, height in target.sizes_px)
-        raise InvalidInput(
-            "width_px", size, f"size is {size}; this model's plans were built for {built}"
-        )
-    if not 0 <= recipe.seed < 2**64:
-        raise InvalidInput(
-            "seed", recipe.seed, f"seed is {recipe.seed}; it must be from 0 to 2**64 - 1"
-        )
-    if not math.isfinite(recipe.guidance_scale):
-        raise InvalidInput(
-            "guidance_scale", recipe.guidance_scale, "guidance_scale must be a finite number"
-        )
-    shape = (recipe.height_px, recipe.width_px, 3)
-    if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
-        found = f"{recipe.image.dtype} {recipe.image.shape}"
-        raise InvalidInput("image", found, f"image is {found}; it must be uint8 {shape}")
 
 
 @functools.lru_cache(maxsize=256)  # most requests leave w at the model's default

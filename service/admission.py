@@ -14,7 +14,8 @@ import numpy as np
 
 from engines.drawing import Drawing, Recipe
 from engines.errors import InvalidInput
-from engines.runner import ModelInfo, Runner
+from engines.info import ModelInfo
+from engines.runner import Runner
 from service.errors import BadRequest, NotFound
 from service.images import resize
 from service.quota import Priority, Tenant

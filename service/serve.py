@@ -20,7 +20,7 @@ import psutil
 import typer
 
 from engines.cli import show_progress
-from engines.errors import EngineError
+from engines.errors import BuildError, EngineError
 from service.keys import KeyRing
 from service.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_environment import haproxy_available, own_ports, ray_environment
@@ -94,8 +94,13 @@ def _prepare_model(settings: Settings) -> None:
     from engines.choice import choose_backend
     from engines.model import prepare
 
-    if choose_backend(settings.engine).backend != "torch":
-        prepare(settings.order, show_progress)
+    if choose_backend(settings.engine).backend != "torch" and not settings.serve_meanwhile:
+        try:
+            prepare(settings.order, show_progress)
+        except BuildError as error:
+            if settings.engine != "auto":
+                raise
+            typer.echo(f"note: {error}; another engine takes over", err=True)
     elif resolve(settings.model) is None:
         download(settings.model)
 

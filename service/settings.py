@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     cache_dir: Path = Field(DEFAULT_CACHE_DIR, description="where built bundles are kept")
+    serve_meanwhile: bool = Field(
+        False, description="draw by torch at once where the engine's bundle must be built first"
+    )
     num_threads: int = Field(0, ge=0, le=256, description="CPU threads of the engine; 0: all cores")
 
     # Batching. 0 takes the engine's own default, measured (see engines/README.md).
@@ -141,6 +144,7 @@ class Settings(BaseSettings):
             num_threads=self.num_threads or None,
             max_batch=self.max_batch or None,
             loras=self.loras,
+            serve_meanwhile=self.serve_meanwhile,
             defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
         )
 

@@ -1,0 +1,60 @@
+"""What the host does between engine calls: little, and the same whatever came before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engines.runner import Runner
+from tests.engines.peers import recipe
+
+Runners = dict[tuple[str, str], Runner]
+
+
+SHARING = ("aten.detach", "aten.lift_fresh")  # with numpy: no data moves
+
+
+class _Operations(TorchDispatchMode):
+    """Names of torch's operations on data; ONNX Runtime's own work is none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith(SHARING):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_the_same_rows_gathers_only_their_noise(runners: Runners) -> None:
+    """Each operation hands the interpreter to the HTTP threads; under load that is what costs."""
+    runner = runners["tiny-lcm", "onnxruntime"]
+    rows = [runner.start(recipe(seed=seed, num_steps=4)) for seed in range(8)]
+    runner.encode_text(rows)
+    runner.denoise(rows)
+    with _Operations() as operations:
+        runner.denoise(rows)
+    # A draw for each row, one stack of them, and each of the two outputs taken apart.
+    assert len(operations.names) <= len(rows) + 3, operations.names
+
+
+def test_latents_do_not_depend_on_who_joined_and_left(runners: Runners) -> None:
+    """Continued in the same call's layout, or laid out anew before every step: the same numbers."""
+    runner = runners["tiny-sd", "onnxruntime"]
+    wanted = [
+        recipe(sampler="euler_ancestral", num_steps=4, seed=1),
+        recipe(sampler="lcm", num_steps=4, seed=2, guidance_scale=5.0, negative_prompt="dark"),
+    ]
+    together, apart = ([runner.start(each) for each in wanted] for _ in range(2))
+    guest = runner.start(recipe(num_steps=4, seed=3))
+    runner.encode_text([*together, *apart, guest])
+    for step in range(3):
+        runner.denoise(together)
+        runner.denoise([*apart, guest] if step % 2 else apart[::-1])
+    for one, other in zip(together, apart, strict=True):
+        assert one.latents is not None
+        assert other.latents is not None
+        assert np.abs((one.latents - other.latents).numpy()).max() <= 1e-5
