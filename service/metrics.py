@@ -30,7 +30,7 @@ from prometheus_client import (  # noqa: E402  (its import reads the environment
 )
 
 if TYPE_CHECKING:
-    from engines.runner import ModelInfo
+    from engines.info import ModelInfo
 
 # An engine call: 1 ms (a small model's text encoder on a GPU) to 10 s (a real one's step on a CPU).
 CALL_SECONDS = (
