@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from loadtests.mixed import mixed
-from loadtests.overhead import overhead
+from loadtests.engine import engine
+from loadtests.peers.command import peers
 from loadtests.simulate import simulate
 from loadtests.soak import soak
 from loadtests.switch import switch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(mixed)
-app.command()(overhead)
+app.command()(engine)
+app.command()(peers)
 app.command()(simulate)
 app.command()(soak)
 app.command()(switch)

@@ -8,42 +8,19 @@ and 8, sizes from two; both systems see the same arrivals.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
 
 from engines.stage import Stage
-from service.scheduler import Limits, Scheduler, WorkKind
+from loadtests.timing import CPU_SHAPED, GPU_SHAPED, PIXELS, TimingDouble
+from loadtests.traffic import MIXED
+from service.scheduler import Scheduler, WorkKind
 
-STEPS = (1, 2, 4, 8)
-PIXELS = {96: 0.5625, 128: 1.0}  # relative cost of the two sizes
 BATCH = 8
 BATCH_WAIT_S = 0.01  # Ray Serve's own default for `batch_wait_timeout_s`
-
-
-@dataclass(frozen=True)
-class TimingDouble:
-    """Seconds of an engine call: ``fixed + per_row · rows``, each row weighted by its pixels."""
-
-    name: str
-    step: tuple[float, float]
-    decode: tuple[float, float]
-    by_pixels: bool
-    limits: Limits
-
-    def seconds(self, cost: tuple[float, float], sizes: Sequence[int]) -> float:
-        rows = sum(PIXELS[size] if self.by_pixels else 1.0 for size in sizes)
-        return cost[0] + cost[1] * rows
-
-
-CPU_SHAPED = TimingDouble(
-    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(2, 1)
-)
-GPU_SHAPED = TimingDouble(
-    "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 4)
-)
 ENGINES = (CPU_SHAPED, GPU_SHAPED)
 
 
@@ -77,7 +54,7 @@ def arrivals(rate: float, count: int, seed: int) -> list[SimulatedRow]:
     now, rows = 0.0, []
     for _ in range(count):
         now += rng.expovariate(rate)
-        rows.append(SimulatedRow(now, rng.choice(STEPS), rng.choice(list(PIXELS))))
+        rows.append(SimulatedRow(now, rng.choice(MIXED.steps), rng.choice(list(PIXELS))))
     return rows
 
 

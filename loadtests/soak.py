@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import statistics
 import threading
@@ -14,7 +13,11 @@ import typer
 
 from engines.cli import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
-from loadtests.open_loop import arrivals, send, serving
+from loadtests import serving
+from loadtests.client import Client, require_answers
+from loadtests.plots import name_axes, panels
+from loadtests.report import RESULTS, OutOption, Report
+from loadtests.traffic import SIZES
 
 MIB = 2**20
 SAMPLE_EVERY_S = 1.0
@@ -46,7 +49,7 @@ class _MemoryWatch:
         self._thread.join()
 
 
-def quarters(samples: list[int]) -> list[float]:
+def quarters(samples: list[float]) -> list[float]:
     """The median of each quarter of the samples, in order.
 
     Raises:
@@ -62,26 +65,37 @@ def soak(
     model: Annotated[str, typer.Option(help="The model served.")] = "demo-lcm",
     count: Annotated[int, typer.Option(min=100, max=100_000, help="Requests.")] = 10_000,
     clients: Annotated[int, typer.Option(min=1, max=256, help="Requests open at a time.")] = 16,
-    engine: Annotated[str, typer.Option(help="cpu, or gpu_shaped (a timing double).")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of steps and sizes.")] = 1,
+    gpu_shaped: Annotated[
+        bool, typer.Option("--gpu-shaped", help="Over an engine that sleeps as a GPU would draw.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 1,
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
+    out: OutOption = RESULTS,
 ) -> None:
     """Memory of the replica over many requests at saturation: the last quarter over the first.
 
     Every request must be answered with 200, or the command fails.
     """
-    with serving("fourstep", engine, model, cache_dir) as service:
-        asyncio.run(send(service.url, arrivals(float("inf"), 64, seed), max_open=clients))
+    with serving.fourstep(model, cache_dir, gpu_shaped=gpu_shaped) as service:
+        client = Client(service.url)
+        client.closed_loop(SIZES.asks(64, seed), clients)
         begun = time.perf_counter()
         with _MemoryWatch(service.pid) as watch:
-            load = arrivals(float("inf"), count, seed)
-            asyncio.run(send(service.url, load, max_open=clients))
+            answers = client.closed_loop(SIZES.asks(count, seed), clients)
         seconds = time.perf_counter() - begun
-    medians = quarters(watch.samples)
-    typer.echo("| requests | seconds | requests/s | MiB in each quarter | last / first |")
-    typer.echo("| --- | --- | --- | --- | --- |")
-    cells = ", ".join(f"{median / MIB:.1f}" for median in medians)
-    typer.echo(
-        f"| {count} | {seconds:.0f} | {count / seconds:.1f} | {cells} | "
-        f"{medians[-1] / medians[0]:.3f}x |"
+    require_answers(answers, "the service")
+    mib = [sample / MIB for sample in watch.samples]
+    medians = quarters(mib)
+    report = Report("soak", f"Memory of a replica over {count} requests")
+    report.data |= {"seconds": seconds, "mib": [round(value, 1) for value in mib]}
+    cells = ", ".join(f"{median:.1f}" for median in medians)
+    report.table(
+        ["requests", "seconds", "requests/s", "MiB in each quarter", "last / first"],
+        [[count, seconds, count / seconds, cells, f"{medians[-1] / medians[0]:.3f}×"]],
     )
+    figure, (panel,) = panels()
+    panel.plot([SAMPLE_EVERY_S * index for index in range(len(mib))], mib)
+    panel.set_ylim(bottom=0)
+    name_axes(panel, "Memory of the replica", "seconds at saturation", "MiB (unique set size)")
+    report.figure("memory", figure, "Unique set size of the replica over time")
+    report.write(out)

@@ -1,0 +1,170 @@
+"""One engine without a service: how long its calls take, in a process of its own.
+
+Each backend and precision gets a fresh process, so that its memory is its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product stands for the peak
+SECONDS = 0.6  # of each measurement, and at least five calls
+MIB = 2**20
+
+
+class Point(NamedTuple):
+    """One line of the engine table."""
+
+    backend: str
+    precision: str
+    batch: int
+    size_px: int
+    num_steps: int
+    images_per_s: float
+    step_ms: float  # one denoise call of the batch
+    decode_ms: float  # one decode call of the batch
+    memory_mib: float  # the process's peak, or the GPU's
+    step_flops: int
+    peak_flops_per_s: float
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.step_flops / (self.step_ms / 1e3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one process measures."""
+
+    model: str
+    backend: str
+    precision: str
+    cache_dir: Path
+    batches: tuple[int, ...]
+    sizes_px: tuple[int, ...]
+    steps: tuple[int, ...]
+    num_threads: int
+    seconds: float = SECONDS
+
+
+def measure(task: Task) -> list[Point]:
+    """All points of a task, from a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, task).result()
+
+
+def _measure(task: Task) -> list[Point]:
+    from engines.model import prepare
+    from engines.order import Order
+    from engines.runner import Runner
+    from loadtests.flops import count_flops
+
+    order = Order(
+        task.model, task.backend, task.precision, task.cache_dir,
+        num_threads=task.num_threads or None, max_batch=max(task.batches),
+    )  # fmt: skip
+    runner = Runner.open(order)
+    graph = prepare(Order(task.model, "onnxruntime", cache_dir=task.cache_dir), _no_progress)
+    peak = _peak_flops_per_s(runner.info.precision, task.num_threads)
+    points = []
+    for size_px in task.sizes_px:
+        for batch in task.batches:
+            step_ms, decode_ms = _calls(runner, batch, size_px, task.seconds)
+            side = size_px // graph.facts.vae_scale_factor
+            sizes = {"batch": batch, "rows": side, "columns": side}
+            flops = count_flops(graph.part("denoiser"), sizes)
+            for num_steps in task.steps:
+                recipes = _recipes(runner, batch, size_px, num_steps)
+                seconds = _median_s(lambda: runner.draw(recipes), task.seconds)  # noqa: B023
+                points.append(
+                    Point(
+                        task.backend, runner.info.precision, batch, size_px, num_steps,
+                        batch / seconds, step_ms, decode_ms, _memory_mib(), flops, peak,
+                    )
+                )  # fmt: skip
+    return points
+
+
+def _recipes(runner, batch: int, size_px: int, num_steps: int) -> list:  # type: ignore[no-untyped-def,type-arg]
+    plain = (runner.default_recipe(seed, num_steps=num_steps) for seed in range(batch))
+    return [dataclasses.replace(each, width_px=size_px, height_px=size_px) for each in plain]
+
+
+def _calls(runner, batch: int, size_px: int, seconds: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+    """Milliseconds of a denoise call and of a decode call."""
+    rows = [runner.start(recipe) for recipe in _recipes(runner, batch, size_px, 50)]
+    runner.encode_text(rows)
+
+    def step() -> None:
+        for row in rows:
+            row.step_index = 0  # the same call again
+        runner.denoise(rows)
+
+    def decode() -> None:
+        for row in rows:
+            row.step_index = row.num_steps - 1  # not its end: a preview, so its latents stay
+            row.previews.clear()
+        runner.decode(rows)
+
+    step_s, decode_s = (_median_s(call, seconds) for call in (step, decode))
+    return 1e3 * step_s, 1e3 * decode_s
+
+
+def _median_s(call: Callable[[], object], seconds: float) -> float:
+    call()
+    _wait_for_gpu()
+    found: list[float] = []
+    while len(found) < 5 or sum(found) < seconds:
+        begun = time.perf_counter()
+        call()
+        _wait_for_gpu()
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+def _wait_for_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _peak_flops_per_s(precision: str, num_threads: int) -> float:
+    """What a large matrix product reaches here, in the engine's own precision; the best of many."""
+    import torch
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = PEAK_SIDE[device]
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    found = []
+    for _ in range(8):
+        _wait_for_gpu()
+        begun = time.perf_counter()
+        torch.mm(a, a)
+        _wait_for_gpu()
+        found.append(time.perf_counter() - begun)
+    return 2 * side**3 / min(found)
+
+
+def _memory_mib() -> float:
+    import torch
+
+    if torch.cuda.is_initialized():
+        return (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    pass

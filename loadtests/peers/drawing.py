@@ -1,0 +1,81 @@
+"""What the batching peers share: the product's engine, asked for whole batches of whole images.
+
+Kinder than batching a diffusers pipeline: rows of all step counts share a run and cost nothing
+after their last step. What is left to compare is how each peer collects, hands over and answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engines.order import DEFAULT_CACHE_DIR, Order
+from engines.runner import Runner
+from loadtests.peers.sleeping import open_sleeping
+from service.images import encode_image
+from service.settings import Settings
+
+MAX_BATCH = 8  # requests; the engine's own batches are smaller on a CPU, and the runner cuts them
+BATCH_WAIT_S = 0.01  # Ray Serve's default, and what LitServe's examples use
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """What every peer is started with."""
+
+    model: str
+    cache_dir: Path
+    port: int
+    gpu_shaped: bool = False
+    fast_png: bool = False  # our encoder instead of Pillow's, which the peers' examples use
+    replicas: int = 1
+
+    @classmethod
+    def parse(cls) -> Options:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--model", default="demo-lcm")
+        parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE_DIR)
+        parser.add_argument("--port", type=int, required=True)
+        parser.add_argument("--replicas", type=int, default=1)
+        parser.add_argument("--gpu-shaped", action="store_true")
+        parser.add_argument("--fast-png", action="store_true")
+        return cls(**vars(parser.parse_args()))
+
+
+class BatchEngine:
+    """Draws the bodies of a batch to the end, together; encodes one image."""
+
+    def __init__(self, model: str, cache_dir: Path, *, gpu_shaped: bool, fast_png: bool) -> None:
+        if gpu_shaped:
+            self._runner = open_sleeping(model, cache_dir)
+        else:
+            self._runner = Runner.open(Order(model, "onnxruntime", cache_dir=cache_dir))
+        self._runner.warm_up()
+        self._fast_png = fast_png
+        self._settings = Settings()
+
+    def draw(self, bodies: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        """Pixels uint8 ``[H, W, 3]`` of each body."""
+        recipes = []
+        for body in bodies:
+            width, _, height = body["size"].partition("x")
+            recipe = self._runner.default_recipe(
+                body["seed"], body["prompt"], body["num_inference_steps"]
+            )
+            recipes.append(dataclasses.replace(recipe, width_px=int(width), height_px=int(height)))
+        drawings = self._runner.draw(recipes)
+        return [drawing.pixels for drawing in drawings if drawing.pixels is not None]
+
+    def png(self, pixels: np.ndarray) -> bytes:
+        if self._fast_png:
+            return encode_image(pixels, "png", self._settings)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()

@@ -1,0 +1,146 @@
+"""Applications under test, each in processes of its own: start, wait, watch, end.
+
+Only processes started here, and their descendants, are ever ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+START_TIMEOUT_S = 240.0
+END_TIMEOUT_S = 45.0
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Service:
+    """An application that runs; ``pid`` is the ancestor of all its processes."""
+
+    url: str
+    pid: int
+
+    def processes(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.pid)
+            return [parent, *parent.children(recursive=True)]
+        return []
+
+    def cpu_s(self) -> float:
+        """CPU seconds used so far, over all processes that are alive."""
+        total = 0.0
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def memory_mib(self) -> float:
+        """Proportional set size over all processes: shared pages count once."""
+        total = 0.0
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                total += process.memory_full_info().pss / MIB
+        return total
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str],
+    port: int,
+    ready_path: str,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Service]:
+    """Start ``command``, wait until it answers on ``port``, end it and all it started.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; the end of its output is in the message.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C at our terminal is ours to pass on
+        )
+        service = Service(f"http://127.0.0.1:{port}", process.pid)
+        try:
+            _wait(process, service.url + ready_path, output)
+            yield service
+        finally:
+            _end(process, service)
+
+
+@contextlib.contextmanager
+def fourstep(
+    model: str,
+    cache_dir: Path,
+    *,
+    replicas: int = 1,
+    gpu_shaped: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Service]:
+    """The product, as `fourstep serve` serves it; ``gpu_shaped`` puts a timing double under it."""
+    port = free_port()
+    command = [sys.executable, "-m", "loadtests.peers.fourstep"]
+    command += ["--model", model, "--cache-dir", str(cache_dir), "--port", str(port)]
+    command += ["--replicas", str(replicas), *(["--gpu-shaped"] if gpu_shaped else [])]
+    with running(command, port, "/readyz", environment) as service:
+        yield service
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, output: object) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the application ended before it served: {_tail(output)}")
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(url, timeout=5) as answer,
+        ):
+            if answer.status == 200:
+                return
+        time.sleep(0.25)
+    raise RuntimeError(
+        f"the application does not answer within {START_TIMEOUT_S:.0f} s: {_tail(output)}"
+    )
+
+
+def _tail(output: object) -> str:
+    output.seek(0)  # type: ignore[attr-defined]
+    return output.read().decode(errors="replace")[-3000:]  # type: ignore[attr-defined,no-any-return]
+
+
+def _end(process: subprocess.Popen[bytes], service: Service) -> None:
+    started = service.processes()
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_TIMEOUT_S)
+    for left in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.wait()
+    psutil.wait_procs(started, timeout=5)

@@ -1,0 +1,41 @@
+"""Doubles that only keep time: how long an engine call takes, as ``fixed + per_row · rows``.
+
+Under the scheduler alone they simulate (`simulate`, `plan`); asleep under a real server they stand
+for a GPU (`loadtests.peers.sleeping`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.scheduler import Limits
+
+PIXELS = {96: 0.5625, 128: 1.0}  # relative cost of the two sizes that `simulate` mixes
+
+
+@dataclass(frozen=True)
+class TimingDouble:
+    """Seconds of an engine call; with ``by_pixels`` each row is weighted by its size.
+
+    ``overhead_s`` is what each image costs the engine thread besides, between its calls.
+    """
+
+    name: str
+    step: tuple[float, float]
+    decode: tuple[float, float]
+    by_pixels: bool
+    limits: Limits
+    overhead_s: float = 0.0
+
+    def seconds(self, cost: tuple[float, float], sizes: Sequence[int]) -> float:
+        rows = sum(PIXELS[size] if self.by_pixels else 1.0 for size in sizes)
+        return cost[0] + cost[1] * rows
+
+
+CPU_SHAPED = TimingDouble(
+    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(2, 1)
+)
+GPU_SHAPED = TimingDouble(
+    "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 4)
+)
