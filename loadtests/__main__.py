@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from loadtests.capacity import capacity
+from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.peers.command import peers
 from loadtests.simulate import simulate
@@ -11,6 +13,8 @@ from loadtests.soak import soak
 from loadtests.switch import switch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(capacity)
+app.command()(encoding)
 app.command()(engine)
 app.command()(peers)
 app.command()(simulate)

@@ -1,42 +1,84 @@
-"""What HTTP costs: the service against the bare engine, both in one run on the same machine.
+"""`overhead`: where each millisecond of a request goes, and what HTTP costs the bare engine.
 
-Start the service first (`fourstep serve`); this command opens the same model itself and measures
-the bare engine with the service idle, then the service with the engine idle: throughput in turns,
-one client's latency image by image, so that both find the same machine and equally cold caches.
+The budget puts three clocks side by side: the client's, the server's own (Server-Timing for the
+stages, `/metrics` for the whole exchange), and a probe's for what lies between (the same way through
+the proxy, answered at once). What they say of one request must add up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import http.client
-import json
 import statistics
-import threading
 import time
-import urllib.parse
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from engines.cli import CacheOption
 from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
+from loadtests.capacity import started_or_named
+from loadtests.client import Answer, Client, require_answers
+from loadtests.plots import name_axes, panels, stacked
+from loadtests.probe import Connection
+from loadtests.report import RESULTS, OutOption, Report
+from loadtests.scrape import Scrape
+from loadtests.traffic import Ask, Profile
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PATH = "/v1/images/generations"
-PROMPT = "a large red star at the center on a yellow background, by day, flat"
-HEADERS = {"content-type": "application/json", "accept": "image/png"}
+ENGINE = ("encode_text", "encode_image", "denoise", "decode")
+WITHIN = 0.05  # what the clocks may disagree by
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Mean milliseconds of one request, by where they went; ``client`` is the client's own clock."""
+
+    parts: dict[str, float]
+    client: float
+
+    @property
+    def missing(self) -> float:
+        """What no part accounts for, as a share of the client's time; below 0: counted twice."""
+        return 1 - sum(self.parts.values()) / self.client
+
+
+def budget(answers: list[Answer], server_ms: float, way_ms: float) -> Budget:
+    """Client, server and probe put together.
+
+    Args:
+        server_ms: of the whole exchange in the replica, from its histogram.
+        way_ms: of a request that the replica answers at once: connection, proxy and back.
+    """
+
+    def mean(*names: str) -> float:
+        return statistics.fmean(sum(a.timings.get(n, 0.0) for n in names) for a in answers)
+
+    stages = mean("queue", *ENGINE, "image_encode")
+    parts = {
+        "proxy and connection": way_ms,
+        "parsing and answering": server_ms - mean("total"),
+        "queue": mean("queue"),
+        "engine": mean(*ENGINE),
+        "image encoding": mean("image_encode"),
+        "between threads": mean("total") - stages,
+    }
+    return Budget(parts, 1e3 * statistics.fmean(answer.latency_s for answer in answers))
 
 
 def overhead(
-    model: Annotated[str, typer.Option(help="The model the service serves.")] = "demo-lcm",
     url: Annotated[
-        str, typer.Option(help="Base URL of a running service.")
-    ] = "http://127.0.0.1:8000",
-    rounds: Annotated[int, typer.Option(min=1, max=20, help="Alternations.")] = 5,
-    count: Annotated[int, typer.Option(min=4, max=1000, help="Images per round and side.")] = 40,
+        str, typer.Option(help="Base URL of a running service; empty: one is started here.")
+    ] = "",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A host other than this machine that may be loaded.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model the service serves.")] = "demo-lcm",
+    rounds: Annotated[int, typer.Option(min=1, max=50, help="Alternations.")] = 6,
+    count: Annotated[int, typer.Option(min=4, max=1000, help="Images per round and side.")] = 48,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Concurrent clients.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=8, help="Denoise calls per image.")] = 4,
     size_px: Annotated[int, typer.Option(min=64, max=2048, help="Side of the images.")] = 128,
@@ -44,83 +86,121 @@ def overhead(
         int, typer.Option(min=0, envvar="FOURSTEP_NUM_THREADS", help="As the service has it.")
     ] = 0,
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
+    out: OutOption = RESULTS,
 ) -> None:
-    """Throughput ratio (many clients) and added latency (one) of HTTP over the bare engine."""
-    if urllib.parse.urlsplit(url).hostname not in LOOPBACK:
-        raise typer.BadParameter(
-            f"--url is {url}; only this machine is measured ({', '.join(LOOPBACK)})"
-        )
+    """The budget of a request, one client and many; throughput and latency over the bare engine."""
     order = Order(model, "onnxruntime", cache_dir=cache_dir, num_threads=num_threads or None)
-    runner = Runner.open(order)
-    runner.warm_up()
-    ask = {"prompt": PROMPT, "num_inference_steps": steps, "size": f"{size_px}x{size_px}"}
-    client = _Client(url)
-    bare_rate, http_rate, bare_ms, http_ms = [], [], [], []
-    for index in range(rounds):
-        recipes = [
-            dataclasses.replace(
-                runner.default_recipe(seed, PROMPT, steps), width_px=size_px, height_px=size_px
-            )
-            for seed in range(count)
-        ]
+    profile = Profile("budget", (steps,), (size_px,))
+    with started_or_named(url, allow_host, model, cache_dir) as base:
+        runner = Runner.open(order)
+        runner.warm_up()
+        comparison = _compare(base, runner, profile, rounds, count, clients)
+        runner.close()
+        budgets = {
+            "one client": _budget_of(base, profile, count, 1),
+            f"{clients} clients": _budget_of(base, profile, count * 2, clients),
+        }
+    report = Report("overhead", f"Where a request's time goes: {steps} steps, {size_px} px")
+    report.data["budgets"] = {
+        name: dataclasses.asdict(each) | {"missing": each.missing} for name, each in budgets.items()
+    }
+    _write_budgets(report, budgets)
+    _write_comparison(report, comparison, clients)
+    report.write(out)
+
+
+def _budget_of(url: str, profile: Profile, count: int, clients: int) -> Budget:
+    asks = profile.asks(count, seed=clients)
+    client, probe = Client(url), Connection(url)
+    before = Scrape.of(url)
+    answers = client.closed_loop(asks, clients)
+    require_answers(answers, "the service")
+    during = Scrape.of(url).since(before)
+    server_ms = 1e3 * during.mean("fourstep_request_seconds", endpoint="generations")
+    return budget(answers, server_ms, probe.round_trip_ms(count))
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Bare engine and HTTP, in turns, so that both find the same machine."""
+
+    bare_rate: list[float] = dataclasses.field(default_factory=list)
+    http_rate: list[float] = dataclasses.field(default_factory=list)
+    bare_ms: list[float] = dataclasses.field(default_factory=list)
+    http_ms: list[float] = dataclasses.field(default_factory=list)
+
+
+def _compare(
+    url: str, runner: Runner, profile: Profile, rounds: int, count: int, clients: int
+) -> Comparison:
+    found, connection, client = Comparison(), Connection(url), Client(url)
+    for index in tqdm(range(rounds), desc="bare engine and HTTP", unit="round"):
+        asks = profile.asks(count, seed=index)
+        recipes = [_recipe(runner, ask) for ask in asks]
         begun = time.perf_counter()
         runner.draw(recipes)
-        bare_rate.append(count / (time.perf_counter() - begun))
-        http_rate.append(count / _load(url, count, clients, ask))
-        for seed, recipe in enumerate(recipes[: count // 2]):
-            bare_ms.append(_milliseconds(lambda recipe=recipe: runner.draw([recipe])))
-            http_ms.append(_milliseconds(lambda seed=seed: client.draw(ask, seed)))
-        typer.echo(f"round {index + 1}/{rounds}", err=True)
-    typer.echo("| measure | bare engine | HTTP | |")
-    typer.echo("| --- | --- | --- | --- |")
-    ratio = statistics.median(h / b for h, b in zip(http_rate, bare_rate, strict=True))
-    rates = statistics.median(bare_rate), statistics.median(http_rate)
-    typer.echo(f"| images/s, {clients} clients | {rates[0]:.2f} | {rates[1]:.2f} | {ratio:.2f}× |")
-    p50 = statistics.median(bare_ms), statistics.median(http_ms)
-    added = statistics.median(h - b for h, b in zip(http_ms, bare_ms, strict=True))
-    typer.echo(f"| p50 ms, one client | {p50[0]:.1f} | {p50[1]:.1f} | {added:+.1f} ms |")
+        found.bare_rate.append(count / (time.perf_counter() - begun))
+        answers = client.closed_loop(asks, clients)
+        require_answers(answers, "the service")
+        found.http_rate.append(count / max(answer.done_s for answer in answers))
+        for ask, recipe in zip(asks[: count // 2], recipes, strict=False):
+            found.bare_ms.append(_milliseconds(lambda recipe=recipe: runner.draw([recipe])))  # type: ignore[misc]
+            found.http_ms.append(_milliseconds(lambda ask=ask: connection.draw(ask)))  # type: ignore[misc]
+    return found
 
 
-class _Client:
-    """One kept-alive connection of the standard library, the client that costs least CPU.
-
-    It shares the cores with what it measures.
-    """
-
-    def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        assert parts.hostname is not None, "checked on entry"
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=120)
-
-    def draw(self, ask: dict[str, Any], seed: int) -> None:
-        self._connection.request("POST", PATH, json.dumps(ask | {"seed": seed}), HEADERS)
-        answer = self._connection.getresponse()
-        data = answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"the service answered {answer.status}: {data[:500]!r}")
-
-
-def _load(url: str, count: int, clients: int, ask: dict[str, Any]) -> float:
-    """Seconds for ``count`` images over ``clients`` connections."""
-    seeds = iter(range(count))
-    lock = threading.Lock()
-
-    def work(client: _Client) -> None:
-        while True:
-            with lock:
-                seed = next(seeds, None)
-            if seed is None:
-                return
-            client.draw(ask, seed)
-
-    with ThreadPoolExecutor(clients) as pool:
-        begun = time.perf_counter()
-        for done in [pool.submit(work, _Client(url)) for _ in range(clients)]:
-            done.result()
-        return time.perf_counter() - begun
+def _recipe(runner: Runner, ask: Ask):  # type: ignore[no-untyped-def]
+    plain = runner.default_recipe(ask.seed, ask.prompt, ask.num_steps)
+    return dataclasses.replace(plain, width_px=ask.size_px, height_px=ask.size_px)
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
     begun = time.perf_counter()
     call()
     return (time.perf_counter() - begun) * 1e3
+
+
+def _write_budgets(report: Report, budgets: dict[str, Budget]) -> None:
+    names = list(budgets)
+    rows: list[list[object]] = [
+        [part, *(f"{budgets[name].parts[part]:.2f}" for name in names)]
+        for part in budgets[names[0]].parts
+    ]
+    rows.append(["**sum**", *(f"{sum(budgets[name].parts.values()):.2f}" for name in names)])
+    rows.append(["**client's clock**", *(f"{budgets[name].client:.2f}" for name in names)])
+    rows.append(["unaccounted for", *(f"{budgets[name].missing:+.1%}" for name in names)])
+    report.table(["ms of a request, mean", *names], rows)
+    for name, each in budgets.items():
+        if abs(each.missing) > WITHIN:
+            report.text(
+                f"**{name}: the clocks disagree by {each.missing:+.1%}, more than {WITHIN:.0%}.**"
+            )
+    report.figure("budget", _plot(budgets), "Stages of a request, stacked")
+
+
+def _plot(budgets: dict[str, Budget]) -> Figure:
+    figure, (panel,) = panels(height=2.6, width=9)
+    parts = next(iter(budgets.values())).parts
+    series = {part: [max(0.0, each.parts[part]) for each in budgets.values()] for part in parts}
+    stacked(panel, list(budgets), series, minimum=0.04)
+    name_axes(panel, "Where a request's time goes", "ms, mean", "")
+    return figure
+
+
+def _write_comparison(report: Report, found: Comparison, clients: int) -> None:
+    report.data["comparison"] = dataclasses.asdict(found)
+    pairs = zip(found.http_rate, found.bare_rate, strict=True)
+    ratio = statistics.median(http / bare for http, bare in pairs)
+    added = statistics.median(h - b for h, b in zip(found.http_ms, found.bare_ms, strict=True))
+    bare, http = statistics.median(found.bare_rate), statistics.median(found.http_rate)
+    bare_ms, http_ms = statistics.median(found.bare_ms), statistics.median(found.http_ms)
+    report.table(
+        ["measure", "bare engine", "HTTP", ""],
+        [
+            [f"images/s, {clients} clients", f"{bare:.2f}", f"{http:.2f}", f"{ratio:.2f}×"],
+            ["p50 ms, one client", f"{bare_ms:.1f}", f"{http_ms:.1f}", f"{added:+.1f} ms"],
+        ],
+    )
+
+
+__all__ = ["Path", "overhead"]
