@@ -7,6 +7,7 @@ import typer
 from loadtests.capacity import capacity
 from loadtests.encoding import encoding
 from loadtests.engine import engine
+from loadtests.overhead import overhead
 from loadtests.peers.command import peers
 from loadtests.simulate import simulate
 from loadtests.soak import soak
@@ -16,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(capacity)
 app.command()(encoding)
 app.command()(engine)
+app.command()(overhead)
 app.command()(peers)
 app.command()(simulate)
 app.command()(soak)

@@ -125,7 +125,7 @@ def capacity(
     if profile not in PROFILES:
         raise typer.BadParameter(f"--profile is {profile!r}; known are {', '.join(PROFILES)}")
     with (
-        _service(url, tuple(allow_host or ()), model, cache_dir, gpu_shaped) as base,
+        started_or_named(url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped) as base,
         tqdm(total=trials + len(LOWER_LOADS), unit="rate") as bar,
     ):
         runs = Trials(base, PROFILES[profile], p95_ms, seconds, bar)
@@ -137,11 +137,12 @@ def capacity(
 
 
 @contextlib.contextmanager
-def _service(
-    url: str, hosts: tuple[str, ...], model: str, cache_dir: Path, gpu_shaped: bool
+def started_or_named(
+    url: str, hosts: list[str] | None, model: str, cache_dir: Path, *, gpu_shaped: bool = False
 ) -> Iterator[str]:
+    """The base URL of a named service, or of one that runs here meanwhile."""
     if url:
-        yield check_url(url, hosts)
+        yield check_url(url, hosts or ())
         return
     with serving.fourstep(model, cache_dir, gpu_shaped=gpu_shaped) as service:
         yield service.url

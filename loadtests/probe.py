@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import http.client
 import json
-import statistics
 import time
 import urllib.parse
+from collections.abc import Callable
 
 from loadtests.client import PATH, REQUEST_TIMEOUT_S
 from loadtests.traffic import Ask
 
+PAUSE_S = 0.02  # between two looks at the way; more would be load
 HEADERS = {"content-type": "application/json", "accept": "image/png"}
 
 
@@ -22,7 +23,9 @@ class Connection:
 
     def __init__(self, url: str) -> None:
         parts = urllib.parse.urlsplit(url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        kind = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
         assert parts.hostname is not None, "checked on entry"
         self._connection = kind(parts.hostname, parts.port, timeout=REQUEST_TIMEOUT_S)
         self._prefix = parts.path
@@ -38,14 +41,15 @@ class Connection:
             raise RuntimeError(f"the service answered {status}: {data[:500]!r}")
         return data
 
-    def round_trip_ms(self, count: int) -> float:
-        """Median of the way there and back: `/healthz` is answered at once."""
+    def round_trips_ms(self, enough: Callable[[], bool]) -> list[float]:
+        """The way there and back, until ``enough``: `/healthz` is answered at once."""
         found = []
-        for _ in range(count):
+        while not enough():
             begun = time.perf_counter()
             self._exchange("GET", "/healthz")
             found.append(1e3 * (time.perf_counter() - begun))
-        return statistics.median(found)
+            time.sleep(PAUSE_S)
+        return found
 
     def _exchange(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
         self._connection.request(method, self._prefix + path, body, HEADERS)

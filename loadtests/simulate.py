@@ -9,43 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
 
-from engines.stage import Stage
+from loadtests.simulated import SimulatedReplica, SimulatedRow
 from loadtests.timing import CPU_SHAPED, GPU_SHAPED, PIXELS, TimingDouble
 from loadtests.traffic import MIXED
-from service.scheduler import Scheduler, WorkKind
 
 BATCH = 8
 BATCH_WAIT_S = 0.01  # Ray Serve's own default for `batch_wait_timeout_s`
 ENGINES = (CPU_SHAPED, GPU_SHAPED)
-
-
-@dataclass(eq=False)
-class SimulatedRow:
-    """One request of one image."""
-
-    arrived_at: float
-    num_steps: int
-    size: int
-    stage: Stage = Stage.DENOISE
-    num_steps_left: int = field(init=False)
-    finished_at: float = 0.0
-    num_lanes: int = 1
-    priority: int = 0
-    tenant: str = ""
-    deadline: float = float("inf")
-    cancelled: bool = False
-
-    def __post_init__(self) -> None:
-        self.num_steps_left = self.num_steps
-
-    @property
-    def group(self) -> tuple[int, int]:
-        return (self.size, self.size)
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[SimulatedRow]:
@@ -60,25 +34,16 @@ def arrivals(rate: float, count: int, seed: int) -> list[SimulatedRow]:
 
 def run_fourstep(rows: list[SimulatedRow], engine: TimingDouble) -> None:
     """Drive the product's scheduler; fills ``finished_at``."""
-    scheduler: Scheduler[SimulatedRow] = Scheduler(engine.limits)
+    replica = SimulatedReplica(engine)
     now, index = 0.0, 0
-    while index < len(rows) or not scheduler.idle:
-        if scheduler.idle:
+    while index < len(rows) or not replica.idle:
+        if replica.idle:
             now = max(now, rows[index].arrived_at)
         while index < len(rows) and rows[index].arrived_at <= now:
-            scheduler.add([rows[index]])
+            replica.add(rows[index])
             index += 1
-        work = scheduler.schedule()
-        assert work is not None, "an open row always has work"
-        cost = engine.step if work.kind is WorkKind.DENOISE else engine.decode
-        now += engine.seconds(cost, [row.size for row in work.rows])
-        for row in work.rows:
-            if work.kind is WorkKind.DENOISE:
-                row.num_steps_left -= 1
-                row.stage = Stage.DENOISE if row.num_steps_left else Stage.DECODE
-            else:
-                row.stage, row.finished_at = Stage.DONE, now
-        scheduler.update(work)
+        now += replica.begin()
+        replica.finish(now)
 
 
 def run_request_level(rows: list[SimulatedRow], engine: TimingDouble) -> None:

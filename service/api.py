@@ -128,6 +128,7 @@ async def _answer(
         output_format=raw_format or params.output_format,
         timeout_s=_timeout_s(request, replica.settings.request_timeout_s),
     )
+    job.request.timings.parse_s = time.perf_counter() - exchange.begun
     if exchange.trace is not None:
         exchange.trace.follow(job.request, replica.loop.clock, replica.runner.info.model_id)
     if params.stream:

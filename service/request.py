@@ -39,10 +39,12 @@ class Status(enum.IntEnum):
 class Timings:
     """Seconds a request spent, by what it waited for. Filled by the engine loop and the handler.
 
-    ``queue_s`` runs from admission to the first engine call; each ``*_s`` of an engine stage is the
-    sum of the calls in which at least one row of the request took part.
+    ``parse_s`` runs from the first byte to admission, before all that ``total_s`` covers;
+    ``queue_s`` from there to the first engine call; each ``*_s`` of an engine stage is the sum of
+    the calls in which at least one row of the request took part.
     """
 
+    parse_s: float = 0.0
     queue_s: float = 0.0
     encode_text_s: float = 0.0
     encode_image_s: float = 0.0
