@@ -9,6 +9,7 @@ from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.overhead import overhead
 from loadtests.peers.command import peers
+from loadtests.plan import plan
 from loadtests.simulate import simulate
 from loadtests.soak import soak
 from loadtests.switch import switch
@@ -19,6 +20,7 @@ app.command()(encoding)
 app.command()(engine)
 app.command()(overhead)
 app.command()(peers)
+app.command()(plan)
 app.command()(simulate)
 app.command()(soak)
 app.command()(switch)

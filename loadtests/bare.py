@@ -78,7 +78,7 @@ def _measure(task: Task) -> list[Point]:
     points = []
     for size_px in task.sizes_px:
         for batch in task.batches:
-            step_ms, decode_ms = _calls(runner, batch, size_px, task.seconds)
+            step_ms, decode_ms = call_times(runner, batch, size_px, task.seconds)
             side = size_px // graph.facts.vae_scale_factor
             sizes = {"batch": batch, "rows": side, "columns": side}
             flops = count_flops(graph.part("denoiser"), sizes)
@@ -99,7 +99,7 @@ def _recipes(runner, batch: int, size_px: int, num_steps: int) -> list:  # type:
     return [dataclasses.replace(each, width_px=size_px, height_px=size_px) for each in plain]
 
 
-def _calls(runner, batch: int, size_px: int, seconds: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def call_times(runner, batch: int, size_px: int, seconds: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     """Milliseconds of a denoise call and of a decode call."""
     rows = [runner.start(recipe) for recipe in _recipes(runner, batch, size_px, 50)]
     runner.encode_text(rows)
