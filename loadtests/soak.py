@@ -17,6 +17,7 @@ from loadtests import serving
 from loadtests.client import Client, require_answers
 from loadtests.plots import name_axes, panels
 from loadtests.report import RESULTS, OutOption, Report
+from loadtests.serving import Service
 from loadtests.traffic import SIZES
 
 MIB = 2**20
@@ -77,14 +78,20 @@ def soak(
     Every request must be answered with 200, or the command fails.
     """
     with serving.fourstep(model, cache_dir, gpu_shaped=gpu_shaped) as service:
-        client = Client(service.url)
-        client.closed_loop(SIZES.asks(64, seed), clients)
-        begun = time.perf_counter()
-        with _MemoryWatch(service.pid) as watch:
-            answers = client.closed_loop(SIZES.asks(count, seed), clients)
-        seconds = time.perf_counter() - begun
+        report = watch(service, count, clients, seed)
+    report.write(out)
+
+
+def watch(service: Service, count: int, clients: int, seed: int) -> Report:
+    """Send ``count`` requests to a running Fourstep and watch its replica meanwhile."""
+    client = Client(service.url)
+    client.closed_loop(SIZES.asks(64, seed), clients)
+    begun = time.perf_counter()
+    with _MemoryWatch(service.pid) as memory:
+        answers = client.closed_loop(SIZES.asks(count, seed), clients)
+    seconds = time.perf_counter() - begun
     require_answers(answers, "the service")
-    mib = [sample / MIB for sample in watch.samples]
+    mib = [sample / MIB for sample in memory.samples]
     medians = quarters(mib)
     report = Report("soak", f"Memory of a replica over {count} requests")
     report.data |= {"seconds": seconds, "mib": [round(value, 1) for value in mib]}
@@ -98,4 +105,4 @@ def soak(
     panel.set_ylim(bottom=0)
     name_axes(panel, "Memory of the replica", "seconds at saturation", "MiB (unique set size)")
     report.figure("memory", figure, "Unique set size of the replica over time")
-    report.write(out)
+    return report

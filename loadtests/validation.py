@@ -70,5 +70,7 @@ def _measured(model: str, cache_dir: Path) -> TimingDouble:
     size_px = runner.info.default_width
     times = [call_times(runner, batch, size_px, seconds=0.2) for batch in batches]
     runner.close()
-    step, decode = (line_through(batches, [ms / 1e3 for ms in column]) for column in zip(*times))
+    step, decode = (
+        line_through(batches, [ms / 1e3 for ms in column]) for column in zip(*times, strict=True)
+    )
     return dataclasses.replace(GPU_SHAPED, step=step, decode=decode)

@@ -30,7 +30,13 @@ def write_page(
     report = Report(name, f"Fourstep and its peers over {engine}")
     report.data |= findings.to_json()
     report.table(
-        ["requests", "images/s over the best peer's", "wanted", f"p95 at {AT}", "wanted"],
+        [
+            "requests",
+            "images/s over the best peer's",
+            "wanted",
+            f"p95 over its p95, at {AT}'s capacity",
+            "wanted",
+        ],
         [_verdict(findings, profile) for profile in profiles],
     )
     for profile in profiles:
@@ -114,7 +120,7 @@ def _latency_plot(findings: Findings, peers: Sequence[Peer], profiles: Sequence[
             panel.plot([each.ms(50)] * 2, [index - 0.31, index + 0.31], color="white")
         rate = findings.rates[profile.name, AT]
         title = f"{_title(profile)}: latency at {rate:.1f} images/s"
-        name_axes(panel, title, f"ms, at {AT}; white: p50", "")
+        name_axes(panel, title, f"ms, at {AT}'s capacity; white: p50", "")
     return figure
 
 

@@ -1,0 +1,151 @@
+"""Every command in its smallest form, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loadtests.__main__ import app
+from loadtests.serving import ROOT, Service
+
+POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4,
+         "memory_mib": 1.0, "step_flops": 1, "peak_flops_per_s": 1.0}  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+def run(out: Path, *arguments: str) -> dict:  # type: ignore[type-arg]
+    """Invoke a command; its JSON, once its page and every picture of the page are there."""
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (page,) = out.glob("*.md")
+    text = page.read_text()
+    assert "commit" in text
+    pictures = [line.rpartition("(")[2].rstrip(")") for line in text.splitlines() if "![" in line]
+    for name in pictures:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    return json.loads(page.with_suffix(".json").read_text())
+
+
+def model(lcm_checkpoint: Path, cache_dir: Path) -> list[str]:
+    return ["--model", str(lcm_checkpoint), "--cache-dir", str(cache_dir)]
+
+
+def test_capacity(service: Service, out: Path) -> None:
+    found = run(out, "capacity", "--url", service.url, "--seconds", "1", "--trials", "2")
+    assert len(found["trials"]) == 5
+    for trial in found["trials"]:
+        assert 1 <= trial["batch_rows"] <= 8
+        assert trial["step_ms"] >= 13.2  # what the double sleeps for a row
+    assert found["images_per_s"] < 1.05 * found["saturated_images_per_s"]
+
+
+def test_overhead(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
+    found = run(
+        out, "overhead", "--url", service.url, *model(lcm_checkpoint, cache_dir),
+        "--rounds", "1", "--count", "8", "--clients", "2", "--size-px", "64",
+    )  # fmt: skip
+    alone = found["budgets"]["one client"]
+    assert alone["parts"]["engine"] >= 4 * 13.2 + 8  # four calls and a decode of the double
+    assert abs(alone["missing"]) < 0.25  # a busy machine; the command itself says above 5 %
+
+
+def test_soak(service: Service, out: Path) -> None:
+    from loadtests.soak import watch
+
+    watch(service, count=250, clients=16, seed=1).write(out)
+    found = json.loads((out / "soak.json").read_text())
+    assert min(found["mib"]) > 50
+
+
+def test_engine(lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
+    found = run(
+        out, "engine", *model(lcm_checkpoint, cache_dir), "--kind", "onnxruntime:fp32",
+        "--batch", "1", "--batch", "2", "--size", "64", "--steps", "1", "--seconds", "0.05",
+    )  # fmt: skip
+    one, two = found["points"]
+    assert two["step_flops"] == 2 * one["step_flops"] > 0
+    assert one["peak_flops_per_s"] > one["step_flops"] / one["step_ms"] * 1e3
+
+
+def test_encoding(lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
+    found = run(
+        out, "encoding", *model(lcm_checkpoint, cache_dir), "--repeats", "1", "--side", "128"
+    )["ways"]
+    assert found["png 0"]["photo_bytes"] > 3 * 128 * 128  # stored, not compressed
+    assert found["png 9"]["photo_bytes"] < found["png 0"]["photo_bytes"]
+    assert found["jpeg q80"]["photo_bytes"] < found["jpeg q90"]["photo_bytes"]
+
+
+def test_plan(out: Path, tmp_path: Path) -> None:
+    table = tmp_path / "engine.json"
+    calls = {1: (16.4, 13.2, 8.0), 8: (65.6, 21.6, 36.0)}  # of `timing.GPU_SHAPED`
+    points = [
+        POINT | {"batch": b, "images_per_s": rate, "step_ms": step, "decode_ms": decode}
+        for b, (rate, step, decode) in calls.items()
+    ]
+    table.write_text(json.dumps({"points": points}))
+    measured = tmp_path / "capacity.json"
+    measured.write_text(
+        json.dumps({"saturated_images_per_s": 66.1, "images_per_s": 50.0, "p95_ms": 500})
+    )
+    found = run(
+        out, "plan", "--machine", f"gpu={table}@2", "--hours", "0.02", "--measured", str(measured)
+    )  # fmt: skip
+    assert found["machines"][0]["saturated"] == pytest.approx(66.1, rel=0.01)
+    assert "1.00×" in (out / "plan.md").read_text()
+    assert len(found["days"]) >= 4
+
+
+def test_peers(lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
+    """The product and the newcomer's server; the others live in an environment of their own."""
+    found = run(
+        out, "peers", *model(lcm_checkpoint, cache_dir), "--peer", "fastapi_diffusers",
+        "--profile", "uniform", "--rounds", "2", "--minutes", "0.5", "--peers-python",
+        sys.executable,
+    )  # fmt: skip
+    assert {entry["peer"] for entry in found["saturation"]} == {"fourstep", "fastapi_diffusers"}
+    assert all(len(entry["rounds"]) == 2 for entry in found["saturation"])
+    assert all(entry["p50_ms"] > 0 for entry in found["latency"])
+
+
+def locust(service: Service, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--headless"]
+    command += ["--only-summary", "--host", service.url, "-u", "4", "-r", "4", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [["mix"], ["stream"], ["edit"], ["burst", "--arrivals", "20"]],
+    ids=lambda scenario: scenario[0],
+)
+def test_locust(service: Service, scenario: list[str]) -> None:
+    done = locust(service, "--scenario", *scenario, "--seconds", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_locust_fails_on_a_broken_threshold(service: Service) -> None:
+    done = locust(service, "--seconds", "1", "--max-p95-ms", "1")
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "threshold: p95" in done.stderr
+
+
+def test_locust_sends_nothing_to_hosts_that_were_not_named(service: Service) -> None:
+    done = locust(service, "--host", "http://203.0.113.1", "--seconds", "1")
+    assert done.returncode == 2
+    assert "named with --allow-host" in done.stderr
+    (total, *_) = [line for line in done.stderr.splitlines() if "Aggregated" in line]
+    assert total.split()[1] == "0"
