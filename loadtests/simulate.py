@@ -8,16 +8,20 @@ and 8, sizes from two; both systems see the same arrivals.
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from loadtests.plots import lines, name_axes, panels
+from loadtests.report import RESULTS, OutOption, Report
 from loadtests.simulated import SimulatedReplica, SimulatedRow
 from loadtests.timing import CPU_SHAPED, GPU_SHAPED, PIXELS, TimingDouble
 from loadtests.traffic import MIXED
 
 BATCH = 8
+LOADS = (0.5, 0.7, 0.85)
 BATCH_WAIT_S = 0.01  # Ray Serve's own default for `batch_wait_timeout_s`
 ENGINES = (CPU_SHAPED, GPU_SHAPED)
 
@@ -88,21 +92,31 @@ def capacity(
 
 
 def simulate(
-    count: Annotated[int, typer.Option(help="Requests per run.")] = 4000,
-    seeds: Annotated[int, typer.Option(help="Runs per cell, averaged.")] = 4,
+    count: Annotated[int, typer.Option(min=100, help="Requests per run.")] = 4000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per cell, averaged.")] = 4,
+    out: OutOption = RESULTS,
 ) -> None:
     """Latency of Fourstep's policy over request-level batching, per engine shape and load."""
-    typer.echo("| engine | load | p50 | p95 | p99 | of Fourstep's, of request-level's capacity |")
-    typer.echo("| --- | --- | --- | --- | --- | --- |")
-    for engine in ENGINES:
+    report = Report("simulate", "The policy against request-level batching, in simulated time")
+    figure, panels_of = panels(len(ENGINES))
+    rows = []
+    for engine, panel in zip(ENGINES, panels_of, strict=True):
         ours, theirs = capacity(run_fourstep, engine), capacity(run_request_level, engine)
-        for load in (0.5, 0.7, 0.85):
+        found = []
+        for load in LOADS:
             ratios = [ratio(engine, load * ours, count, seed) for seed in range(seeds)]
-            p50, p95, p99 = (sum(r[k] for r in ratios) / seeds for k in range(3))
-            share = f"{load:.0%}, {load * ours / theirs:.0%}"
-            typer.echo(
-                f"| {engine.name} | {load:.0%} | {p50:.2f}x | {p95:.2f}x | {p99:.2f}x | {share} |"
-            )
+            found.append([statistics.fmean(column) for column in zip(*ratios, strict=True)])
+            cells = [f"{value:.2f}×" for value in found[-1]]
+            rows.append([engine.name, f"{load:.0%}", *cells, f"{load * ours / theirs:.0%}"])
+        columns = zip(("p50", "p95", "p99"), zip(*found, strict=True), strict=True)
+        lines(panel, {name: ([100 * load for load in LOADS], v) for name, v in columns})
+        panel.axhline(1, color="#888888", linestyle="--", linewidth=1)
+        name_axes(panel, engine.name, "load, % of Fourstep's capacity", "share of request-level's")
+    header = ["engine", "load", "p50", "p95", "p99", "of request-level's own capacity"]
+    report.table(header, rows)
+    report.data["rows"] = rows
+    report.figure("latency", figure, "Latency over request-level batching's, against load")
+    report.write(out)
 
 
 def ratio(engine: TimingDouble, rate: float, count: int, seed: int) -> tuple[float, float, float]:

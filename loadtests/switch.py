@@ -13,6 +13,8 @@ from engines.cli import CacheOption, LoraOption, parse_loras
 from engines.drawing import Drawing
 from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
+from loadtests.plots import name_axes, panels, stacked
+from loadtests.report import RESULTS, OutOption, Report
 
 SHIPPED = ["lcm=demo-lcm-lora", "striped=demo-striped-lora"]
 
@@ -22,11 +24,11 @@ def switch(
     lora: LoraOption = None,
     rounds: Annotated[int, typer.Option(min=1, max=20, help="Switches to each set.")] = 10,
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
+    out: OutOption = RESULTS,
 ) -> None:
     """Milliseconds from one LoRA set to the next and back to none, beside one denoise call's."""
     paths, _ = parse_loras(lora or SHIPPED)
-    typer.echo("| engine | to the set | switch, ms | denoise call, ms |")
-    typer.echo("| --- | --- | --- | --- |")
+    rows = []
     sets = [{name: 1.0} for name in paths] + [dict.fromkeys(paths, 1.0), {}]
     for backend in ("onnxruntime", "torch"):
         order = Order(model, backend, cache_dir=cache_dir, loras=paths)
@@ -46,8 +48,17 @@ def switch(
             call_ms = statistics.median(alike)
             switch_ms = statistics.median(switched) - call_ms
             name = " + ".join(chosen) or "none"
-            typer.echo(f"| {backend} | {name} | {switch_ms:.1f} | {call_ms:.1f} |")
+            rows.append([backend, name, round(switch_ms, 2), round(call_ms, 2)])
         runner.close()
+    report = Report("switch", "What another set of LoRAs costs")
+    report.data["rows"] = rows
+    report.table(["engine", "to the set", "switch, ms", "denoise call, ms"], rows)
+    figure, (panel,) = panels(height=1.2 + 0.4 * len(rows), width=7)
+    parts = {"denoise call": [row[3] for row in rows], "switch before it": [row[2] for row in rows]}
+    stacked(panel, [f"{row[0]}: {row[1]}" for row in rows], parts)
+    name_axes(panel, "A denoise call with a set that was not loaded", "ms", "")
+    report.figure("cost", figure, "Milliseconds of a switch and of a denoise call, by set")
+    report.write(out)
 
 
 def _denoise_ms(runner: Runner, drawing: Drawing) -> float:

@@ -106,6 +106,10 @@ def test_plan(out: Path, tmp_path: Path) -> None:
     assert len(found["days"]) >= 4
 
 
+def test_simulate(out: Path) -> None:
+    assert len(run(out, "simulate", "--count", "200", "--seeds", "1")["rows"]) == 6
+
+
 def test_peers(lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
     """The product and the newcomer's server; the others live in an environment of their own."""
     found = run(
@@ -147,5 +151,7 @@ def test_locust_sends_nothing_to_hosts_that_were_not_named(service: Service) -> 
     done = locust(service, "--host", "http://203.0.113.1", "--seconds", "1")
     assert done.returncode == 2
     assert "named with --allow-host" in done.stderr
-    (total, *_) = [line for line in done.stderr.splitlines() if "Aggregated" in line]
+    (total, *_) = [
+        line for line in (done.stdout + done.stderr).splitlines() if "Aggregated" in line
+    ]
     assert total.split()[1] == "0"
