@@ -7,6 +7,7 @@ convolutions count, as in `torch.utils.flop_counter`.
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -29,26 +30,40 @@ def count_flops(path: Path, sizes: Mapping[str, int]) -> int:
     Raises:
         ValueError: a shape that the file does not tell, or a symbol without a value.
     """
-    graph = onnx.load(path, load_external_data=False).graph
-    shapes = _shapes(graph, sizes)
+    graph = _concrete(onnx.load(path, load_external_data=False), sizes).graph
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims):
+            shapes[value.name] = [dim.dim_value for dim in dims]
     total = 0
     for node in graph.node:
         if count := COUNTS.get(node.op_type):
             try:
                 total += 2 * count(node, shapes)
             except KeyError as error:
-                raise ValueError(f"{path.name}: no shape for {error} at {node.name}") from error
+                raise ValueError(
+                    f"{path.name}: {node.op_type} {node.name} has no shape for {error}"
+                ) from error
     return total
 
 
-def _shapes(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> Shapes:
-    found = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        found[value.name] = [
-            evaluate(dim.dim_param, sizes) if dim.dim_param else dim.dim_value for dim in dims
-        ]
-    return found
+def _concrete(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """The model with symbols replaced, and what the exporter left open inferred from the rest."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                with contextlib.suppress(ValueError):  # the exporter's own symbol: to be inferred
+                    dim.dim_value = evaluate(dim.dim_param, sizes)
+    known = [
+        value
+        for value in graph.value_info
+        if all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
+    ]
+    del graph.value_info[:]
+    graph.value_info.extend(known)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:

@@ -27,6 +27,10 @@ END_TIMEOUT_S = 45.0
 MIB = 2**20
 
 
+class StartFailed(RuntimeError):
+    """An application ended before it served, or did not answer in time."""
+
+
 @dataclass(frozen=True)
 class Service:
     """An application that runs; ``pid`` is the ancestor of all its processes."""
@@ -74,7 +78,7 @@ def running(
     """Start ``command``, wait until it answers on ``port``, end it and all it started.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; the end of its output is in the message.
+        StartFailed: the end of its output is in the message.
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -106,7 +110,7 @@ def fourstep(
     port = free_port()
     command = [sys.executable, "-m", "loadtests.peers.fourstep"]
     command += ["--model", model, "--cache-dir", str(cache_dir), "--port", str(port)]
-    command += ["--replicas", str(replicas), *(["--gpu-shaped"] if gpu_shaped else [])]
+    command += ["--workers", str(replicas), *(["--gpu-shaped"] if gpu_shaped else [])]
     with running(command, port, "/readyz", environment) as service:
         yield service
 
@@ -115,7 +119,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, output: object) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the application ended before it served: {_tail(output)}")
+            raise StartFailed(f"the application ended before it served: {_tail(output)}")
         with (
             contextlib.suppress(urllib.error.URLError, OSError),
             urllib.request.urlopen(url, timeout=5) as answer,
@@ -123,7 +127,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, output: object) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.25)
-    raise RuntimeError(
+    raise StartFailed(
         f"the application does not answer within {START_TIMEOUT_S:.0f} s: {_tail(output)}"
     )
 

@@ -6,7 +6,9 @@ second round on) asked at the same fixed rates; all meet the same requests at th
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,7 @@ from loadtests.peers.findings import LOADS, Findings
 from loadtests.peers.measure import Probe, interleaved, started
 from loadtests.peers.page import write_page
 from loadtests.report import RESULTS, OutOption
+from loadtests.serving import StartFailed
 from loadtests.traffic import MIXED, PROFILES, UNIFORM, Profile
 
 START_S = 22.0  # to start and end a peer, on average, on two cores; for the plan of a run alone
@@ -40,6 +43,9 @@ def peers(
     fast_png: Annotated[
         bool, typer.Option("--fast-png", help="Give the peers our PNG encoder too.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Engines of each peer, sharing the cores evenly.")
+    ] = 1,
     model: Annotated[str, typer.Option(help="The model all serve.")] = "demo-lcm",
     seed: Annotated[int, typer.Option(help="Of the requests and their times.")] = 1,
     peers_python: Annotated[
@@ -52,14 +58,14 @@ def peers(
     chosen = _chosen(peer, gpu_shaped)
     profiles = _profiles(profile)
     python = peers_python or ensure_python(cache_dir)
-    options = [*(["--gpu-shaped"] if gpu_shaped else [])]
-    fast = ["--fast-png"] if fast_png else []
+    options = ["--workers", str(workers)]
+    options += ["--gpu-shaped"] * gpu_shaped + ["--fast-png"] * fast_png
     point_s = _point_s(minutes, rounds, len(chosen), len(profiles))
     findings = Findings()
 
     def work(each: Peer, index: int) -> None:
         begun = time.monotonic()
-        with started(each, python, model, cache_dir, options + fast) as probe:
+        with _patiently(each, python, model, cache_dir, options) as probe:
             _measure(probe, each, profiles, findings, point_s, index, seed)
         spent = time.monotonic() - begun
         typer.echo(f"round {index + 1}/{rounds}: {each.title}, {spent:.0f} s", err=True)
@@ -68,7 +74,21 @@ def peers(
     for each in profiles:
         findings.choose_rates(each.name, chosen)
     interleaved(chosen, rounds - 1, lambda each, index: work(each, index + 1))
-    write_page(findings, chosen, profiles, gpu_shaped=gpu_shaped, fast_png=fast_png, out=out)
+    write_page(findings, chosen, profiles, how=_how(gpu_shaped, fast_png, workers), out=out)
+
+
+@contextlib.contextmanager
+def _patiently(
+    peer: Peer, python: Path, model: str, cache_dir: Path, options: list[str]
+) -> Iterator[Probe]:
+    """The peer, started a second time where the first came to nothing: a run is long."""
+    with contextlib.ExitStack() as stack:
+        try:
+            probe = stack.enter_context(started(peer, python, model, cache_dir, options))
+        except StartFailed as error:
+            typer.echo(f"{peer.title} again: {error}", err=True)
+            probe = stack.enter_context(started(peer, python, model, cache_dir, options))
+        yield probe
 
 
 def _measure(
@@ -83,6 +103,16 @@ def _measure(
             if of == profile.name and findings.keeps_up(of, load, peer.name):
                 answers = probe.at_rate(profile, rate, point_s, seed + 100 * index + number)
                 findings.answers.setdefault((of, load, peer.name), []).extend(answers)
+
+
+def _how(gpu_shaped: bool, fast_png: bool, workers: int) -> dict[str, str]:
+    """What is not the default, for names and titles: file suffix → words."""
+    found = {
+        "-gpu-shaped": "an engine that sleeps as a GPU would draw" if gpu_shaped else "",
+        "-fast-png": "our PNG encoder for all" if fast_png else "",
+        f"-{workers}-workers": f"{workers} engines each" if workers > 1 else "",
+    }
+    return {suffix: words for suffix, words in found.items() if words}
 
 
 def _point_s(minutes: float, rounds: int, num_peers: int, num_profiles: int) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,20 @@ class Options:
     port: int
     gpu_shaped: bool = False
     fast_png: bool = False  # our encoder instead of Pillow's, which the peers' examples use
-    replicas: int = 1
+    workers: int = 1  # engines, which share the cores evenly
+
+    @property
+    def num_threads(self) -> int | None:
+        """Of each engine; None: ONNX Runtime's choice, which is all cores."""
+        return max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self) | {"cache_dir": str(self.cache_dir)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        values = json.loads(text)
+        return cls(**values | {"cache_dir": Path(values["cache_dir"])})
 
     @classmethod
     def parse(cls) -> Options:
@@ -43,7 +58,7 @@ class Options:
         parser.add_argument("--model", default="demo-lcm")
         parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE_DIR)
         parser.add_argument("--port", type=int, required=True)
-        parser.add_argument("--replicas", type=int, default=1)
+        parser.add_argument("--workers", type=int, default=1)
         parser.add_argument("--gpu-shaped", action="store_true")
         parser.add_argument("--fast-png", action="store_true")
         return cls(**vars(parser.parse_args()))
@@ -52,13 +67,17 @@ class Options:
 class BatchEngine:
     """Draws the bodies of a batch to the end, together; encodes one image."""
 
-    def __init__(self, model: str, cache_dir: Path, *, gpu_shaped: bool, fast_png: bool) -> None:
-        if gpu_shaped:
-            self._runner = open_sleeping(model, cache_dir)
+    def __init__(self, options: Options) -> None:
+        if options.gpu_shaped:
+            self._runner = open_sleeping(options.model, options.cache_dir)
         else:
-            self._runner = Runner.open(Order(model, "onnxruntime", cache_dir=cache_dir))
+            order = Order(
+                options.model, "onnxruntime", cache_dir=options.cache_dir,
+                num_threads=options.num_threads,
+            )  # fmt: skip
+            self._runner = Runner.open(order)
         self._runner.warm_up()
-        self._fast_png = fast_png
+        self._fast_png = options.fast_png
         self._settings = Settings()
 
     def draw(self, bodies: Sequence[dict[str, Any]]) -> list[np.ndarray]:

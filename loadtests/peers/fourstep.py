@@ -48,8 +48,10 @@ def build_gpu_shaped(args: dict[str, Any]) -> serve.Application:
 def main(options: Options) -> int:
     """Serve until SIGINT or SIGTERM."""
     args = {"model": options.model, "cache_dir": str(options.cache_dir), "engine": "onnxruntime"}
-    app = Application("fourstep", "/", args | {"num_replicas": options.replicas})
+    app = Application("fourstep", "/", args | {"num_replicas": options.workers})
     os.environ.setdefault("FOURSTEP_MAX_WAITING", str(MAX_WAITING))
+    if options.num_threads:
+        os.environ.setdefault("FOURSTEP_NUM_THREADS", str(options.num_threads))
     path = "loadtests.peers.fourstep:build_gpu_shaped" if options.gpu_shaped else IMPORT_PATH
     app = dataclasses.replace(app, import_path=path)
     return serve_here(ServeConfig((app,)), host="127.0.0.1", port=options.port)

@@ -1,6 +1,6 @@
 """LitServe with batching, as its batching page shows: `max_batch_size`, `batch_timeout` on the API.
 
-One worker, because there is one engine; requests wait as long as they must (`timeout=False`).
+Each worker has an engine; requests wait as long as they must (`timeout=False`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ class DrawingAPI(litserve.LitAPI):
         self._options = options
 
     def setup(self, device: str) -> None:
-        options = self._options
-        self._engine = BatchEngine(
-            options.model,
-            options.cache_dir,
-            gpu_shaped=options.gpu_shaped,
-            fast_png=options.fast_png,
-        )
+        self._engine = BatchEngine(self._options)
 
     def predict(self, bodies: list[dict[str, Any]]) -> list[np.ndarray]:
         return self._engine.draw(bodies)
@@ -43,6 +37,6 @@ class DrawingAPI(litserve.LitAPI):
 if __name__ == "__main__":
     options = Options.parse()
     server = litserve.LitServer(
-        DrawingAPI(options), accelerator="cpu", workers_per_device=1, timeout=False
+        DrawingAPI(options), accelerator="cpu", workers_per_device=options.workers, timeout=False
     )
     server.run(host="127.0.0.1", port=options.port, generate_client_file=False, log_level="warning")

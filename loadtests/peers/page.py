@@ -22,12 +22,11 @@ AT = "70% of the best peer"
 
 def write_page(
     findings: Findings, peers: Sequence[Peer], profiles: Sequence[Profile],
-    *, gpu_shaped: bool, fast_png: bool, out: Path,
+    *, how: dict[str, str], out: Path,
 ) -> None:  # fmt: skip
-    """Write JSON, Markdown and plots, and show the page."""
-    engine = "an engine that sleeps as a GPU would draw" if gpu_shaped else "the same engine"
-    name = "peers" + ("-gpu-shaped" if gpu_shaped else "") + ("-fast-png" if fast_png else "")
-    report = Report(name, f"Fourstep and its peers over {engine}")
+    """Write JSON, Markdown and plots, and show the page; ``how`` is what sets this run apart."""
+    title = ", ".join(["Fourstep and its peers", *how.values()])
+    report = Report("peers" + "".join(how), title)
     report.data |= findings.to_json()
     report.table(
         [

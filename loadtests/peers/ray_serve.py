@@ -27,8 +27,8 @@ MAX_ONGOING_REQUESTS = 10_000  # nothing is refused: what waits is what is measu
 class RequestLevel:
     """Whole requests collected and drawn to the end together; answers leave when all are done."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._engine = BatchEngine(**values)
+    def __init__(self, options: Options) -> None:
+        self._engine = BatchEngine(options)
         self._engine_thread = ThreadPoolExecutor(1)
         self._image_threads = ThreadPoolExecutor(2)
 
@@ -48,25 +48,22 @@ class RequestLevel:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Bound(Application):
-    """An application whose ``args`` name the model; the rest it knows itself."""
+    """``args`` are what `serve_here` checks: the model. The options go to the replicas."""
 
-    gpu_shaped: bool = False
-    fast_png: bool = False
+    options: Options | None = None
 
     def build(self) -> Any:
-        values = {"model": self.args["model"], "cache_dir": self.args["cache_dir"]}
+        assert self.options is not None, "given below"
         deployment: Any = RequestLevel
-        return deployment.options(ray_actor_options={"num_cpus": 1}).bind(
-            values | {"gpu_shaped": self.gpu_shaped, "fast_png": self.fast_png}
-        )
+        shape = {"num_replicas": self.options.workers, "ray_actor_options": {"num_cpus": 1}}
+        return deployment.options(**shape).bind(self.options)
 
 
 def main(options: Options) -> int:
     """Serve until SIGINT or SIGTERM."""
     args = {"model": options.model, "cache_dir": options.cache_dir, "engine": "onnxruntime"}
-    app = _Bound(
-        "request_level", "/", args, gpu_shaped=options.gpu_shaped, fast_png=options.fast_png
-    )
+    args |= {"num_replicas": options.workers}
+    app = _Bound("request_level", "/", args, options=options)
     return serve_here(ServeConfig((app,)), host="127.0.0.1", port=options.port)
 
 
