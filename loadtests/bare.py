@@ -13,7 +13,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from engines.drawing import Recipe
+    from engines.runner import Runner
 
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product stands for the peak
 SECONDS = 0.6  # of each measurement, and at least five calls
@@ -94,12 +98,12 @@ def _measure(task: Task) -> list[Point]:
     return points
 
 
-def _recipes(runner, batch: int, size_px: int, num_steps: int) -> list:  # type: ignore[no-untyped-def,type-arg]
+def _recipes(runner: Runner, batch: int, size_px: int, num_steps: int) -> list[Recipe]:
     plain = (runner.default_recipe(seed, num_steps=num_steps) for seed in range(batch))
     return [dataclasses.replace(each, width_px=size_px, height_px=size_px) for each in plain]
 
 
-def call_times(runner, batch: int, size_px: int, seconds: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def call_times(runner: Runner, batch: int, size_px: int, seconds: float) -> tuple[float, float]:
     """Milliseconds of a denoise call and of a decode call."""
     rows = [runner.start(recipe) for recipe in _recipes(runner, batch, size_px, 50)]
     runner.encode_text(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,7 +17,9 @@ from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
 from loadtests.plots import COLORS, name_axes, panels
 from loadtests.report import RESULTS, OutOption, Report
+from loadtests.traffic import UNIFORM
 from service.images import encode_image
+from service.schema import OutputFormat
 from service.settings import Settings
 
 NUM_DRAWINGS = 8
@@ -31,7 +34,7 @@ class Way:
     """One way to encode: how it is called in the table, and what the encoder is given."""
 
     name: str
-    output_format: str
+    output_format: OutputFormat
     settings: Settings
     quality: int | None = None
 
@@ -65,10 +68,8 @@ def photograph_like(side: int, seed: int) -> np.ndarray:
     return np.clip(scaled, 0, 255).astype(np.uint8)
 
 
-def drawings(model: str, cache_dir, count: int) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
+def drawings(model: str, cache_dir: Path, count: int) -> list[np.ndarray]:
     """What the model draws at its own size."""
-    from loadtests.traffic import UNIFORM
-
     runner = Runner.open(Order(model, "onnxruntime", cache_dir=cache_dir))
     recipes = [
         runner.default_recipe(ask.seed, ask.prompt, ask.num_steps)
@@ -127,7 +128,7 @@ def _measure(way: Way, images: list[np.ndarray], repeats: int) -> tuple[float, f
     for pixels in images:
         for _ in range(repeats):
             begun = time.perf_counter()
-            data = encode_image(pixels, way.output_format, way.settings, quality=way.quality)  # type: ignore[arg-type]
+            data = encode_image(pixels, way.output_format, way.settings, quality=way.quality)
             times.append(1e3 * (time.perf_counter() - begun))
         sizes.append(len(data))
     return statistics.median(times), statistics.fmean(sizes)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from engines.cli import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests.bare import SECONDS, Point, Task, measure
-from loadtests.plots import lines, name_axes, panels
+from loadtests.plots import lines, name_axes, panels, whole_numbers
 from loadtests.report import RESULTS, OutOption, Report
 
 HEADER = (
@@ -104,6 +104,8 @@ def _batching_plot(points: list[Point]) -> Figure:
     times = {name: [p.step_ms for p in found] for name, found in by_engine.items()}
     lines(left, {name: (batches[name], rates[name]) for name in by_engine}, room=0.3)
     name_axes(left, f"{size_px} px, {num_steps} steps", "rows in the batch", "images/s")
+    whole_numbers(left)
     lines(right, {name: (batches[name], times[name]) for name in by_engine}, room=0.3)
     name_axes(right, "One denoise call", "rows in the batch", "ms")
+    whole_numbers(right)
     return figure

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from engines.cli import CacheOption
+from engines.drawing import Recipe
 from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
 from loadtests.capacity import started_or_named
@@ -156,7 +157,7 @@ def _compare(
     return found
 
 
-def _recipe(runner: Runner, ask: Ask):  # type: ignore[no-untyped-def]
+def _recipe(runner: Runner, ask: Ask) -> Recipe:
     plain = runner.default_recipe(ask.seed, ask.prompt, ask.num_steps)
     return dataclasses.replace(plain, width_px=ask.size_px, height_px=ask.size_px)
 

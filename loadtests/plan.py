@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ from loadtests.client import Latencies
 from loadtests.fleet import Autoscaling, Fleet, Outcome
 from loadtests.plots import COLORS, name_axes, panels
 from loadtests.report import RESULTS, OutOption, Report
+from loadtests.simulated import SimulatedRow
 from loadtests.sizing import Machine, rows_due
 from loadtests.traffic import PROFILES, Profile, recorded_day, synthetic_day, varying
 from loadtests.validation import validate_fleet
@@ -40,7 +42,7 @@ class Day:
     length_s: float
     recording: Path | None = None
 
-    def rows(self, profile: Profile):  # type: ignore[no-untyped-def]
+    def rows(self, profile: Profile) -> Iterator[SimulatedRow]:
         rate = synthetic_day(self.peak, self.length_s)
         peak, length_s = self.peak, self.length_s
         if self.recording:
@@ -145,8 +147,9 @@ def _capacity(
 
 
 def _check(
-    report: Report, machine: Machine, profile: Profile, promised: float, measured: dict
-) -> None:  # type: ignore[type-arg]
+    report: Report, machine: Machine, profile: Profile, promised: float,
+    measured: dict[str, float],
+) -> None:  # fmt: skip
     saturated = machine.saturated(profile)
     rows = [
         ["saturated", f"{saturated:.2f}", f"{measured['saturated_images_per_s']:.2f}",

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.peers import BY_NAME, Peer
@@ -90,8 +91,8 @@ def _latency(report: Report, findings: Findings, profile: Profile, peers: Sequen
             found = findings.latencies(of, load, peer.name)
             first = findings.first_byte(of, load, peer.name)
             percentiles = " / ".join(f"{found.ms(p):.0f}" for p in (50, 95, 99))
-            overloaded = "beyond its capacity"
-            cells.append(f"{percentiles}; {first.ms(50):.0f}" if len(found) else overloaded)
+            told = f"{percentiles}; {first.ms(50):.0f}"
+            cells.append(told if len(found) else "beyond its capacity")
         rows.append(cells)
     header = ["p50 / p95 / p99; p50 to first byte, ms", *(peer.title for peer in peers)]
     report.table(header, rows)
@@ -123,7 +124,7 @@ def _latency_plot(findings: Findings, peers: Sequence[Peer], profiles: Sequence[
     return figure
 
 
-def _bars(panel, titles: list[str], values: list[float], form: str) -> None:  # type: ignore[no-untyped-def]
+def _bars(panel: Axes, titles: list[str], values: list[float], form: str) -> None:
     colors = [COLORS[0]] + ["#9AA5B1"] * len(titles)
     bars = panel.barh(titles, values, color=colors[: len(titles)], height=0.62)
     panel.bar_label(bars, labels=[form.format(value) for value in values], padding=4)
