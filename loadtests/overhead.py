@@ -24,7 +24,7 @@ from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
 from loadtests.capacity import started_or_named
 from loadtests.client import Answer, Client, require_answers
-from loadtests.plots import name_axes, panels, stacked
+from loadtests.plots import COLORS, name_axes, panels, stacked
 from loadtests.probe import Connection
 from loadtests.report import RESULTS, OutOption, Report
 from loadtests.scrape import Scrape
@@ -65,7 +65,7 @@ def budget(answers: list[Answer], server_ms: float, way_ms: float) -> Budget:
         "queue": mean("queue"),
         "engine": mean(*ENGINE),
         "image encoding": mean("image_encode"),
-        "between threads": mean("total") - stages,
+        "between engine calls": mean("total") - stages,
         "response": server_ms - mean("parse", "total"),
     }
     return Budget(parts, 1e3 * statistics.fmean(answer.latency_s for answer in answers))
@@ -113,17 +113,16 @@ def overhead(
 
 def _budget_of(url: str, profile: Profile, count: int, clients: int) -> Budget:
     asks = profile.asks(count, seed=clients)
-    client, probe = Client(url), Connection(url)
+    client = Client(url)
     before = Scrape.of(url)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, Connection(url) as probe:
         loaded = pool.submit(client.closed_loop, asks, clients)
         # One client finds the service idle, many find it busy: the probe goes where they go.
         way = [] if clients == 1 else probe.round_trips_ms(loaded.done)
         answers = loaded.result()
+        during = Scrape.of(url).since(before)
+        way = way or probe.round_trips_ms(iter([False] * count + [True]).__next__)
     require_answers(answers, "the service")
-    during = Scrape.of(url).since(before)
-    if not way:
-        way = probe.round_trips_ms(iter([False] * count + [True]).__next__)
     server_ms = 1e3 * during.mean("fourstep_request_seconds", endpoint="generations")
     return budget(answers, server_ms, statistics.median(way))
 
@@ -141,7 +140,7 @@ class Comparison:
 def _compare(
     url: str, runner: Runner, profile: Profile, rounds: int, count: int, clients: int
 ) -> Comparison:
-    found, connection, client = Comparison(), Connection(url), Client(url)
+    found, client = Comparison(), Client(url)
     for index in tqdm(range(rounds), desc="bare engine and HTTP", unit="round"):
         asks = profile.asks(count, seed=index)
         recipes = [_recipe(runner, ask) for ask in asks]
@@ -151,9 +150,10 @@ def _compare(
         answers = client.closed_loop(asks, clients)
         require_answers(answers, "the service")
         found.http_rate.append(count / max(answer.done_s for answer in answers))
-        for ask, recipe in zip(asks[: count // 2], recipes, strict=False):
-            found.bare_ms.append(_milliseconds(lambda recipe=recipe: runner.draw([recipe])))  # type: ignore[misc]
-            found.http_ms.append(_milliseconds(lambda ask=ask: connection.draw(ask)))  # type: ignore[misc]
+        with Connection(url) as connection:
+            for ask, recipe in zip(asks[: count // 2], recipes, strict=False):
+                found.bare_ms.append(_milliseconds(lambda recipe=recipe: runner.draw([recipe])))  # type: ignore[misc]
+                found.http_ms.append(_milliseconds(lambda ask=ask: connection.draw(ask)))  # type: ignore[misc]
     return found
 
 
@@ -187,11 +187,21 @@ def _write_budgets(report: Report, budgets: dict[str, Budget]) -> None:
 
 
 def _plot(budgets: dict[str, Budget]) -> Figure:
-    figure, (panel,) = panels(height=2.6, width=9)
-    parts = next(iter(budgets.values())).parts
-    series = {part: [max(0.0, each.parts[part]) for each in budgets.values()] for part in parts}
-    stacked(panel, list(budgets), series, minimum=0.04)
-    name_axes(panel, "Where a request's time goes", "ms, mean", "")
+    """The whole of every budget, and what the first one spends beside the engine."""
+    figure, (left, right) = panels(2, height=3.0)
+    first, parts = next(iter(budgets.items()))
+    series = {
+        part: [max(0.0, each.parts[part]) for each in budgets.values()] for part in parts.parts
+    }
+    stacked(left, list(budgets), series)
+    name_axes(left, "Where a request's time goes", "ms, mean", "")
+    beside = {part: ms for part, ms in parts.parts.items() if part != "engine"}
+    bars = right.barh(list(beside), list(beside.values()), color=COLORS[0], height=0.62)
+    right.bar_label(bars, fmt="%.2f", padding=4)
+    right.invert_yaxis()
+    right.grid(False, axis="y")
+    right.margins(x=0.18)
+    name_axes(right, f"Beside the engine: {first}", "ms, mean", "")
     return figure
 
 

@@ -88,4 +88,4 @@ def stacked(
         left = [begin + value for begin, value in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
+    axes.figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

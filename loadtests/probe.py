@@ -30,6 +30,12 @@ class Connection:
         self._connection = kind(parts.hostname, parts.port, timeout=REQUEST_TIMEOUT_S)
         self._prefix = parts.path
 
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
     def draw(self, ask: Ask) -> bytes:
         """The image.
 

@@ -66,7 +66,7 @@ def peers(
     def work(each: Peer, index: int) -> None:
         begun = time.monotonic()
         with _patiently(each, python, model, cache_dir, options) as probe:
-            _measure(probe, each, profiles, findings, point_s, index, seed)
+            measure(probe, each, profiles, findings, point_s, index, seed)
         spent = time.monotonic() - begun
         typer.echo(f"round {index + 1}/{rounds}: {each.title}, {spent:.0f} s", err=True)
 
@@ -74,7 +74,8 @@ def peers(
     for each in profiles:
         findings.choose_rates(each.name, chosen)
     interleaved(chosen, rounds - 1, lambda each, index: work(each, index + 1))
-    write_page(findings, chosen, profiles, how=_how(gpu_shaped, fast_png, workers), out=out)
+    how = _how(gpu_shaped, fast_png, workers)
+    write_page(findings, chosen, profiles, how=how, out=out)
 
 
 @contextlib.contextmanager
@@ -91,10 +92,11 @@ def _patiently(
         yield probe
 
 
-def _measure(
+def measure(
     probe: Probe, peer: Peer, profiles: list[Profile], findings: Findings,
     point_s: float, index: int, seed: int,
 ) -> None:  # fmt: skip
+    """Saturation of a running peer, and its latency at the rates that are chosen by now."""
     for profile in profiles:
         probe.warm_up(profile)
         found = probe.saturation(profile, point_s, seed + index)

@@ -41,7 +41,15 @@ def ensure_python(cache_dir: Path) -> Path:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     beside = folder / "lib" / version / "site-packages" / "zz-project.pth"  # after its own
     beside.write_text(sysconfig.get_path("purelib") + "\n")
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins()]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        *pins(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

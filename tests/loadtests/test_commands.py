@@ -12,7 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
+from loadtests.peers import BY_NAME, PEERS
+from loadtests.peers.command import measure
+from loadtests.peers.environment import pins
+from loadtests.peers.findings import Findings
+from loadtests.peers.measure import Probe, started
+from loadtests.peers.page import write_page
 from loadtests.serving import ROOT, Service
+from loadtests.soak import watch
+from loadtests.traffic import UNIFORM
 
 POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4,
          "memory_mib": 1.0, "step_flops": 1, "peak_flops_per_s": 1.0}  # fmt: skip
@@ -60,8 +68,6 @@ def test_overhead(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: 
 
 
 def test_soak(service: Service, out: Path) -> None:
-    from loadtests.soak import watch
-
     watch(service, count=250, clients=16, seed=1).write(out)
     found = json.loads((out / "soak.json").read_text())
     assert min(found["mib"]) > 50
@@ -110,16 +116,32 @@ def test_simulate(out: Path) -> None:
     assert len(run(out, "simulate", "--count", "200", "--seeds", "1")["rows"]) == 6
 
 
-def test_peers(lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
-    """The product and the newcomer's server; the others live in an environment of their own."""
-    found = run(
-        out, "peers", *model(lcm_checkpoint, cache_dir), "--peer", "fastapi_diffusers",
-        "--profile", "uniform", "--rounds", "2", "--minutes", "0.5", "--peers-python",
-        sys.executable,
-    )  # fmt: skip
-    assert {entry["peer"] for entry in found["saturation"]} == {"fourstep", "fastapi_diffusers"}
+def test_peers(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
+    """Two rounds of the product and the newcomer's server, as the command measures and writes.
+
+    The others live in an environment of their own, which a test does not install.
+    """
+    ours, theirs = BY_NAME["fourstep"], BY_NAME["fastapi_diffusers"]
+    findings = Findings()
+    python = Path(sys.executable)
+    with started(theirs, python, str(lcm_checkpoint), cache_dir, []) as probe:
+        for index in range(2):
+            for peer, each in ((ours, Probe(ours, service)), (theirs, probe)):
+                measure(each, peer, [UNIFORM], findings, point_s=0.7, index=index, seed=1)
+            if index == 0:
+                findings.choose_rates("uniform", [ours, theirs])
+    write_page(findings, [ours, theirs], [UNIFORM], how={}, out=out)
+    found = json.loads((out / "peers.json").read_text())
+    assert {entry["peer"] for entry in found["saturation"]} == {ours.name, theirs.name}
     assert all(len(entry["rounds"]) == 2 for entry in found["saturation"])
+    assert {entry["peer"] for entry in found["latency"]} >= {theirs.name}
     assert all(entry["p50_ms"] > 0 for entry in found["latency"])
+
+
+def test_every_peer_has_its_file_and_its_pin() -> None:
+    for peer in PEERS:
+        assert (ROOT / "loadtests" / "peers" / f"{peer.name}.py").is_file()
+    assert {pin.partition("==")[0] for pin in pins()} == {"litserve", "bentoml"}
 
 
 def locust(service: Service, *options: str) -> subprocess.CompletedProcess[str]:
