@@ -38,6 +38,7 @@ class Point(NamedTuple):
     memory_mib: float  # the process's peak, or the GPU's
     step_flops: int
     peak_flops_per_s: float
+    served_batch: int  # lanes of a denoise call when the service runs this engine
 
     @property
     def flops_per_s(self) -> float:
@@ -67,7 +68,7 @@ def measure(task: Task) -> list[Point]:
 
 
 def _measure(task: Task) -> list[Point]:
-    from engines.model import prepare
+    from engines.model import DEFAULT_MAX_BATCH, prepare
     from engines.order import Order
     from engines.runner import Runner
     from loadtests.flops import count_flops
@@ -79,6 +80,7 @@ def _measure(task: Task) -> list[Point]:
     runner = Runner.open(order)
     graph = prepare(Order(task.model, "onnxruntime", cache_dir=task.cache_dir), _no_progress)
     peak = _peak_flops_per_s(runner.info.precision, task.num_threads)
+    served = DEFAULT_MAX_BATCH[_device()]
     points = []
     for size_px in task.sizes_px:
         for batch in task.batches:
@@ -92,7 +94,7 @@ def _measure(task: Task) -> list[Point]:
                 points.append(
                     Point(
                         task.backend, runner.info.precision, batch, size_px, num_steps,
-                        batch / seconds, step_ms, decode_ms, _memory_mib(), flops, peak,
+                        batch / seconds, step_ms, decode_ms, _memory_mib(), flops, peak, served,
                     )
                 )  # fmt: skip
     return points
@@ -148,7 +150,7 @@ def _peak_flops_per_s(precision: str, num_threads: int) -> float:
 
     if num_threads:
         torch.set_num_threads(num_threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     side = PEAK_SIDE[device]
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     a = torch.ones(side, side, dtype=dtype, device=device)
@@ -160,6 +162,12 @@ def _peak_flops_per_s(precision: str, num_threads: int) -> float:
         _wait_for_gpu()
         found.append(time.perf_counter() - begun)
     return 2 * side**3 / min(found)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _memory_mib() -> float:

@@ -65,7 +65,7 @@ class Machine:
 def timing_of(
     name: str, points: list[Point], size_px: int, overhead_s: float = 0.0
 ) -> TimingDouble:
-    """Lines through the calls of the fastest engine in the table, up to its best batch.
+    """Lines through the calls of the table's first engine, batched as the service batches it.
 
     Raises:
         ValueError: fewer than two batch sizes of ``size_px``.
@@ -74,16 +74,15 @@ def timing_of(
     if not of_size:
         sizes = sorted({point.size_px for point in points})
         raise ValueError(f"{name}: no engine point of {size_px} px; the table has {sizes}")
-    best = max(of_size, key=lambda point: point.images_per_s)
-    engine = (best.backend, best.precision)
+    first = of_size[0]
+    engine = (first.backend, first.precision)
     one_per_batch = {p.batch: p for p in of_size if (p.backend, p.precision) == engine}
     if len(one_per_batch) < 2:
         raise ValueError(f"{name}: two batch sizes or more are needed, found {[*one_per_batch]}")
     batches = sorted(one_per_batch)
     step = line_through(batches, [one_per_batch[b].step_ms / 1e3 for b in batches])
     decode = line_through(batches, [one_per_batch[b].decode_ms / 1e3 for b in batches])
-    max_batch = max(2, best.batch)
-    limits = Limits(max_batch, max(1, max_batch // 2))
+    limits = Limits(first.served_batch, max(1, first.served_batch // 2))
     return TimingDouble(f"{name} ({' '.join(engine)})", step, decode, False, limits, overhead_s)
 
 

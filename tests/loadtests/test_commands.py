@@ -21,9 +21,10 @@ from loadtests.peers.page import write_page
 from loadtests.serving import ROOT, Service
 from loadtests.soak import watch
 from loadtests.traffic import UNIFORM
+from tests.engines.checkpoints import make_lora
 
-POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4,
-         "memory_mib": 1.0, "step_flops": 1, "peak_flops_per_s": 1.0}  # fmt: skip
+POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4, "memory_mib": 1,
+         "step_flops": 1, "peak_flops_per_s": 1, "served_batch": 8}  # fmt: skip
 
 
 @pytest.fixture
@@ -114,6 +115,17 @@ def test_plan(out: Path, tmp_path: Path) -> None:
 
 def test_simulate(out: Path) -> None:
     assert len(run(out, "simulate", "--count", "200", "--seeds", "1")["rows"]) == 6
+
+
+def test_switch(lcm_checkpoint: Path, cache_dir: Path, out: Path, tmp_path: Path) -> None:
+    lora = make_lora(lcm_checkpoint, tmp_path / "lora", ["to_q", "to_k"])
+    rows = run(
+        out, "switch", *model(lcm_checkpoint, cache_dir), "--lora", f"odd={lora}", "--rounds", "1"
+    )["rows"]
+    assert {(backend, chosen) for backend, chosen, *_ in rows} == {
+        (backend, chosen) for backend in ("onnxruntime", "torch") for chosen in ("odd", "none")
+    }
+    assert all(call_ms > 0 for *_, call_ms in rows)
 
 
 def test_peers(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:

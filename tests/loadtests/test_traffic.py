@@ -41,7 +41,7 @@ def test_a_recorded_day_is_read_in_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0,2\n5\n", "line 2 is 5; write seconds,requests_per_second"),
+        ("0,2\n5\n", "line 2 is '5'; write seconds,requests_per_second"),
         ("0,2\n0,3\n", "line 2: times must grow"),
         ("0,2\n", "has 1 rates; a day needs two"),
     ],
