@@ -11,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from engines.cli import CacheOption
 from engines.order import DEFAULT_CACHE_DIR, Order
@@ -143,15 +144,18 @@ def _plot(
     for panel, title, column in zip(axes, titles, (0, 2), strict=True):
         for name, row in found.items():
             x, y = row[column], row[column + 1] / 1e3
-            color = colors[name.split()[0]]
-            chosen = name in defaults
+            color, chosen = colors[name.split()[0]], name in defaults
             panel.plot([x], [y], "o", color=color, markersize=9 if chosen else 5)
+            label = f"{name} (default)" if chosen else name.removesuffix(" q90")
             panel.annotate(
-                f"{name} (default)" if chosen else name, (x, y), xytext=(6, 4), fontsize=8,
-                textcoords="offset points", color=color, fontweight="bold" if chosen else None,
+                label, (x, y), xytext=(0, 9 if chosen else -15), textcoords="offset points",
+                fontsize=8, ha="center", color=color, fontweight="bold" if chosen else None,
             )  # fmt: skip
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.margins(x=0.2)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        panel.margins(x=0.12, y=0.15)
         name_axes(panel, title, "ms to encode (log)", "kB (log)")
     return figure

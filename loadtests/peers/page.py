@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,12 @@ def _verdict(findings: Findings, profile: Profile) -> list[str]:
     ours, theirs = (findings.latencies(profile.name, AT, who).ms(95) for who in (OURS.name, best))
     return [
         f"{profile.name} (best peer: {BY_NAME[best].title})",
-        f"{ratio:.2f}×", f"≥ {throughput}×", f"{ours / theirs:.2f}×", f"≤ {p95}×",
+        f"{ratio:.2f}×", f"≥ {throughput}×", _times(ours / theirs), f"≤ {p95}×",
     ]  # fmt: skip
+
+
+def _times(ratio: float) -> str:
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}×"
 
 
 def _saturation(
