@@ -20,6 +20,8 @@ class SimulatedRow:
     num_steps_left: int = field(init=False)
     finished_at: float = 0.0
     num_lanes: int = 1
+    priority: int = 0
+    tenant: str = ""
     deadline: float = float("inf")
     cancelled: bool = False
 
