@@ -1,7 +1,8 @@
 """Ray Serve: one deployment whose replica is itself the HTTP ingress. The only module with ``ray``.
 
 ``service.deployment:build`` is the ``import_path`` of every application, on one machine and in a
-KubeRay RayService alike; its ``args`` are `service.settings.Settings`, plus the three below.
+KubeRay RayService alike; its ``args`` are `service.settings.Settings` and
+`service.scaling.Scaling`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ray import serve
 from service.app import build_app
 from service.logs import configure_logs
 from service.replica import Replica
+from service.scaling import split_args
 from service.settings import load_settings
 
 # Admission control is the application's own (429 with Retry-After); Ray must not queue before it.
@@ -56,22 +58,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application of one model.
 
     Args:
-        args: settings by name, and ``num_replicas`` (default 1), ``num_gpus`` and ``num_cpus`` of
-            a replica (default 0 and 1).
+        args: by name, the settings and the scaling: ``num_replicas`` (default 1), or
+            ``max_replicas`` and what its autoscaling goes by; ``num_gpus`` and ``num_cpus`` of a
+            replica (default 0 and 1).
 
     Raises:
         SettingsError: an unknown or refused setting.
     """
-    values = dict(args)
-    num_replicas = int(values.pop("num_replicas", 1))
-    resources = {
-        "num_gpus": float(values.pop("num_gpus", 0)),
-        "num_cpus": float(values.pop("num_cpus", 1)),
-    }
+    scaling, values = split_args(args)
     settings = load_settings(values)  # refuse a wrong key here, not in a replica's log
+    autoscaling = scaling.autoscaling(settings)
+    size = {"autoscaling_config": autoscaling} if autoscaling else {"num_replicas": scaling.largest}
     deployment: Any = FourstepDeployment  # the decorators' types are lost on mypy
     return deployment.options(
-        num_replicas=num_replicas,
-        ray_actor_options=resources,
+        **size,
+        ray_actor_options={"num_gpus": scaling.num_gpus, "num_cpus": scaling.num_cpus},
         graceful_shutdown_timeout_s=settings.drain_s + 10,
     ).bind(values)

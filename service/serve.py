@@ -25,10 +25,9 @@ from service.keys import KeyRing
 from service.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_environment import haproxy_available, own_ports, ray_environment
 from service.serve_config import ServeConfig
-from service.settings import Settings, SettingsError, load_settings
+from service.settings import Settings, SettingsError
 
 EXIT_WAIT_S = 10.0
-RESOURCE_ARGS = ("num_replicas", "num_gpus", "num_cpus")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
 
@@ -70,10 +69,7 @@ def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
     if config.ignored:
         names = ", ".join(config.ignored)
         typer.echo(f"note: {names}: for a cluster, without effect on this machine", err=True)
-    settings = [
-        load_settings({k: v for k, v in app.args.items() if k not in RESOURCE_ARGS})
-        for app in config.applications
-    ]
+    settings = [app.settings for app in config.applications]
     for app, each in zip(config.applications, settings, strict=True):
         if each.api_keys_file:
             KeyRing(each.api_keys_file)
@@ -82,7 +78,7 @@ def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
                 f"application {app.name!r} asks for no API key and --host lets other machines in; "
                 "give --api-keys FILE (`fourstep key NAME` makes one), or say --allow-anonymous"
             )
-    check_memory(sum(app.num_replicas for app in config.applications))
+    check_memory(sum(app.max_replicas for app in config.applications))
     check_disk(each.cache_dir for each in settings)
     for each in settings:
         _prepare_model(each)
@@ -121,7 +117,7 @@ def _run(config: ServeConfig, host: str, port: int) -> int:
     from ray import serve
 
     typer.echo("Starting Ray Serve ...")
-    num_replicas = sum(app.num_replicas for app in config.applications)
+    num_replicas = sum(app.max_replicas for app in config.applications)
     serving = False
     try:
         _start_ray(max(os.cpu_count() or 1, num_replicas + 1))

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from service.machine import ServeError
+from service.scaling import split_args
+from service.settings import Settings, load_settings
 
 IMPORT_PATH = "service.deployment:build"
 HONOURED = {"name", "route_prefix", "import_path", "args"}  # of an application in a config file
@@ -25,14 +27,14 @@ class Application:
     import_path: str = IMPORT_PATH
 
     @property
-    def num_replicas(self) -> int:
-        """Raises `ServeError` for anything but a number: autoscaling needs a cluster."""
-        value = self.args.get("num_replicas", 1)
-        if not isinstance(value, int) or value < 1:
-            raise ServeError(
-                f"application {self.name!r}: num_replicas is {value!r}; it must be 1 or more"
-            )
-        return value
+    def max_replicas(self) -> int:
+        """The most replicas it may have at one time."""
+        return split_args(self.args)[0].largest
+
+    @property
+    def settings(self) -> Settings:
+        """Raises `SettingsError` for an unknown or refused one."""
+        return load_settings(split_args(self.args)[1])
 
     def build(self) -> Any:
         """The Ray Serve application. Imports Ray, so its environment must stand by then."""

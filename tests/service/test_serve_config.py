@@ -33,7 +33,7 @@ def config_of(folder: Path, text: str) -> ServeConfig:
 def test_two_applications_are_read(tmp_path: Path) -> None:
     config = config_of(tmp_path, TWO)
     sketch, poster = config.applications
-    assert (sketch.name, sketch.route_prefix, sketch.num_replicas) == ("sketch", "/sketch", 2)
+    assert (sketch.name, sketch.route_prefix, sketch.max_replicas) == ("sketch", "/sketch", 2)
     assert poster.args == {"model": "demo-lcm", "max_batch": 4}
     assert config.ignored == ("http_options", "sketch.runtime_env")
 
@@ -63,7 +63,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ServeConfig.from_file(tmp_path / "absent.yaml")
 
 
-def test_autoscaling_is_refused_here(tmp_path: Path) -> None:
-    config = config_of(tmp_path, TWO.replace("num_replicas: 2", "num_replicas: auto"))
-    with pytest.raises(ServeError, match="'sketch': num_replicas is 'auto'"):
-        _ = config.applications[0].num_replicas
+def test_a_range_of_replicas_is_taken_as_on_a_cluster(tmp_path: Path) -> None:
+    config = config_of(tmp_path, TWO.replace("num_replicas: 2", "max_replicas: 3"))
+    assert [app.max_replicas for app in config.applications] == [3, 1]
+    assert config.applications[0].settings.model == "demo-lcm"
