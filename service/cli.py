@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,28 @@ def key(
         raise typer.BadParameter(str(error)) from None
     typer.echo(f"{secret}   <- give this to {name}; it is kept nowhere", err=True)
     typer.echo(line)
+
+
+@app.command()
+def exporter(
+    folder: Annotated[
+        Path, typer.Option("--dir", help="FOURSTEP_METRICS_DIR of this node's replicas.")
+    ],
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9400,
+) -> None:
+    """Serve the metrics of all replicas of a node, beside them: the sidecar of a pod."""
+    from service.metrics import export
+
+    if not folder.is_dir():
+        raise typer.BadParameter(f"--dir is {folder}; it must be a folder that the replicas share")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))  # by itself PID 1 would ignore SIGTERM
+    try:
+        export(folder, port)
+    except OSError as error:
+        raise typer.BadParameter(f"--port is {port}: {error.strerror}; choose another") from None
+    while True:
+        signal.pause()
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     deployment: Any = FourstepDeployment  # the decorators' types are lost on mypy
     return deployment.options(
         **size,
+        max_surge_percent=scaling.max_surge_percent,
         ray_actor_options={"num_gpus": scaling.num_gpus, "num_cpus": scaling.num_cpus},
         graceful_shutdown_timeout_s=settings.drain_s + 10,
     ).bind(values)

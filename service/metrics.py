@@ -27,6 +27,7 @@ from prometheus_client import (  # noqa: E402  (its import reads the environment
     Metric,
     generate_latest,
     multiprocess,
+    start_http_server,
 )
 
 if TYPE_CHECKING:
@@ -268,3 +269,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # TensorRT's has a name for each CUDA version
         return "unknown"
+
+
+def export(folder: Path, port: int) -> None:
+    """Answer on ``port`` of every address with the total of ``folder``, from threads of its own.
+
+    For a sidecar: a scrape depends on no replica, and what an ended one had counted stays counted.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    start_http_server(port, registry=node_registry(folder))

@@ -16,7 +16,7 @@ from engines.model import DEFAULT_MAX_BATCH
 from service.settings import Settings, SettingsError
 
 CPU_BACKENDS = ("onnxruntime",)  # on a CPU even where a replica is given a GPU
-NOT_AUTOSCALING = {"num_replicas", "num_gpus", "num_cpus"}
+NOT_AUTOSCALING = {"num_replicas", "max_surge_percent", "num_gpus", "num_cpus"}
 
 
 class Scaling(BaseModel):
@@ -35,6 +35,9 @@ class Scaling(BaseModel):
     downscale_delay_s: float | None = Field(None, ge=0, description="below it, before one stops")
     downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="the same for the last")
     look_back_period_s: float | None = Field(None, gt=0, description="requests are averaged over")
+    # Kubernetes' own default. 0 stops a replica before its successor is ready: with one replica,
+    # requests wait while the model loads. Above 0 there must be room (a GPU) for the surplus.
+    max_surge_percent: int = Field(25, ge=0, le=100, description="more replicas during an update")
     num_gpus: float = Field(0, ge=0, description="of one replica")
     num_cpus: float = Field(1, ge=0, description="of one replica")
 

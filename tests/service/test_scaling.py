@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engines.model import DEFAULT_MAX_BATCH
-from service.scaling import Scaling, split_args
+from service.scaling import NOT_AUTOSCALING, Scaling, split_args
 from service.settings import SettingsError, load_settings
 
 GPU, CPU = DEFAULT_MAX_BATCH["cuda"], DEFAULT_MAX_BATCH["cpu"]
@@ -53,7 +53,7 @@ def test_ray_takes_every_key_by_its_name() -> None:
     }
     config = autoscaling_of(given | {"num_gpus": 1, "num_cpus": 2})
     assert config == given
-    assert set(given) == set(Scaling.model_fields) - {"num_replicas", "num_gpus", "num_cpus"}
+    assert set(given) == set(Scaling.model_fields) - NOT_AUTOSCALING
     assert AutoscalingConfig(**config).model_dump(include=set(given)) == given
 
 
