@@ -1,0 +1,220 @@
+"""What the manifests say is what the code says: names, ports, paths, limits, times."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from service.app import build_app
+from service.cli import app as command
+from service.ray_environment import ray_environment
+from service.replica import Replica
+from service.scaling import split_args
+from service.serve_config import ServeConfig
+from service.settings import Settings, load_settings
+from tests.deploy.manifests import (
+    KUBERNETES,
+    Object,
+    cluster,
+    environment,
+    group,
+    head,
+    one,
+    overlay,
+    replica,
+    serve_config,
+)
+
+SERVE_PORT = 8000
+OVERLAYS_WITH_GPU = {"gke-l4": 89, "eks-a10g": 86, "aks-a100": 80}  # compute capability
+
+
+@pytest.fixture
+def config(objects: list[Object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServeConfig:
+    """The overlay's serveConfigV2 as the code reads it, in the overlay's environment."""
+    for name, value in environment(objects).items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "serve.yaml"
+    file.write_text(one(objects, "RayService")["spec"]["serveConfigV2"])
+    return ServeConfig.from_file(file)
+
+
+def test_the_environment_is_that_of_the_service_on_every_node(objects: list[Object]) -> None:
+    found = environment(objects)
+    expected = ray_environment("/run/fourstep")
+    assert {name: found.get(name) for name in expected} == expected
+    everywhere = [head(objects)["containers"][0], replica(objects)["containers"][0]]
+    everywhere.append(cluster(objects)["autoscalerOptions"])
+    assert len({str(each["envFrom"]) for each in everywhere}) == 1
+
+
+def test_every_application_loads_through_rays_schema_and_our_builder(
+    objects: list[Object], config: ServeConfig
+) -> None:
+    assert not set(config.ignored) - {"http_options", "proxy_location"}
+    assert serve_config(objects)["http_options"] == {"host": "0.0.0.0", "port": SERVE_PORT}
+    for application in config.applications:
+        built = application.build()._bound_deployment
+        scaling, values = split_args(application.args)
+        assert built._deployment_config.autoscaling_config.max_replicas == scaling.max_replicas
+        assert built.ray_actor_options["num_gpus"] == scaling.num_gpus
+        assert load_settings(values).api_keys_file == Path("/etc/fourstep/keys/api-keys")
+
+
+def test_a_pod_has_room_for_its_replicas(objects: list[Object], config: ServeConfig) -> None:
+    ours, container = group(objects), replica(objects)["containers"][0]
+    requests = container["resources"]["requests"]
+    assert ours["rayStartParams"]["num-cpus"] == requests["cpu"]
+    num_pods = 0.0
+    for application in config.applications:
+        scaling, _ = split_args(application.args)
+        surge = math.ceil(scaling.largest * scaling.max_surge_percent / 100)
+        gpus, cpus = float(requests.get("nvidia.com/gpu", 0)), float(requests["cpu"])
+        assert scaling.num_gpus <= gpus
+        assert scaling.num_cpus <= cpus
+        if scaling.num_gpus or not gpus:
+            share = max(scaling.num_gpus / (gpus or 1), scaling.num_cpus / cpus if not gpus else 0)
+            num_pods += (scaling.largest + surge) * share
+    assert ours["minReplicas"] <= num_pods <= ours["maxReplicas"]
+
+
+def test_probes_and_ports(objects: list[Object]) -> None:
+    paths = set(build_app(Replica(Settings())).openapi()["paths"])
+    container, exporter = replica(objects)["containers"]
+    probe = container["readinessProbe"]["httpGet"]
+    assert probe == {"path": "/readyz", "port": SERVE_PORT}
+    assert probe["path"] in paths
+    for each in (container, head(objects)["containers"][0]):
+        ports = {port["name"]: port["containerPort"] for port in each["ports"]}
+        assert (ports["serve"], ports["metrics"]) == (SERVE_PORT, 8080)
+    arguments = parsed(exporter["command"])
+    assert arguments["port"] == exporter["ports"][0]["containerPort"]
+    assert arguments["folder"] == Path(environment(objects)["FOURSTEP_METRICS_DIR"])
+    opened = one(objects, "NetworkPolicy")["spec"]["ingress"]
+    by_prometheus = [port["port"] for port in opened[-1]["ports"]]
+    assert {8080, arguments["port"]} <= set(by_prometheus)
+    assert opened[1] == {"ports": [{"port": SERVE_PORT, "protocol": "TCP"}]}
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The parameters of a `fourstep` command line, as the command itself reads them."""
+    assert words[0] == "fourstep"
+    group = typer.main.get_command(command)
+    sub = group.commands[words[1]]  # type: ignore[attr-defined]
+    parameters: dict[str, Any] = sub.make_context(words[1], list(words[2:])).params
+    return parameters
+
+
+def test_whatever_is_written_lies_on_a_volume(objects: list[Object]) -> None:
+    paths = {key: value for key, value in environment(objects).items() if value.startswith("/")}
+    of_the_build = {key: paths[key] for key in ("FOURSTEP_CACHE_DIR", "HF_HOME", "HOME")}
+    for pod in (head(objects), replica(objects)):
+        volumes = {each["name"] for each in pod["volumes"]}
+        needed = [(pod["containers"][0], paths)]
+        needed += [(each, of_the_build) for each in pod.get("initContainers", [])]
+        for container, folders in needed:
+            mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+            assert set(mounts.values()) <= volumes
+            for name, folder in folders.items():
+                assert any(folder.startswith(mount) for mount in mounts), (name, folder)
+        # That of the metrics is there before a replica writes to it: it is a mount itself.
+        mounts = {each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        assert paths["FOURSTEP_METRICS_DIR"] in mounts
+
+
+def test_kubernetes_puts_no_variables_of_its_own_among_the_settings(objects: list[Object]) -> None:
+    """A service `fourstep-...` would become FOURSTEP_..._HOST, an unknown setting."""
+    assert head(objects)["enableServiceLinks"] is False
+    assert replica(objects)["enableServiceLinks"] is False
+
+
+def test_a_pod_has_time_to_drain(objects: list[Object], config: ServeConfig) -> None:
+    drain_s = float(environment(objects)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    for application in config.applications:
+        stopping_s = application.build()._bound_deployment._deployment_config
+        assert stopping_s.graceful_shutdown_timeout_s < drain_s
+        assert application.settings.request_timeout_s < drain_s
+    for pod in (head(objects), replica(objects)):
+        assert pod["terminationGracePeriodSeconds"] > drain_s
+    assert one(objects, "RayService")["spec"]["rayClusterDeletionDelaySeconds"] >= drain_s
+
+
+def test_secrets_are_keys_of_the_example(objects: list[Object]) -> None:
+    example = yaml.safe_load((KUBERNETES / "examples" / "secret.yaml").read_text())
+    text = yaml.safe_dump_all(objects)
+    assert example["metadata"]["name"] == "fourstep-keys"
+    references = [each for thing in objects for each in found(thing, "secretKeyRef")]
+    assert references
+    for reference in references:
+        assert reference["name"] == example["metadata"]["name"]
+        assert reference["key"] in example["stringData"]
+    assert "secretName: fourstep-keys" in text
+    keys = environment(objects)["FOURSTEP_API_KEYS_FILE"]
+    assert Path(keys).name in example["stringData"]
+
+
+def found(thing: Any, key: str) -> list[Any]:
+    """Every value of ``key``, at any depth."""
+    if isinstance(thing, list):
+        return [each for item in thing for each in found(item, key)]
+    if isinstance(thing, dict):
+        own = [thing[key]] if key in thing else []
+        return own + [each for item in thing.values() for each in found(item, key)]
+    return []
+
+
+def test_versions_are_those_of_the_project(objects: list[Object]) -> None:
+    assert cluster(objects)["rayVersion"] == importlib.metadata.version("ray")
+    images = {image for image in found(objects, "image") if image.startswith("fourstep")}
+    version = importlib.metadata.version("fourstep")
+    assert images in ({f"fourstep:{version}-cpu"}, {f"fourstep:{version}-cuda"})
+
+
+@pytest.mark.parametrize("name", OVERLAYS_WITH_GPU)
+def test_the_bundle_that_is_built_is_the_model_that_is_served(kubectl: None, name: str) -> None:
+    objects = overlay(name)
+    (init,) = replica(objects)["initContainers"]
+    model = one(objects, "ConfigMap", init["envFrom"][1]["configMapRef"]["name"])["data"]
+    (application,) = serve_config(objects)["applications"]
+    assert application["args"]["model"] == model["BUNDLE"]
+    words = ["fourstep", "build", model["MODEL"], "--out", model["BUNDLE"]]
+    options = parsed([*words, *shlex.split(model["BUILD_OPTIONS"])])
+    assert options["engine"] == application["args"]["engine"]
+    assert options["max_batch"] == application["args"]["max_batch"]
+    assert OVERLAYS_WITH_GPU[name] in options["compute_capability"]
+
+
+def test_what_is_scraped_has_a_port_of_that_name(objects: list[Object]) -> None:
+    templates = [cluster(objects)["headGroupSpec"]["template"], group(objects)["template"]]
+    for monitor in (each for each in objects if each["kind"] == "PodMonitor"):
+        labels = monitor["spec"]["selector"]["matchLabels"].items()
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        chosen = [each for each in templates if labels <= each["metadata"]["labels"].items()]
+        assert chosen
+        for template in chosen:
+            listed = found(template["spec"]["containers"], "ports")
+            assert endpoint["port"] in [port["name"] for ports in listed for port in ports]
+
+
+def test_what_stands_before_the_service_lets_through_what_it_takes() -> None:
+    limits = Settings.model_fields
+    (longest_s,) = [each.le for each in limits["request_timeout_s"].metadata if hasattr(each, "le")]
+    ingress = yaml.safe_load((KUBERNETES / "examples" / "ingress.yaml").read_text())
+    said = {key.rpartition("/")[2]: v for key, v in ingress["metadata"]["annotations"].items()}
+    assert int(said["proxy-body-size"]) == Settings().max_body_bytes
+    assert int(said["proxy-read-timeout"]) > longest_s
+    assert said["proxy-buffering"] == "off"
+    service = ingress["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    name = yaml.safe_load((KUBERNETES / "base" / "rayservice.yaml").read_text())["metadata"]["name"]
+    assert service == {"name": f"{name}-serve-svc", "port": {"number": SERVE_PORT}}
+    route = yaml.safe_load((KUBERNETES / "examples" / "gateway.yaml").read_text())
+    (rule,) = route["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": f"{name}-serve-svc", "port": SERVE_PORT}]
+    assert int(rule["timeouts"]["request"].removesuffix("s")) > longest_s

@@ -1,0 +1,142 @@
+"""The overlays' serveConfigV2, really deployed: a cluster of two nodes, requests while it changes.
+
+Left as they are but for what this machine cannot have: the model, the engine, the port, and delays
+of minutes. A replica that asks for a GPU gets one of four that Ray is told of.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engines.model import prepare
+from engines.order import Order
+from service.keys import make_key
+from tests.deploy.cluster import RayCluster
+from tests.deploy.manifests import environment, kustomize_version, overlay, serve_config
+
+SECRET, LINE = make_key("test")
+QUICK = {  # Ray measures every 10 s otherwise
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    # The test ends its nodes itself, and has no use for their draining.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RayCluster]:
+    if kustomize_version() < 5:
+        pytest.skip("kubectl 1.27 or newer is needed (kustomize 5); Debian's 1.20 is too old")
+    prepare(Order(str(lcm_checkpoint), "onnxruntime", cache_dir=cache_dir), lambda *_: None)
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "api-keys").write_text(f"{LINE}\n")
+    values = {
+        name: value.replace("/etc/fourstep/keys", str(folder)).replace(
+            "/var/cache/fourstep", str(cache_dir)
+        )
+        for name, value in environment(overlay("local-cpu")).items()
+    }
+    running = RayCluster(folder, values | QUICK, gpus_per_node=2)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+
+
+def config_of(cluster: RayCluster, name: str, model: Path, **changes: Any) -> dict[str, Any]:
+    config = serve_config(overlay(name))
+    config["http_options"]["port"] = cluster.ports["head"]
+    (application,) = config["applications"]
+    assert application["args"].keys() >= changes.keys() - {"png_level", "look_back_period_s"}
+    application["args"] |= {"model": str(model), "num_threads": 1} | changes
+    return config
+
+
+class Load:
+    """Clients that each draw one image after the other, until told to stop."""
+
+    def __init__(self, port: int, num_clients: int, num_steps: int) -> None:
+        self.outcomes: Counter[int | str] = Counter()
+        self._client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {SECRET}", "X-Request-Timeout": "300"},
+            timeout=300,
+            limits=httpx.Limits(max_connections=None),
+        )
+        self._body = {"prompt": "a red star", "num_inference_steps": num_steps}
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._draw) for _ in range(num_clients)]
+
+    def _draw(self) -> None:
+        while not self._stop.is_set():
+            try:
+                answer = self._client.post("/v1/images/generations", json=self._body)
+                self.outcomes[answer.status_code] += 1
+            except httpx.HTTPError as error:
+                self.outcomes[repr(error)] += 1
+            time.sleep(0.05)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._client.close()
+
+
+def test_local_cpu_is_deployed_and_changed_without_a_failed_request(
+    cluster: RayCluster, lcm_checkpoint: Path
+) -> None:
+    cluster.deploy(config_of(cluster, "local-cpu", lcm_checkpoint))
+    for name, port in cluster.agent_ports.items():  # what the probes ask; they have no token
+        assert httpx.get(f"http://127.0.0.1:{port}/api/healthz").is_success, name
+    base = f"http://127.0.0.1:{cluster.ports['head']}"
+    assert httpx.get(f"{base}/readyz").status_code == 200
+    body = {"prompt": "a red star"}
+    assert httpx.post(f"{base}/v1/images/generations", json=body).status_code == 401
+    (before,) = cluster.replicas()
+    with Load(cluster.ports["head"], num_clients=3, num_steps=4) as load:
+        cluster.wait(lambda: load.outcomes.total() > 5, "images before the change")
+        cluster.deploy(config_of(cluster, "local-cpu", lcm_checkpoint, png_level=2))
+        cluster.wait(lambda: before not in cluster.replicas(state=""), "the old replica's end")
+        seen = load.outcomes.total()
+        cluster.wait(lambda: load.outcomes.total() > seen + 5, "images after the change")
+        (after,) = cluster.replicas()
+    assert after != before
+    assert set(load.outcomes) == {200}, load.outcomes
+
+
+def test_gke_l4_goes_from_one_replica_to_three_and_back(
+    cluster: RayCluster, lcm_checkpoint: Path
+) -> None:
+    config = config_of(
+        cluster, "gke-l4", lcm_checkpoint, engine="auto", max_replicas=3,
+        upscale_delay_s=1, downscale_delay_s=2, look_back_period_s=11,
+    )  # fmt: skip
+    cluster.deploy(config)
+    cluster.wait(lambda: len(cluster.replicas(state="")) == 1, "the old replica's end")
+    (target,) = (
+        each["deployment_config"]["autoscaling_config"]["target_ongoing_requests"]
+        for each in cluster.applications()["fourstep"]["deployments"].values()
+    )
+    assert target == config["applications"][0]["args"]["max_batch"]
+    with Load(cluster.ports["head"], num_clients=3 * int(target), num_steps=50) as load:
+        cluster.wait(lambda: len(cluster.replicas()) == 3, "three replicas")
+        assert len(set(cluster.replicas().values())) == 2, "two GPUs a node: both must be in use"
+    cluster.wait(lambda: len(cluster.replicas(state="")) == 1, "one replica")
+    assert set(load.outcomes) == {200}, load.outcomes
