@@ -56,7 +56,7 @@ class RayCluster:
         self._dashboard = f"http://127.0.0.1:{self._dashboard_port}"
         headers = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
         self._client = httpx.Client(headers=headers, timeout=10)
-        self._temporary = tempfile.mkdtemp(prefix="fs")  # short: Ray's socket names lie in it
+        self._temporary = tempfile.mkdtemp(prefix="fs")  # short: sockets lie in it
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -68,7 +68,7 @@ class RayCluster:
         self.wait(lambda: self._num_nodes() == 2, "two nodes")
 
     def _start(self, name: str, options: list[str]) -> None:
-        own = self.folder / name
+        own = Path(self._temporary) / name
         (own / "metrics").mkdir(parents=True)
         environment = {
             key: value.replace("/run/fourstep", str(own))

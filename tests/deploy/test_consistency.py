@@ -129,6 +129,12 @@ def test_whatever_is_written_lies_on_a_volume(objects: list[Object]) -> None:
         assert paths["FOURSTEP_METRICS_DIR"] in mounts
 
 
+def test_a_unix_socket_has_room_for_its_name(objects: list[Object]) -> None:
+    """HAProxy takes 97 characters; Ray puts the node's id, 56 of them, before the last part."""
+    socket = Path(environment(objects)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+    assert len(str(socket.parent / ("0" * 56) / socket.name)) <= 97
+
+
 def test_kubernetes_puts_no_variables_of_its_own_among_the_settings(objects: list[Object]) -> None:
     """A service `fourstep-...` would become FOURSTEP_..._HOST, an unknown setting."""
     assert head(objects)["enableServiceLinks"] is False
