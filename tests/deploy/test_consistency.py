@@ -114,7 +114,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
 
 def test_whatever_is_written_lies_on_a_volume(objects: list[Object]) -> None:
     paths = {key: value for key, value in environment(objects).items() if value.startswith("/")}
-    of_the_build = {key: paths[key] for key in ("FOURSTEP_CACHE_DIR", "HF_HOME", "HOME")}
+    of_the_build = {key: paths[key] for key in ("HF_HOME", "HF_TOKEN_PATH", "HOME")}
     for pod in (head(objects), replica(objects)):
         volumes = {each["name"] for each in pod["volumes"]}
         needed = [(pod["containers"][0], paths)]
@@ -153,17 +153,13 @@ def test_a_pod_has_time_to_drain(objects: list[Object], config: ServeConfig) -> 
 
 
 def test_secrets_are_keys_of_the_example(objects: list[Object]) -> None:
-    example = yaml.safe_load((KUBERNETES / "examples" / "secret.yaml").read_text())
-    text = yaml.safe_dump_all(objects)
-    assert example["metadata"]["name"] == "fourstep-keys"
-    references = [each for thing in objects for each in found(thing, "secretKeyRef")]
-    assert references
-    for reference in references:
-        assert reference["name"] == example["metadata"]["name"]
-        assert reference["key"] in example["stringData"]
-    assert "secretName: fourstep-keys" in text
-    keys = environment(objects)["FOURSTEP_API_KEYS_FILE"]
-    assert Path(keys).name in example["stringData"]
+    examples = yaml.safe_load_all((KUBERNETES / "examples" / "secrets.yaml").read_text())
+    keys = {each["metadata"]["name"]: set(each["stringData"]) for each in examples}
+    assert set(found(objects, "secretName")) <= keys.keys()
+    for reference in found(objects, "secretKeyRef"):
+        assert reference["key"] in keys[reference["name"]]
+    for name in ("FOURSTEP_API_KEYS_FILE", "HF_TOKEN_PATH"):
+        assert Path(environment(objects)[name]).name in keys["fourstep-keys"]
 
 
 def found(thing: Any, key: str) -> list[Any]:

@@ -67,7 +67,7 @@ def test_what_runs_is_small_unprivileged_and_pinned(target: str) -> None:
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in text
     assert f"ARG VERSION={importlib.metadata.version('fourstep')}" in text
-    (base,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", TEXT, re.M)
+    (base,) = re.findall(r"^FROM (\S+) AS base$", TEXT, re.M)
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base), "a version and a distribution"
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert requires == ">=3.11"

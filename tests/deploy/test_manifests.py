@@ -22,7 +22,7 @@ from tests.deploy.manifests import (
     replica,
 )
 
-EXAMPLES = ("ingress.yaml", "secret.yaml")  # gateway.yaml: its schema is not at hand
+EXAMPLES = ("ingress.yaml", "secrets.yaml")  # gateway.yaml: its schema is not at hand
 
 
 def test_what_there_is() -> None:

@@ -70,8 +70,8 @@ class Load:
         self.outcomes: Counter[int | str] = Counter()
         self._client = httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
-            headers={"Authorization": f"Bearer {SECRET}", "X-Request-Timeout": "300"},
-            timeout=300,
+            headers={"Authorization": f"Bearer {SECRET}"},
+            timeout=100,
             limits=httpx.Limits(max_connections=None),
         )
         self._body = {"prompt": "a red star", "num_inference_steps": num_steps}
