@@ -21,7 +21,7 @@ from service.app import build_app
 from service.replica import Replica
 from service.settings import Settings
 from tests.deploy.manifests import ROOT, environment, head, overlay
-from tests.deploy.test_consistency import parsed
+from tests.deploy.test_consistency import IMAGE_BIN, parsed
 
 FOLDER = ROOT / "deploy" / "image"
 TEXT = (FOLDER / "Dockerfile").read_text()
@@ -125,5 +125,8 @@ def test_it_is_the_user_and_the_folders_of_the_manifests(kubectl: None) -> None:
     ours = environment(objects)
     for name in ("HOME", "FOURSTEP_CACHE_DIR", "HF_HOME"):
         assert said[name] == ours[name]
+    assert said["PATH"].startswith(f"{IMAGE_BIN}:")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert Path(ours["RAY_SERVE_HAPROXY_BINARY_PATH"]).name in scripts
     settings = {name.removeprefix("FOURSTEP_").lower() for name in said if "FOURSTEP_" in name}
     assert settings <= Settings.model_fields.keys()

@@ -19,8 +19,9 @@ import pytest
 from engines.model import prepare
 from engines.order import Order
 from service.keys import make_key
-from tests.deploy.cluster import RayCluster
+from tests.deploy.cluster import BIN, RayCluster
 from tests.deploy.manifests import environment, kustomize_version, overlay, serve_config
+from tests.deploy.test_consistency import IMAGE_BIN
 
 SECRET, LINE = make_key("test")
 QUICK = {  # Ray measures every 10 s otherwise
@@ -40,12 +41,10 @@ def cluster(
     prepare(Order(str(lcm_checkpoint), "onnxruntime", cache_dir=cache_dir), lambda *_: None)
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "api-keys").write_text(f"{LINE}\n")
-    values = {
-        name: value.replace("/etc/fourstep/keys", str(folder)).replace(
-            "/var/cache/fourstep", str(cache_dir)
-        )
-        for name, value in environment(overlay("local-cpu")).items()
-    }
+    here = {"/etc/fourstep/keys": folder, "/var/cache/fourstep": cache_dir, IMAGE_BIN: BIN}
+    values = environment(overlay("local-cpu"))
+    for there, path in here.items():
+        values = {name: value.replace(there, str(path)) for name, value in values.items()}
     running = RayCluster(folder, values | QUICK, gpus_per_node=2)
     try:
         running.start()
