@@ -57,7 +57,7 @@ class RayCluster:
         headers = {"Authorization": f"Bearer {token['RAY_AUTH_TOKEN']}"}
         self._client = httpx.Client(headers=headers, timeout=10)
         self._temporary = tempfile.mkdtemp(prefix="fs")  # short: sockets lie in it
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         head = ["--head", "--port", self._gcs_port, "--temp-dir", self._temporary]
@@ -128,27 +128,37 @@ class RayCluster:
         }
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
-        """Until the condition holds, as long as both nodes live and the deadline is not over."""
+        """Until the condition holds, as long as the nodes live and the deadline is not over."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if condition():
                     return
-            for process, name in zip(self._processes, ("head", "worker"), strict=False):
-                assert process.poll() is None, (self.folder / f"{name}.log").read_text()
+            for name, process in self._processes.items():
+                assert process.poll() is None, self.log(name)
             assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for {what}"
             time.sleep(0.2)
 
+    def log(self, name: str) -> str:
+        """What a node has written to its output: a pod's log."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def end_node(self, name: str) -> None:
+        """Send SIGTERM, as Kubernetes does to a pod that must go, and wait until it is gone."""
+        process = self._processes.pop(name)
+        process.send_signal(signal.SIGTERM)
+        self.wait(lambda: process.poll() is not None, f"the end of {name}")
+
     def close(self) -> None:
-        family = [psutil.Process(process.pid) for process in self._processes]
+        family = [psutil.Process(process.pid) for process in self._processes.values()]
         family += [child for parent in family for child in parent.children(recursive=True)]
-        for process in reversed(self._processes):
+        for process in reversed(self._processes.values()):
             process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=5)
         for survivor in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
-        for process in self._processes:
+        for process in self._processes.values():
             process.wait()
         self._client.close()
         shutil.rmtree(self._temporary, ignore_errors=True)

@@ -27,8 +27,12 @@ SECRET, LINE = make_key("test")
 QUICK = {  # Ray measures every 10 s otherwise
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
-    # The test ends its nodes itself, and has no use for their draining.
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+}
+SOON = {
+    "engine": "auto",
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 2,
+    "look_back_period_s": 11,
 }
 
 
@@ -117,15 +121,14 @@ def test_local_cpu_is_deployed_and_changed_without_a_failed_request(
         cluster.wait(lambda: load.outcomes.total() > seen + 5, "images after the change")
         assert cluster.replicas()
     assert set(load.outcomes) == {200}, load.outcomes
+    logs = cluster.log("head") + cluster.log("worker")
+    assert '"path": "/v1/images/generations"' in logs, "the access log is the pods' output"
 
 
 def test_gke_l4_goes_from_one_replica_to_three_and_back(
     cluster: RayCluster, lcm_checkpoint: Path
 ) -> None:
-    config = config_of(
-        cluster, "gke-l4", lcm_checkpoint, engine="auto", max_replicas=3,
-        upscale_delay_s=1, downscale_delay_s=2, look_back_period_s=11,
-    )  # fmt: skip
+    config = config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON)
     cluster.deploy(config)
     cluster.wait(lambda: len(cluster.replicas(state="")) == 1, "the old replica's end")
     (target,) = (
@@ -137,4 +140,16 @@ def test_gke_l4_goes_from_one_replica_to_three_and_back(
         cluster.wait(lambda: len(cluster.replicas()) == 3, "three replicas")
         assert len(set(cluster.replicas().values())) == 2, "two GPUs a node: both must be in use"
     cluster.wait(lambda: len(cluster.replicas(state="")) == 1, "one replica")
+    assert set(load.outcomes) == {200}, load.outcomes
+
+
+def test_a_pod_that_must_go_takes_no_request_with_it(
+    cluster: RayCluster, lcm_checkpoint: Path
+) -> None:
+    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
+    with Load(cluster.ports["head"], num_clients=24, num_steps=50) as load:
+        cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
+        cluster.end_node("worker")
+        seen = load.outcomes.total()
+        cluster.wait(lambda: load.outcomes.total() > seen + 24, "images without that node")
     assert set(load.outcomes) == {200}, load.outcomes
