@@ -83,8 +83,8 @@ class RayCluster:
         for port in ("dashboard-agent-grpc", "metrics-export"):
             command += [f"--{port}-port", str(free_port())]
         with (self.folder / f"{name}.log").open("wb") as log:
-            self._processes.append(
-                subprocess.Popen(command, env=environment, cwd=self.folder, stdout=log, stderr=log)
+            self._processes[name] = subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log
             )
 
     def deploy(self, config: dict[str, Any]) -> None:
