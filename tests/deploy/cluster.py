@@ -118,13 +118,13 @@ class RayCluster:
         nodes = answer.raise_for_status().json()["data"]["summary"]
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
-    def replicas(self, application: str = "fourstep", state: str = "RUNNING") -> dict[int, str]:
-        """Process id → node of the replicas in a state; ``state`` empty: of all."""
+    def replicas(self, application: str = "fourstep", state: str = "RUNNING") -> dict[str, str]:
+        """Id → node of the replicas in a state; ``state`` empty: of all that have a node."""
         (deployment,) = self.applications()[application]["deployments"].values()
         return {
-            each["pid"]: each["node_id"]
+            each["replica_id"]: each["node_id"]
             for each in deployment["replicas"]
-            if state in ("", each["state"])
+            if state in ("", each["state"]) and each.get("node_id")
         }
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
