@@ -8,6 +8,7 @@ from loadtests.capacity import capacity
 from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.overhead import overhead
+from loadtests.overload import overload
 from loadtests.peers.command import peers
 from loadtests.plan import plan
 from loadtests.simulate import simulate
@@ -19,6 +20,7 @@ app.command()(capacity)
 app.command()(encoding)
 app.command()(engine)
 app.command()(overhead)
+app.command()(overload)
 app.command()(peers)
 app.command()(plan)
 app.command()(simulate)

@@ -24,7 +24,7 @@ MIB = 2**20
 SAMPLE_EVERY_S = 1.0
 
 
-class _MemoryWatch:
+class MemoryWatch:
     """Samples what the replica alone holds (unique set size) in a thread, until it is left."""
 
     def __init__(self, pid: int) -> None:
@@ -41,7 +41,7 @@ class _MemoryWatch:
         while not self._left.wait(SAMPLE_EVERY_S):
             self.samples.append(self._replica.memory_full_info().uss)
 
-    def __enter__(self) -> _MemoryWatch:
+    def __enter__(self) -> MemoryWatch:
         self._thread.start()
         return self
 
@@ -87,7 +87,7 @@ def watch(service: Service, count: int, clients: int, seed: int) -> Report:
     client = Client(service.url)
     client.closed_loop(SIZES.asks(64, seed), clients)
     begun = time.perf_counter()
-    with _MemoryWatch(service.pid) as memory:
+    with MemoryWatch(service.pid) as memory:
         answers = client.closed_loop(SIZES.asks(count, seed), clients)
     seconds = time.perf_counter() - begun
     require_answers(answers, "the service")

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
+from loadtests.overload import press
 from loadtests.peers import BY_NAME, PEERS
 from loadtests.peers.command import measure
 from loadtests.peers.environment import pins
@@ -72,6 +73,14 @@ def test_soak(service: Service, out: Path) -> None:
     watch(service, count=250, clients=16, seed=1).write(out)
     found = json.loads((out / "soak.json").read_text())
     assert min(found["mib"]) > 50
+
+
+def test_overload(service: Service, out: Path) -> None:
+    press(service, factor=3, seconds=5, deadline_s=60).write(out)
+    found = json.loads((out / "overload.json").read_text())
+    assert set(found["statuses"]) <= {"200", "429"}, "all had time enough"
+    assert found["statuses"]["200"] > 50
+    assert found["recovery_s"] > 0
 
 
 def test_engine(lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
