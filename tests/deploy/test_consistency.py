@@ -22,6 +22,7 @@ from service.serve_config import ServeConfig
 from service.settings import Settings, load_settings
 from tests.deploy.manifests import (
     KUBERNETES,
+    ROOT,
     Object,
     cluster,
     environment,
@@ -212,6 +213,16 @@ def test_what_is_scraped_has_a_port_of_that_name(objects: list[Object]) -> None:
         for template in chosen:
             listed = found(template["spec"]["containers"], "ports")
             assert endpoint["port"] in [port["name"] for ports in listed for port in ports]
+
+
+def test_every_alert_has_its_place_in_the_runbook(kubectl: None) -> None:
+    groups = one(overlay("gke-l4"), "PrometheusRule")["spec"]["groups"]
+    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    assert alerts
+    runbook = (ROOT / "deploy" / "README.md").read_text()
+    for alert in alerts:
+        assert f"\n### {alert['alert']}\n" in runbook
+        assert alert["annotations"]["runbook_url"] == f"deploy/README.md#{alert['alert'].lower()}"
 
 
 def test_what_stands_before_the_service_lets_through_what_it_takes() -> None:
