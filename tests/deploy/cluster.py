@@ -149,12 +149,17 @@ class RayCluster:
         process.send_signal(signal.SIGTERM)
         self.wait(lambda: process.poll() is not None, f"the end of {name}")
 
+    def _owns(self, process: psutil.Process) -> bool:
+        return any(word.startswith(self._temporary) for word in process.info["cmdline"] or ())
+
     def close(self) -> None:
         family = [psutil.Process(process.pid) for process in self._processes.values()]
         family += [child for parent in family for child in parent.children(recursive=True)]
         for process in reversed(self._processes.values()):
             process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=5)
+        # An HAProxy that was started anew meanwhile: it names a file in our folder.
+        alive += [each for each in psutil.process_iter(["cmdline"]) if self._owns(each)]
         for survivor in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
