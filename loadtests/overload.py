@@ -5,7 +5,10 @@ Open loop: whoever is refused does not come back, and nobody waits for the other
 
 from __future__ import annotations
 
+import http.client
+import threading
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
@@ -45,6 +48,37 @@ def overload(
     report.write(out)
 
 
+class ReadinessProbe:
+    """Asks `/readyz` as a kubelet does, on a connection of its own each time, until it is left."""
+
+    def __init__(self, url: str) -> None:
+        self._address = urllib.parse.urlsplit(url).netloc
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._seconds: list[float] = []
+
+    @property
+    def latencies(self) -> Latencies:
+        return Latencies(self._seconds)
+
+    def _run(self) -> None:
+        while not self._left.wait(PROBE_EVERY_S):
+            begun = time.perf_counter()
+            connection = http.client.HTTPConnection(self._address, timeout=30)
+            connection.request("GET", "/readyz")
+            connection.getresponse().read()
+            connection.close()
+            self._seconds.append(time.perf_counter() - begun)
+
+    def __enter__(self) -> ReadinessProbe:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+
+
 def press(service: Service, factor: float, seconds: float, deadline_s: float) -> Report:
     """Find the capacity of a running Fourstep, exceed it, and watch it recover."""
     client = Client(service.url)
@@ -52,7 +86,7 @@ def press(service: Service, factor: float, seconds: float, deadline_s: float) ->
     capacity = _rate(client.closed_loop(MIXED.asks(100_000, 2), CLIENTS, max(5.0, seconds / 4)))
     alone_ms = Latencies(_probe(client).latency_s for _ in range(5)).ms(50)
     due_s = until(poisson(factor * capacity, 3), seconds)
-    with MemoryWatch(service.pid) as memory:
+    with MemoryWatch(service.pid) as memory, ReadinessProbe(service.url) as probe:
         answers = client.open_loop(MIXED.asks(len(due_s), 3), due_s)
     recovery_s = _recovery(client, 2 * alone_ms / 1e3)
     good = [answer for answer in answers if answer.ok]
@@ -70,17 +104,18 @@ def press(service: Service, factor: float, seconds: float, deadline_s: float) ->
     medians = quarters(mib)
     report.data |= {
         "capacity": capacity, "goodput": goodput, "recovery_s": recovery_s, "mib": mib,
+        "probe_p99_ms": probe.latencies.ms(99),
         "statuses": dict(Counter(answer.status for answer in answers)), **latencies.summary(),
     }  # fmt: skip
     report.table(
         ["answered with an image", "of capacity", "p50, ms", "p95, ms", "deadline, ms",
          "refused (429)", "too late (504)", "no answer", "MiB, last quarter / first",
-         "recovered after, s"],
+         "recovered after, s", "/readyz p50, p99, ms"],
         [[
             len(good), f"{goodput / capacity:.2f}×", f"{latencies.ms(50):.0f}",
             f"{latencies.ms(95):.0f}", f"{1e3 * deadline_s:.0f}", _count(answers, 429),
             _count(answers, 504), _count(answers, 0), f"{medians[-1] / medians[0]:.3f}×",
-            f"{recovery_s:.1f}",
+            f"{recovery_s:.1f}", f"{probe.latencies.ms(50):.0f}, {probe.latencies.ms(99):.0f}",
         ]],
     )  # fmt: skip
     return report

@@ -12,18 +12,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from engines.drawing import Drawing
 from engines.errors import OutOfMemory
+from service.backlog import Backlog
 from service.errors import (
     Cancelled,
     DeadlineExceeded,
     EngineFailure,
     NotReady,
-    Overloaded,
     ServiceError,
 )
 from service.request import (
@@ -63,11 +63,9 @@ class Observer(Protocol):
 class EngineLoop:
     """Runs a scheduler's work on a runner, in a thread of its own.
 
-    ``max_waiting`` bounds the rows accepted and not finished; one more is refused with
-    `Overloaded`, and so is a request that the work before it leaves no time for. A tenant with a
-    name may hold no more than is left to others, so that a newcomer always finds room. An engine
-    call that takes more than ``max_call_s`` makes the loop unhealthy: it is wedged. ``clock`` is in
-    seconds and only its differences matter.
+    ``max_waiting`` bounds the rows accepted and not finished; `service.backlog` says who may still
+    come in. An engine call that takes more than ``max_call_s`` makes the loop unhealthy: it is
+    wedged. ``clock`` is in seconds and only its differences matter.
     """
 
     def __init__(
@@ -88,20 +86,16 @@ class EngineLoop:
         }
         self._scheduler: Scheduler[Row] = Scheduler(limits)
         self._observer = observer
-        self._max_waiting = max_waiting
         self._max_call_s = max_call_s
         self._call_began_at: float | None = None
         self.clock = clock
         self._wakeup = threading.Condition()
         self._inbox: deque[Request] = deque()  # guarded by _wakeup
         self._open: set[Request] = set()  # accepted and not resolved; guarded by _wakeup
-        self._num_rows: Counter[tuple[str, int]] = Counter()  # open, by tenant and priority; so too
+        self._backlog = Backlog(max_waiting)  # guarded by _wakeup where handlers use it
         self._accepting = False
         self._stopping = False
         self._num_calls = 0  # engine calls that came back
-        self._s_per_row = 0.0  # engine seconds that a row costs, measured
-        self._unattributed_s = 0.0  # engine seconds since the last row was finished
-        self._fastest_s: dict[tuple[int, int], float] = {}  # latent size → recent denoise call
         self._thread = threading.Thread(target=self._run, name="fourstep-engine", daemon=True)
 
     def start(self) -> None:
@@ -142,43 +136,16 @@ class EngineLoop:
 
         Raises:
             NotReady: the loop is starting, draining or dead.
-            Overloaded: its rows do not fit into the waiting set; nothing was accepted.
+            Overloaded: there is no room, or no time before its deadline; nothing was accepted.
         """
         with self._wakeup:
             if not self.healthy:
                 raise NotReady("this replica does not accept work now; try again", retry_after_s=1)
-            self._check_room(request)
-            self._num_rows[request.tenant, request.priority] += len(request.rows)
+            self._backlog.check(request, self.clock())
+            self._backlog.add(request)
             self._open.add(request)
             self._inbox.append(request)
             self._wakeup.notify()
-
-    def _check_room(self, request: Request) -> None:
-        """Raises `Overloaded` when there are too many rows, or too many for its deadline."""
-        total, num_new = self._num_rows.total(), len(request.rows)
-        by_tenant: Counter[str] = Counter()
-        ahead: Counter[str] = Counter()  # of these, as urgent as the request or more so
-        for (tenant, priority), num_rows in self._num_rows.items():
-            by_tenant[tenant] += num_rows
-            ahead[tenant] += num_rows if priority >= request.priority else 0
-        own = ahead.pop(request.tenant, 0)  # the others take turns with it, so no more than it has
-        num_ahead = own + sum(min(num_rows, own + num_new) for num_rows in ahead.values())
-        held = by_tenant[request.tenant] if request.tenant else 0
-        if total + held + num_new > self._max_waiting:
-            whose = f", {held} of them of this API key" if held else ""
-            raise Overloaded(
-                f"{total} images are waiting or running{whose}, of at most {self._max_waiting}; "
-                f"this request would add {num_new}",
-                retry_after_s=num_ahead * self._s_per_row,
-            )
-        wait_s = (num_ahead + num_new) * self._s_per_row
-        left_s = request.deadline - self.clock()
-        if num_ahead and wait_s > left_s:
-            raise Overloaded(
-                f"{num_ahead} images go before this request, which would take about {wait_s:.1f} s "
-                f"in all; it has {left_s:.1f} s (X-Request-Timeout)",
-                retry_after_s=wait_s - left_s,
-            )
 
     def cancel(self, request: Request) -> None:
         """Free the request's rows at the next step boundary; nothing happens if it is resolved."""
@@ -216,7 +183,7 @@ class EngineLoop:
             return not self._stopping
 
     def _sweep(self) -> None:
-        for request in _requests(self._scheduler.sweep(self.clock(), self._least_s)):
+        for request in _requests(self._scheduler.sweep(self.clock(), self._backlog.least_s)):
             if request.cancelled:
                 self._fail(request, Status.CANCELLED, Cancelled("the client closed the request"))
             else:
@@ -225,11 +192,6 @@ class EngineLoop:
                     "fewer steps or images, or raise the deadline (X-Request-Timeout)"
                 )
                 self._fail(request, Status.EXPIRED, error)
-
-    def _least_s(self, row: Row) -> float:
-        """What its steps take even if every call is as fast as the fastest lately."""
-        size = row.drawing.group
-        return row.num_steps_left * self._fastest_s.get((size.rows, size.columns), 0.0)
 
     def _work(self, work: Work[Row]) -> None:
         started_at = self.clock()
@@ -270,9 +232,9 @@ class EngineLoop:
         self._num_calls += 1
         num_lanes = sum(row.num_lanes for row in work.rows)
         self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds)
-        self._unattributed_s += seconds
+        self._backlog.note_call(seconds)
         if work.kind is WorkKind.DENOISE:
-            self._note_speed(work.rows[0], seconds)
+            self._backlog.note_step(work.rows[0], seconds)
         for request in requests:
             name = f"{work.kind}_s"
             setattr(request.timings, name, getattr(request.timings, name) + seconds)
@@ -293,7 +255,7 @@ class EngineLoop:
     def _deliver(self, work: Work[Row]) -> None:
         """Send what a decode brought: previews of rows that go on, pixels of rows that are done."""
         done = set(self._scheduler.update(work))
-        self._note_cost(len(done))
+        self._backlog.note_finished(len(done))
         for row in work.rows:
             if row.request.status is not Status.RUNNING:
                 continue  # another row of the same request has failed
@@ -312,19 +274,6 @@ class EngineLoop:
             if row.request.num_finished == len(row.request.rows):
                 self._resolve(row.request, Status.COMPLETED, None)
 
-    def _note_cost(self, num_finished: int) -> None:
-        """Engine seconds a row, weighted towards the last twenty. Idle time is nobody's cost."""
-        for _ in range(num_finished):
-            share_s = self._unattributed_s / num_finished
-            self._s_per_row += (0.1 if self._s_per_row else 1.0) * (share_s - self._s_per_row)
-        if num_finished:
-            self._unattributed_s = 0.0
-
-    def _note_speed(self, row: Row, seconds: float) -> None:
-        """The fastest denoise call of this size, slowly forgotten."""
-        size = (row.drawing.group.rows, row.drawing.group.columns)
-        self._fastest_s[size] = min(seconds, 1.05 * self._fastest_s.get(size, seconds))
-
     def _fail(self, request: Request, status: Status, error: ServiceError) -> None:
         self._scheduler.remove(request.rows)
         self._resolve(request, status, error)
@@ -334,8 +283,7 @@ class EngineLoop:
             if request not in self._open:
                 return
             self._open.remove(request)
-            self._num_rows[request.tenant, request.priority] -= len(request.rows)
-            self._num_rows += Counter()  # forgets those that have none left
+            self._backlog.remove(request)
             request.status = status
             request.timings.total_s = self.clock() - request.arrived_at
             self._wakeup.notify_all()  # close() waits for the last one

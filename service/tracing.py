@@ -85,7 +85,7 @@ class RequestTrace:
 
     @property
     def trace_id(self) -> str:
-        return trace.format_trace_id(self._span.get_span_context().trace_id)
+        return str(trace.format_trace_id(self._span.get_span_context().trace_id))
 
     def follow(self, request: Request, clock: Callable[[], float], model: str) -> None:
         """Have the request remember its way through the engine, if this trace is sampled at all."""

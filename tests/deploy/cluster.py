@@ -64,12 +64,16 @@ class RayCluster:
         head += ["--dashboard-port", self._dashboard_port]
         self._start("head", [*head, "--ray-client-server-port", str(free_port())])
         self.wait(lambda: self.applications() == {}, "a dashboard that answers")
+        self.start_worker()
+
+    def start_worker(self) -> None:
+        """Start the second node, or a new one where it has gone."""
         self._start("worker", ["--address", f"127.0.0.1:{self._gcs_port}"])
         self.wait(lambda: self._num_nodes() == 2, "two nodes")
 
     def _start(self, name: str, options: list[str]) -> None:
         own = Path(self._temporary) / name
-        (own / "metrics").mkdir(parents=True)
+        (own / "metrics").mkdir(parents=True, exist_ok=True)
         environment = {
             key: value.replace("/run/fourstep", str(own))
             for key, value in self._environment.items()
@@ -148,6 +152,15 @@ class RayCluster:
         process = self._processes.pop(name)
         process.send_signal(signal.SIGTERM)
         self.wait(lambda: process.poll() is not None, f"the end of {name}")
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL to all its processes at once, as when a machine loses power."""
+        process = self._processes.pop(name)
+        node = psutil.Process(process.pid)
+        for each in (node, *node.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
 
     def _owns(self, process: psutil.Process) -> bool:
         return any(word.startswith(self._temporary) for word in process.info["cmdline"] or ())

@@ -156,6 +156,19 @@ def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
     assert set(load.outcomes) == {200}, load.outcomes
 
 
+def test_a_node_that_dies_takes_no_request_with_it(
+    cluster: RayCluster, lcm_checkpoint: Path
+) -> None:
+    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
+    with Load(cluster.ports["head"], num_clients=24, num_steps=50) as load:
+        cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
+        cluster.kill_node("worker")
+        seen = load.outcomes.total()
+        cluster.wait(lambda: load.outcomes.total() > seen + 24, "images without that node")
+    assert set(load.outcomes) == {200}, load.outcomes
+    cluster.start_worker()
+
+
 def test_a_pod_that_must_go_takes_no_request_with_it(
     cluster: RayCluster, lcm_checkpoint: Path
 ) -> None:
