@@ -67,7 +67,9 @@ class RayCluster:
         self.start_worker()
 
     def start_worker(self) -> None:
-        """Start the second node, or a new one where it has gone."""
+        """Start the second node, where it is not there."""
+        if "worker" in self._processes:
+            return
         self._start("worker", ["--address", f"127.0.0.1:{self._gcs_port}"])
         self.wait(lambda: self._num_nodes() == 2, "two nodes")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,26 +156,15 @@ def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
     assert set(load.outcomes) == {200}, load.outcomes
 
 
-def test_a_node_that_dies_takes_no_request_with_it(
-    cluster: RayCluster, lcm_checkpoint: Path
+@pytest.mark.parametrize("end", [RayCluster.kill_node, RayCluster.end_node], ids=["dies", "goes"])
+def test_a_node_takes_no_request_with_it(
+    cluster: RayCluster, lcm_checkpoint: Path, end: Callable[[RayCluster, str], None]
 ) -> None:
-    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
-    with Load(cluster.ports["head"], num_clients=24, num_steps=50) as load:
-        cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
-        cluster.kill_node("worker")
-        seen = load.outcomes.total()
-        cluster.wait(lambda: load.outcomes.total() > seen + 24, "images without that node")
-    assert set(load.outcomes) == {200}, load.outcomes
     cluster.start_worker()
-
-
-def test_a_pod_that_must_go_takes_no_request_with_it(
-    cluster: RayCluster, lcm_checkpoint: Path
-) -> None:
     cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
     with Load(cluster.ports["head"], num_clients=24, num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
-        cluster.end_node("worker")
+        end(cluster, "worker")
         seen = load.outcomes.total()
         cluster.wait(lambda: load.outcomes.total() > seen + 24, "images without that node")
     assert set(load.outcomes) == {200}, load.outcomes
