@@ -61,7 +61,17 @@ def test_the_key_opens_and_its_name_is_logged(
     assert KEY not in caplog.text
 
 
-@pytest.mark.parametrize("key", ["wrong", KEY[:-1], KEY.upper(), LINE.split(":")[1], LINE])
+@pytest.mark.parametrize(
+    "key",
+    ["wrong", KEY[:-1], KEY.upper(), LINE.split(":")[1], LINE],
+    ids=[
+        "wrong",
+        "shortened",
+        "upper case",
+        "its hash",
+        "its line",
+    ],  # the key is another each time
+)
 def test_any_other_key_is_refused(http: TestClient, key: str) -> None:
     with pytest.raises(openai.AuthenticationError, match="not known here") as refused:
         _client(http, key).images.generate(prompt="a cube")
@@ -69,7 +79,11 @@ def test_any_other_key_is_refused(http: TestClient, key: str) -> None:
     assert refused.value.response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", f"Basic {KEY}", KEY])
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer ", f"Basic {KEY}", KEY],
+    ids=["none", "empty", "scheme", "scheme and space", "another scheme", "bare key"],
+)
 def test_without_a_key_nothing_is_read(http: TestClient, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     for path in ("/v1/images/generations", "/v1/images/edits"):

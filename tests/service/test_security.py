@@ -147,7 +147,11 @@ def test_pages_of_a_named_origin_may_draw(shared: TestClient) -> None:
     assert "access-control-allow-credentials" not in answer.headers
 
 
-@pytest.mark.parametrize(("key", "size", "status"), [("wrong", 10, 401), (KEY, 3000, 413)])
+@pytest.mark.parametrize(
+    ("key", "size", "status"),
+    [("wrong", 10, 401), (KEY, 3000, 413)],
+    ids=["key", "size"],
+)
 def test_a_page_can_read_why_it_was_refused(
     shared: TestClient, key: str, size: int, status: int
 ) -> None:
