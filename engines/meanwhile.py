@@ -7,16 +7,19 @@ touches an engine that serves: see `Runner.succeed`.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
-import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from engines.choice import choose_backend
 from engines.errors import BuildError, EngineError
+from engines.facts import Defaults
 from engines.model import Model, load_built, prepare
 from engines.order import Order
 
@@ -73,7 +76,7 @@ class BackgroundBuild:
         assert process.stdin is not None, "a pipe was asked for"
         assert process.stdout is not None, "a pipe was asked for"
         with process:
-            process.stdin.write(pickle.dumps(self._order))
+            process.stdin.write(_dump(self._order))
             process.stdin.flush()  # and it stays open: its end tells the child of ours
             last = "it said nothing"
             for line in process.stdout:
@@ -84,9 +87,26 @@ class BackgroundBuild:
             raise BuildError(f"building {self._order.model} ended with code {code}: {last}")
 
 
+def _dump(order: Order) -> bytes:
+    """An order as one line of JSON."""
+    return json.dumps(dataclasses.asdict(order), default=str).encode() + b"\n"
+
+
+def _load(line: bytes) -> Order:
+    values = json.loads(line)
+    return Order(
+        **values
+        | {
+            "cache_dir": Path(values["cache_dir"]),
+            "loras": {name: Path(file) for name, file in values["loras"].items()},
+            "defaults": Defaults(**values["defaults"]),
+        }
+    )
+
+
 def main() -> None:
     """Build what the order on stdin asks for, a line of progress at a time."""
-    order: Order = pickle.load(sys.stdin.buffer)
+    order = _load(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(NICENESS)
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
+import dataclasses
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from engines.meanwhile import CHILD
+from engines.facts import Defaults
+from engines.meanwhile import CHILD, _dump, _load
 from engines.model import must_be_built
 from engines.order import Order
 from engines.runner import Runner
@@ -62,6 +63,13 @@ def test_rows_in_flight_go_on_by_the_engine_that_was_built(runner: Runner, order
     again.close()
 
 
+def test_the_building_process_gets_the_order_whole(order: Order) -> None:
+    full = dataclasses.replace(
+        order, loras={"ink": Path("/ink.safetensors")}, defaults=Defaults("lcm", 4, 1.5)
+    )
+    assert _load(_dump(full)) == full
+
+
 def test_a_build_that_fails_leaves_torch(order: Order) -> None:
     order.cache_dir.write_text("a file, where a folder should be")
     runner = Runner.open(order)
@@ -84,7 +92,7 @@ def test_no_build_outlives_a_process_that_was_killed(order: Order) -> None:
     """Its end closes the pipe, whatever ended it."""
     with subprocess.Popen(CHILD, stdin=subprocess.PIPE) as child:
         assert child.stdin is not None
-        child.stdin.write(pickle.dumps(order))
+        child.stdin.write(_dump(order))
         child.stdin.close()
         assert child.wait(BUILD_S) == 1
     assert must_be_built(order)
