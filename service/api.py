@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
 from service.admission import Admitted, admit, check_model
-from service.errors import BadRequest, Cancelled, ServiceError
+from service.errors import BadRequest, Cancelled
+from service.events import EventStream
 from service.images import MEDIA_TYPES, decode_image, to_base64
-from service.job import EncodedImage, Job
+from service.job import EncodedImage, Job, withheld_warnings
 from service.parsing import accepted_format, parse_edit, parse_generation
 from service.replica import Replica
 from service.request import Timings
@@ -25,7 +25,6 @@ from service.schema import (
     ModelObject,
     OutputFormat,
 )
-from service.telemetry import Exchange
 
 T = TypeVar("T")
 
@@ -133,8 +132,7 @@ async def _answer(
         exchange.trace.follow(job.request, replica.loop.clock, replica.runner.info.model_id)
     if params.stream:
         await job.__aenter__()  # refused here, before the stream begins, or left to its end
-        events = _stream(job, params, admitted, event_name, exchange)
-        return StreamingResponse(events, media_type="text/event-stream", headers=NO_BUFFERING)
+        return EventStream(job, params, admitted, event_name, exchange)
     async with job:
         images = await _until_disconnect(request, _collect(job))
     timings = job.request.timings
@@ -149,9 +147,6 @@ async def _answer(
         return Response(images[0].data, media_type=MEDIA_TYPES[raw_format], headers=headers)
     content = orjson.dumps(_images_response(replica, params, admitted, images, timings))
     return Response(content, media_type="application/json", headers=headers)
-
-
-NO_BUFFERING = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def _timeout_s(request: Request, limit_s: float) -> float:
@@ -219,14 +214,8 @@ def _images_response(
         "sampler": admitted.sampler,
         "loras": dict(admitted.loras),
         "timings": timings.milliseconds(),
-        "warnings": admitted.warnings + _withheld(images),
+        "warnings": admitted.warnings + withheld_warnings(images),
     }
-
-
-def _withheld(images: Sequence[EncodedImage]) -> list[str]:
-    """A warning where the safety filter put a black picture in an image's place."""
-    indices = ", ".join(str(image.row_index) for image in images if image.filtered)
-    return [f"the safety filter withheld image {indices} (from 0): it is black"] if indices else []
 
 
 def _payload(data: bytes, params: ImageParams) -> dict[str, str]:
@@ -241,51 +230,3 @@ def _server_timing(timings: Timings) -> str:
         f"{name.removesuffix('_ms')};dur={value:g}"
         for name, value in timings.milliseconds().items()
     )
-
-
-async def _stream(
-    job: Job, params: ImageParams, admitted: Admitted, event_name: str, exchange: Exchange
-) -> AsyncIterator[bytes]:
-    """Server-sent events in OpenAI's shapes; ends with ``[DONE]`` also after an error.
-
-    The head said 200; how the stream ended is told to the metrics by ``exchange.status``.
-    """
-    exchange.status = Cancelled.status  # unless it gets to an end below
-    common = {
-        "size": f"{admitted.width}x{admitted.height}",
-        "quality": params.quality,
-        "background": "opaque",
-        "output_format": params.output_format,
-    }
-    try:
-        async for image in job.items():
-            kind = "completed" if image.preview_index is None else "partial_image"
-            event: dict[str, Any] = {
-                "type": f"{event_name}.{kind}",
-                "b64_json": to_base64(image.data),
-                "created_at": int(time.time()),
-                "image_index": image.row_index,
-                "seed": admitted.seed + image.row_index,
-                **common,
-            }
-            if image.preview_index is not None:
-                event["partial_image_index"] = image.preview_index
-            else:
-                event["timings"] = job.request.timings.milliseconds()
-                event["warnings"] = admitted.warnings + _withheld([image])
-                if image.filtered:
-                    event["filtered"] = True
-            yield _sse(event["type"], event)
-        exchange.status = 200
-    except ServiceError as error:
-        exchange.status = error.status
-        yield _sse("error", error.body())
-    finally:
-        timings = job.request.timings.milliseconds()
-        exchange.log_fields |= {"n": params.n, "steps": admitted.num_steps} | timings
-        await job.__aexit__(None, None, None)
-    yield b"data: [DONE]\n\n"
-
-
-def _sse(name: str, data: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: ".encode() + orjson.dumps(data) + b"\n\n"

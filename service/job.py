@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -174,6 +174,12 @@ class Job:
             self._replica.metrics.image(width, height, seconds)
         preview_index = event.preview_index if isinstance(event, Preview) else None
         return EncodedImage(event.row_index, preview_index, data, filtered)
+
+
+def withheld_warnings(images: Sequence[EncodedImage]) -> list[str]:
+    """A warning where the safety filter put a black picture in an image's place."""
+    indices = ", ".join(str(image.row_index) for image in images if image.filtered)
+    return [f"the safety filter withheld image {indices} (from 0): it is black"] if indices else []
 
 
 def parameters_text(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import io
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.types import Message
 
 from service.app import build_app
 from service.replica import Replica
@@ -21,7 +26,7 @@ from service.settings import load_settings
 
 
 @pytest.fixture(scope="module")
-def http(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[TestClient]:
+def replica(lcm_checkpoint: Path, cache_dir: Path) -> Replica:
     settings = load_settings(
         {
             "model": str(lcm_checkpoint),
@@ -32,7 +37,12 @@ def http(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[TestClient]:
             "max_input_px": 300 * 300,
         }
     )
-    with TestClient(build_app(Replica(settings))) as client:
+    return Replica(settings)
+
+
+@pytest.fixture(scope="module")
+def http(replica: Replica) -> Iterator[TestClient]:
+    with TestClient(build_app(replica)) as client:
         yield client
 
 
@@ -256,3 +266,32 @@ def test_probes_metrics_docs_and_page(http: TestClient) -> None:
     assert (
         "num_inference_steps" in schema["components"]["schemas"]["GenerationRequest"]["properties"]
     )
+
+
+def test_a_stream_whose_client_goes_before_its_first_event_holds_nothing(
+    http: TestClient, replica: Replica
+) -> None:
+    """By the ASGI messages themselves: the head cannot be sent, so no event is ever asked for."""
+    images = f'fourstep_images_total{{model="{replica.runner.info.model_id}"}}'
+    before = http.get("/metrics").text
+    body = {"prompt": "x", "stream": True, "num_inference_steps": 50}
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message: Message) -> None:
+        raise OSError("the connection is closed")
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/images/generations",
+        "headers": [], "query_string": b"",
+        "asgi": {"version": "3.0", "spec_version": "2.4"}, "root_path": "",
+    }  # fmt: skip
+    with contextlib.suppress(OSError):
+        asyncio.run(http.app(scope, receive, send))
+    deadline = time.monotonic() + 30
+    while replica.loop.num_open:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    shown = [line for line in before.splitlines() if line.startswith(images)]
+    assert shown[0] in http.get("/metrics").text, "nothing was drawn to its end for nobody"
