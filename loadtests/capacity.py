@@ -20,7 +20,14 @@ from tqdm import tqdm
 from engines.cli import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests import serving
-from loadtests.client import Answer, Client, check_url, summarise
+from loadtests.client import (
+    AllowHostOption,
+    Answer,
+    Client,
+    UrlOption,
+    check_url,
+    summarise,
+)
 from loadtests.plots import lines, name_axes, panels, stacked
 from loadtests.report import RESULTS, OutOption, Report
 from loadtests.scrape import Scrape
@@ -104,12 +111,8 @@ def _stages(answers: list[Answer]) -> dict[str, float]:
 
 
 def capacity(
-    url: Annotated[
-        str, typer.Option(help="Base URL of a running service; empty: one is started here.")
-    ] = "",
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="A host other than this machine that may be loaded.")
-    ] = None,
+    url: UrlOption = "",
+    allow_host: AllowHostOption = None,
     p95_ms: Annotated[float, typer.Option(min=1, help="The promise: 95 % within this.")] = 500,
     profile: Annotated[str, typer.Option(help="uniform, mixed or sizes.")] = "mixed",
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each rate.")] = 30,

@@ -13,7 +13,7 @@ import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import typer
@@ -63,6 +63,14 @@ def check_url(url: str, allowed_hosts: Sequence[str] = ()) -> str:
             f"with --allow-host {host or 'HOST'}"
         )
     return url.rstrip("/")
+
+
+UrlOption = Annotated[
+    str, typer.Option(help="Base URL of a running service; empty: one is started here.")
+]
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option(help="A host other than this machine that may be loaded.")
+]
 
 
 class Latencies:

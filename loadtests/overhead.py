@@ -23,7 +23,7 @@ from engines.drawing import Recipe
 from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
 from loadtests.capacity import started_or_named
-from loadtests.client import Answer, Client, require_answers
+from loadtests.client import AllowHostOption, Answer, Client, UrlOption, require_answers
 from loadtests.plots import COLORS, name_axes, panels, stacked
 from loadtests.probe import Connection
 from loadtests.report import RESULTS, OutOption, Report
@@ -72,12 +72,8 @@ def budget(answers: list[Answer], server_ms: float, way_ms: float) -> Budget:
 
 
 def overhead(
-    url: Annotated[
-        str, typer.Option(help="Base URL of a running service; empty: one is started here.")
-    ] = "",
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="A host other than this machine that may be loaded.")
-    ] = None,
+    url: UrlOption = "",
+    allow_host: AllowHostOption = None,
     model: Annotated[str, typer.Option(help="The model the service serves.")] = "demo-lcm",
     rounds: Annotated[int, typer.Option(min=1, max=50, help="Alternations.")] = 6,
     count: Annotated[int, typer.Option(min=4, max=1000, help="Images per round and side.")] = 48,

@@ -45,6 +45,7 @@ def overload(
         model, cache_dir, gpu_shaped=gpu_shaped, environment=environment
     ) as service:
         report = press(service, factor, seconds, deadline_s)
+    report.name += "-gpu-shaped" if gpu_shaped else ""
     report.write(out)
 
 
