@@ -15,7 +15,7 @@ from pathlib import Path
 
 from service.haproxy import COMMAND
 
-QUIET_PORTS = range(20_000, 32_000)
+QUIET_PORTS = range(20_000, 30_000)  # from there on Ray's replicas take theirs
 # Head and body of a request that HAProxy can send again: any prompt, a photograph, a drawing of
 # 512 x 512 px. Every open connection may hold two such buffers.
 REPLAY_BYTES = 1024 * 1024
@@ -67,18 +67,18 @@ def own_ports() -> dict[str, str]:
     SO_REUSEPORT, so the kernel would hand a second service's requests to the first one's replicas.
     """
     values = {
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
     }
     if haproxy_available():
         values |= {
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         }
     return values
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody has, below those that the system gives to connections as they come.
 
     One of the latter may be taken again before HAProxy, which starts seconds later, binds it.

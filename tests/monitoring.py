@@ -16,7 +16,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.replicas import ReplicaProcess, free_port
+from service.ray_environment import free_port
+from tests.replicas import ReplicaProcess
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx
 from fastapi import FastAPI
 
 from service.app import build_app
+from service.ray_environment import free_port
 from service.replica import Replica
 from service.settings import load_settings
 
@@ -44,12 +44,6 @@ class ReplicaProcess:
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
         lines = (line for line in text.splitlines() if not line.startswith("#"))
         return {series: float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,19 +22,12 @@ from typing import Any
 import httpx
 import psutil
 
+from service.ray_environment import free_port
+
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240
 OWN_PORTS = ("HAPROXY_STATS", "HAPROXY_METRICS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
-
-
-def free_port() -> int:
-    """Below the ports that the system gives out by itself: it stays free until Ray binds it."""
-    for port in random.sample(range(20_000, 29_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
 
 
 class RayCluster:

@@ -26,8 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engines.model import prepare
 from engines.order import Order
-from service.ray_environment import REPLAY_BYTES, haproxy_available
-from tests.service.processes import free_port, start, wait_until_ready
+from service.ray_environment import REPLAY_BYTES, free_port, haproxy_available
+from tests.service.processes import start, wait_until_ready
 
 CLIENTS = 8
 MAX_STEPS = 1000  # many seconds of work: what is cancelled here was not nearly done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,18 +12,14 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.ray_environment import free_port
+
 COUNT = """
 from service.metrics import Metrics
 metrics = Metrics("demo-lcm")
 metrics.image(64, 64, 0.01)
 metrics.request("generations", 200, 0.5)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def exporter(folder: Path, port: int) -> subprocess.Popen[str]:

@@ -19,8 +19,9 @@ import pytest
 
 from engines.model import prepare
 from engines.order import Order
+from service.ray_environment import free_port
 from service.settings import SettingsError, load_settings
-from tests.service.processes import free_port, start, wait_until_ready
+from tests.service.processes import start, wait_until_ready
 
 
 @pytest.fixture
