@@ -111,7 +111,12 @@ def test_pages_run_their_own_scripts_and_no_others(http: TestClient, path: str) 
 def test_the_api_reference_works_under_its_policy(lcm_checkpoint: Path, cache_dir: Path) -> None:
     with serving(model=str(lcm_checkpoint), cache_dir=cache_dir) as url, studio(url) as page:
         refused: list[str] = []
-        page.on("console", lambda line: refused.append(line.text) if line.type == "error" else None)
+        page.on(
+            "console",
+            lambda line: (
+                refused.append(f"{line.text}: {line.location}") if line.type == "error" else None
+            ),
+        )
         page.goto(f"{url}/docs")
         page.locator("[data-path='/v1/images/generations']").click()
         expect(page.get_by_text("num_inference_steps").first).to_be_visible()

@@ -43,7 +43,7 @@ def serving(**values: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def studio(url: str) -> Iterator[Page]:
-    """The page, opened; afterwards no script has failed and no other host was asked."""
+    """The page, opened; afterwards no script failed, no file was missed, no other host asked."""
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -54,6 +54,12 @@ def studio(url: str) -> Iterator[Page]:
             lambda request: (
                 request.url.startswith(("data:", url))
                 or problems.append(f"asked {urlsplit(request.url).hostname}")
+            ),
+        )
+        page.on(
+            "response",
+            lambda response: (
+                response.status != 404 or problems.append(f"nothing at {response.url}")
             ),
         )
         page.goto(url)
