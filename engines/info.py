@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.batching import decode_rows
 from engines.drawing import Recipe
 from engines.errors import InvalidInput
 from engines.model import Model
@@ -35,11 +36,13 @@ class ModelInfo:
     samplers: tuple[str, ...]
     loras: tuple[str, ...]
     max_batch: int
+    max_decode_batch: int
 
 
 def describe(model: Model, max_batch: int | None, model_id: str | None) -> ModelInfo:
     """What is said of a loaded model; None leaves batch and name to it."""
     facts = model.facts
+    lanes = model.batch_for(max_batch)
     return ModelInfo(
         model_id=model_id or facts.name,
         family=facts.family,
@@ -58,7 +61,8 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         default_guidance_scale=facts.default_guidance_scale,
         samplers=SAMPLERS,
         loras=model.adapters.names,
-        max_batch=model.batch_for(max_batch),
+        max_batch=lanes,
+        max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from engines.adapters import Adapters, read_lora
+from engines.batching import FULL_BATCH, denoise_rows
 from engines.bundle import (
     TOKENIZER,
     Blueprint,
@@ -30,9 +31,6 @@ from engines.order import Order
 from engines.plan import MODULES, PlanTarget, import_tensorrt
 
 logger = logging.getLogger("fourstep.model")
-# Rows of one denoise call. A CPU's cost grows with the rows, so small batches keep the latency low
-# and lose nothing; a GPU is not full before eight.
-DEFAULT_MAX_BATCH = {"cpu": 2, "cuda": 8}
 PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
 
@@ -52,7 +50,7 @@ class Model:
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
         if self.target is None:
-            return wanted or DEFAULT_MAX_BATCH[self.device]
+            return wanted or denoise_rows(self.device, self.facts.default_size_px)
         return min(wanted or self.target.max_batch, self.target.max_batch)
 
 
@@ -97,7 +95,7 @@ def _target(order: Order, backend: str) -> PlanTarget:
     target = PlanTarget(
         engine=backend,
         sizes_px=(),  # the model's own
-        max_batch=order.max_batch or DEFAULT_MAX_BATCH["cuda"],
+        max_batch=order.max_batch or FULL_BATCH,
         compute_capabilities=(capability,) if backend == "tensorrt-rtx" and capability else (),
         refit=bool(order.loras),
     )

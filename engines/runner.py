@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -210,8 +210,14 @@ class Runner:
             noise = self._draw_noise(drawing).to(mean.device)
             drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
 
-    def denoise(self, drawings: Sequence[Drawing]) -> None:
-        """One step of each row, rows of one group, any step, sampler and guidance, in one call."""
+    def denoise(
+        self, drawings: Sequence[Drawing], before_run: Callable[[], None] = lambda: None
+    ) -> None:
+        """One step of each row, rows of one group, any step, sampler and guidance, in one call.
+
+        ``before_run`` is called when all is laid out and the engine is about to run: what it sets
+        going in other threads then shares the processor with the engine, not with this one.
+        """
         self._take_up()
         for drawing in drawings:
             if drawing.latents is None:
@@ -221,7 +227,9 @@ class Runner:
         if self._lanes is None or not self._lanes.hold(drawings):
             self._lanes = Lanes(drawings, self._model.device)
         self._model.adapters.switch(drawings[0].group.loras)
-        self._lanes.advance(self._run("denoiser", **self._lanes.inputs()))
+        inputs = self._lanes.inputs()
+        before_run()
+        self._lanes.advance(self._run("denoiser", **inputs))
         for drawing in drawings:  # a GPU still works on this step
             self._draw_ahead(drawing)
         if any(drawing.step_index == drawing.num_steps for drawing in drawings):
@@ -278,7 +286,7 @@ class Runner:
     # -- whole images ------------------------------------------------------------------------
 
     def draw(self, recipes: Sequence[Recipe]) -> list[Drawing]:
-        """Draw images to the end in batches of at most ``max_batch`` lanes, without a service.
+        """Draw images to the end in the model's own batches, without a service.
 
         Raises:
             EngineError: an image could not be drawn; the message says why.
@@ -295,16 +303,22 @@ class Runner:
             leader = open_[0]
             alike = [d for d in open_ if d.stage is leader.stage and d.group == leader.group]
             lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
-            num_rows = sum(count <= self.info.max_batch for count in lanes)
-            calls[leader.stage](alike[: max(1, num_rows)])
+            num_rows = max(1, sum(count <= self.info.max_batch for count in lanes))
+            if leader.stage is not Stage.DENOISE:
+                num_rows = min(num_rows, self.info.max_decode_batch)
+            calls[leader.stage](alike[:num_rows])
         for drawing in drawings:
             if drawing.failure is not None:
                 raise EngineError(drawing.failure)
         return drawings
 
     def warm_up(self, loras: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Run every part at every batch size once, so that no request pays for a first time."""
-        for count in range(1, self.info.max_batch + 1):
+        """Run every part once at every batch size, so that no request pays for a first time.
+
+        A CPU prepares nothing for a size: there the smallest and the largest will do.
+        """
+        largest = self.info.max_batch
+        for count in {1, largest} if self._model.device == "cpu" else range(1, largest + 1):
             recipes = [self.default_recipe(seed) for seed in range(count)]
             self.draw([dataclasses.replace(recipe, loras=loras) for recipe in recipes])
         self._prompts.clear()

@@ -39,6 +39,7 @@ class Point(NamedTuple):
     step_flops: int
     peak_flops_per_s: float
     served_batch: int  # lanes of a denoise call when the service runs this engine
+    served_decode_batch: int  # rows of a decode call
 
     @property
     def flops_per_s(self) -> float:
@@ -68,7 +69,8 @@ def measure(task: Task) -> list[Point]:
 
 
 def _measure(task: Task) -> list[Point]:
-    from engines.model import DEFAULT_MAX_BATCH, prepare
+    from engines.batching import decode_rows, denoise_rows
+    from engines.model import prepare
     from engines.order import Order
     from engines.runner import Runner
     from loadtests.flops import count_flops
@@ -80,7 +82,8 @@ def _measure(task: Task) -> list[Point]:
     runner = Runner.open(order)
     graph = prepare(Order(task.model, "onnxruntime", cache_dir=task.cache_dir), _no_progress)
     peak = _peak_flops_per_s(runner.info.precision, task.num_threads)
-    served = DEFAULT_MAX_BATCH[_device()]
+    served = denoise_rows(_device(), runner.info.default_width)
+    decoded = decode_rows(_device(), runner.info.default_width, served)
     points = []
     for size_px in task.sizes_px:
         for batch in task.batches:
@@ -95,6 +98,7 @@ def _measure(task: Task) -> list[Point]:
                     Point(
                         task.backend, runner.info.precision, batch, size_px, num_steps,
                         batch / seconds, step_ms, decode_ms, _memory_mib(), flops, peak, served,
+                        decoded,
                     )
                 )  # fmt: skip
     return points

@@ -42,7 +42,7 @@ class SimulatedReplica:
 
     def __init__(self, timing: TimingDouble) -> None:
         self._timing = timing
-        self._scheduler: Scheduler[SimulatedRow] = Scheduler(timing.limits)
+        self._scheduler: Scheduler[SimulatedRow] = Scheduler(timing.limits, timing)
         self._work: Work[SimulatedRow] | None = None
         self.num_open = 0
 

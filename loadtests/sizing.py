@@ -82,7 +82,7 @@ def timing_of(
     batches = sorted(one_per_batch)
     step = line_through(batches, [one_per_batch[b].step_ms / 1e3 for b in batches])
     decode = line_through(batches, [one_per_batch[b].decode_ms / 1e3 for b in batches])
-    limits = Limits(first.served_batch, max(1, first.served_batch // 2))
+    limits = Limits(first.served_batch, first.served_decode_batch)
     return TimingDouble(f"{name} ({' '.join(engine)})", step, decode, False, limits, overhead_s)
 
 

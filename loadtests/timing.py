@@ -32,10 +32,18 @@ class TimingDouble:
         rows = sum(PIXELS[size] if self.by_pixels else 1.0 for size in sizes)
         return cost[0] + cost[1] * rows
 
+    def step_s(self, group: tuple[int, int]) -> float:
+        """A full denoise call, as `service.scheduler.Costs` has it."""
+        return self.seconds(self.step, [group[0]] * self.limits.max_batch)
+
+    def decode_fixed_s(self, group: tuple[int, int]) -> float:
+        """The part of a decode call that does not depend on its rows."""
+        return self.decode[0]
+
 
 CPU_SHAPED = TimingDouble(
-    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(2, 1)
+    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(8, 8)
 )
 GPU_SHAPED = TimingDouble(
-    "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 4)
+    "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 8)
 )

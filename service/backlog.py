@@ -1,4 +1,4 @@
-"""How much work is open, whose it is, and how long it takes: may one more request come in?
+"""How much work is open, whose it is, and what a row costs: may one more request come in?
 
 Pure bookkeeping, kept by the engine loop under its lock: no threads, no clock (time is passed in).
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections import Counter
 
 from service.errors import Overloaded
-from service.request import Request, Row
+from service.request import Request
 
 COST_WEIGHT = 0.1  # of the newest row in the average cost: the last twenty count for most of it
-FORGET = 1.05  # a call as fast as the fastest must come again within some dozens of calls
 
 
 class Backlog:
@@ -26,7 +25,6 @@ class Backlog:
         self._num_rows: Counter[tuple[str, int]] = Counter()
         self._s_per_row = 0.0  # engine seconds that a row costs, measured
         self._unattributed_s = 0.0  # engine seconds since the last row was finished
-        self._fastest_s: dict[tuple[int, int], float] = {}  # latent size → recent denoise call
 
     def add(self, request: Request) -> None:
         self._num_rows[request.tenant, request.priority] += len(request.rows)
@@ -75,11 +73,6 @@ class Backlog:
         """An engine call came back."""
         self._unattributed_s += seconds
 
-    def note_step(self, row: Row, seconds: float) -> None:
-        """It was a denoise call of rows of this one's size."""
-        size = (row.drawing.group.rows, row.drawing.group.columns)
-        self._fastest_s[size] = min(seconds, FORGET * self._fastest_s.get(size, seconds))
-
     def note_finished(self, num_rows: int) -> None:
         """Rows were finished: what the engine did since the last ones is their cost, idling not."""
         for _ in range(num_rows):
@@ -88,8 +81,3 @@ class Backlog:
             self._s_per_row += weight * (share_s - self._s_per_row)
         if num_rows:
             self._unattributed_s = 0.0
-
-    def least_s(self, row: Row) -> float:
-        """What a row's steps take even if every call is as fast as the fastest lately."""
-        size = row.drawing.group
-        return row.num_steps_left * self._fastest_s.get((size.rows, size.columns), 0.0)

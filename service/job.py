@@ -7,7 +7,7 @@ away), leaving the job frees the request's rows at the next step boundary.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from service.admission import Admitted
-from service.errors import DeadlineExceeded, ServiceError
+from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.images import encode_image
 from service.quota import Tenant
 from service.replica import Replica
@@ -62,7 +62,7 @@ class Job:
         self._admitted = admitted
         self._output_format = output_format
         self._tenant = tenant
-        self._event_loop = asyncio.get_running_loop()
+        self._mailbox = replica.mailbox()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
         now = replica.loop.clock()
         self.request = Request(
@@ -142,14 +142,21 @@ class Job:
             ) from None
 
     def _receive(self, event: Event) -> None:
-        """Called on the engine thread: encoding begins at once, not when the handler next runs."""
-        item: Future[EncodedImage] | Resolved = (
-            event
-            if isinstance(event, Resolved)
-            else self._replica.image_workers.submit(self._encode, event)
-        )
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
-            self._event_loop.call_soon_threadsafe(self._inbox.put_nowait, item)
+        """Called on the engine thread, which this must not hold up."""
+        self._mailbox.put(functools.partial(self._take, event))
+
+    def _take(self, event: Event) -> None:
+        """On the event loop: encoding begins at once, not when the handler next runs."""
+        if isinstance(event, Resolved):
+            self._inbox.put_nowait(event)
+            return
+        try:
+            image = self._replica.image_workers.submit(self._encode, event)
+        except RuntimeError:  # the replica is closed
+            error = NotReady("this replica is shutting down; try again", retry_after_s=1)
+            self._inbox.put_nowait(Resolved(error))
+        else:
+            self._inbox.put_nowait(image)
 
     def _encode(self, event: Preview | Finished) -> EncodedImage:
         final = isinstance(event, Finished)

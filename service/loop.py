@@ -9,6 +9,7 @@ on cancellation, on deadline, and when the thread itself ends.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -26,6 +27,7 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
+from service.pace import Pace
 from service.request import (
     Event,
     Finished,
@@ -46,7 +48,7 @@ class Runner(Protocol):
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None: ...
     def encode_image(self, drawings: Sequence[Drawing]) -> None: ...
-    def denoise(self, drawings: Sequence[Drawing]) -> None: ...
+    def denoise(self, drawings: Sequence[Drawing], before_run: Callable[[], None]) -> None: ...
     def decode(self, drawings: Sequence[Drawing]) -> None: ...
 
 
@@ -81,16 +83,18 @@ class EngineLoop:
         self._calls: dict[WorkKind, Callable[[Sequence[Drawing]], Any]] = {
             WorkKind.ENCODE_TEXT: runner.encode_text,
             WorkKind.ENCODE_IMAGE: runner.encode_image,
-            WorkKind.DENOISE: runner.denoise,
+            WorkKind.DENOISE: functools.partial(runner.denoise, before_run=self._send_out),
             WorkKind.DECODE: runner.decode,
         }
-        self._scheduler: Scheduler[Row] = Scheduler(limits)
+        self._pace = Pace()
+        self._scheduler: Scheduler[Row] = Scheduler(limits, self._pace)
         self._observer = observer
         self._max_call_s = max_call_s
         self._call_began_at: float | None = None
         self.clock = clock
         self._wakeup = threading.Condition()
         self._inbox: deque[Request] = deque()  # guarded by _wakeup
+        self._outbox: deque[tuple[Request, Event]] = deque()  # of the engine thread alone
         self._open: set[Request] = set()  # accepted and not resolved; guarded by _wakeup
         self._backlog = Backlog(max_waiting)  # guarded by _wakeup where handlers use it
         self._accepting = False
@@ -173,9 +177,12 @@ class EngineLoop:
                 left = list(self._open)
             for request in left:
                 self._resolve(request, Status.FAILED, error)
+            self._send_out()
 
     def _take_in(self) -> bool:
         """Move arrivals to the scheduler, sleeping while there is nothing to do. False: stop."""
+        if self._scheduler.idle:
+            self._send_out()
         with self._wakeup:
             self._wakeup.wait_for(lambda: self._stopping or self._inbox or not self._scheduler.idle)
             while self._inbox:
@@ -183,7 +190,7 @@ class EngineLoop:
             return not self._stopping
 
     def _sweep(self) -> None:
-        for request in _requests(self._scheduler.sweep(self.clock(), self._backlog.least_s)):
+        for request in _requests(self._scheduler.sweep(self.clock(), self._pace.least_s)):
             if request.cancelled:
                 self._fail(request, Status.CANCELLED, Cancelled("the client closed the request"))
             else:
@@ -205,6 +212,8 @@ class EngineLoop:
     def _call(self, work: Work[Row], *, may_split: bool) -> None:
         """One engine call. Without memory for it, two of half as many rows; then it sheds."""
         requests = _requests(work.rows)
+        if work.kind is not WorkKind.DENOISE:  # which does so itself, when its inputs are ready
+            self._send_out()
         self._call_began_at = started_at = self.clock()
         try:
             self._calls[work.kind]([row.drawing for row in work.rows])
@@ -233,8 +242,7 @@ class EngineLoop:
         num_lanes = sum(row.num_lanes for row in work.rows)
         self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds)
         self._backlog.note_call(seconds)
-        if work.kind is WorkKind.DENOISE:
-            self._backlog.note_step(work.rows[0], seconds)
+        self._pace.note(work.kind, work.rows[0].drawing.group, len(work.rows), seconds)
         for request in requests:
             name = f"{work.kind}_s"
             setattr(request.timings, name, getattr(request.timings, name) + seconds)
@@ -270,7 +278,7 @@ class EngineLoop:
                 assert row.drawing.pixels is not None, "a row is done when its pixels are there"
                 event = Finished(row.index, row.drawing.pixels)
                 row.request.num_finished += 1
-            row.request.send(event)
+            self._outbox.append((row.request, event))
             if row.request.num_finished == len(row.request.rows):
                 self._resolve(row.request, Status.COMPLETED, None)
 
@@ -287,7 +295,16 @@ class EngineLoop:
             request.status = status
             request.timings.total_s = self.clock() - request.arrived_at
             self._wakeup.notify_all()  # close() waits for the last one
-        request.send(Resolved(error))
+        self._outbox.append((request, Resolved(error)))
+
+    def _send_out(self) -> None:
+        """Hand over the events since the last time: at the latest when the engine is next asked.
+
+        Not sooner, for whoever receives them sets to work, and this thread has an engine waiting.
+        """
+        while self._outbox:
+            request, event = self._outbox.popleft()
+            request.send(event)
 
 
 def _requests(rows: Sequence[Row]) -> list[Request]:

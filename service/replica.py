@@ -6,6 +6,7 @@ HTTP paths or of Ray; `service.app` puts a surface on it, `service.deployment` a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from engines.bundle import Progress
 from engines.runner import Runner
 from service.loop import EngineLoop
+from service.mailbox import Mailbox
 from service.metrics import Metrics
 from service.quota import Quotas
 from service.recorder import Recorder
@@ -71,6 +73,7 @@ class Replica:
         self._recorder: Recorder | None = None
         self.tracing: Tracing | None = None  # None: off, and nothing of it is imported
         self._loop: EngineLoop | None = None
+        self._mailbox: Mailbox | None = None
 
     def start(self) -> None:
         """Load, warm up and begin to serve. Blocks for seconds, or minutes with a large model.
@@ -94,7 +97,7 @@ class Replica:
         )
         limits = Limits(
             max_batch=runner.info.max_batch,
-            max_decode_batch=settings.max_decode_batch or max(1, runner.info.max_batch // 2),
+            max_decode_batch=settings.max_decode_batch or runner.info.max_decode_batch,
             max_running=max(settings.max_running, runner.info.max_batch),
             patience=settings.patience,
         )
@@ -132,6 +135,13 @@ class Replica:
     def loop(self) -> EngineLoop:
         assert self._loop is not None, "start() comes first"
         return self._loop
+
+    def mailbox(self) -> Mailbox:
+        """Of the event loop that runs here: all jobs on it share one."""
+        event_loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.event_loop is not event_loop:
+            self._mailbox = Mailbox(event_loop)
+        return self._mailbox
 
     @property
     def started(self) -> bool:

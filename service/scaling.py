@@ -12,10 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engines.model import DEFAULT_MAX_BATCH
+from engines.batching import FULL_BATCH
 from service.settings import Settings, SettingsError
 
-CPU_BACKENDS = ("onnxruntime",)  # on a CPU even where a replica is given a GPU
 NOT_AUTOSCALING = {"num_replicas", "max_surge_percent", "num_gpus", "num_cpus"}
 
 
@@ -72,13 +71,10 @@ class Scaling(BaseModel):
         """Ray Serve's ``autoscaling_config``; None for a fixed number of replicas."""
         if self.max_replicas is None:
             return None
-        config = {"min_replicas": 1, "target_ongoing_requests": self._full_batch(settings)}
+        # Images that fill a denoise call: with fewer, lanes are empty; with more, rows wait.
+        target = settings.max_batch or FULL_BATCH
+        config = {"min_replicas": 1, "target_ongoing_requests": target}
         return config | self.model_dump(exclude=NOT_AUTOSCALING, exclude_none=True)
-
-    def _full_batch(self, settings: Settings) -> int:
-        """Images that fill one denoise call: with fewer, lanes are empty; with more, rows wait."""
-        on_gpu = self.num_gpus > 0 and settings.engine not in CPU_BACKENDS
-        return settings.max_batch or DEFAULT_MAX_BATCH["cuda" if on_gpu else "cpu"]
 
 
 def split_args(args: Mapping[str, Any]) -> tuple[Scaling, dict[str, Any]]:

@@ -24,7 +24,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from engines.stage import Stage
 
@@ -102,11 +102,24 @@ class Limits:
             )
 
 
-class Scheduler(Generic[R]):
-    """Step-level continuous batching over one engine."""
+class Costs(Protocol):
+    """What calls for rows of a group take, in seconds; 0 where that is not known."""
 
-    def __init__(self, limits: Limits) -> None:
+    def step_s(self, group: Any) -> float:
+        """A full denoise call."""
+        ...
+
+    def decode_fixed_s(self, group: Any) -> float:
+        """The part of a decode call that does not depend on its rows."""
+        ...
+
+
+class Scheduler(Generic[R]):
+    """Step-level continuous batching over one engine. Without ``costs`` no decode ever waits."""
+
+    def __init__(self, limits: Limits, costs: Costs | None = None) -> None:
         self.limits = limits
+        self._costs = costs
         self.waiting: list[R] = []  # in order of arrival
         self.running: list[R] = []  # in order of admission
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
@@ -115,6 +128,7 @@ class Scheduler(Generic[R]):
         self._num_running_lanes = 0
         self._encoded_last = False
         self._decoded_last = False
+        self._num_decodes_put_off = 0  # since the last one
 
     @property
     def idle(self) -> bool:
@@ -161,7 +175,8 @@ class Scheduler(Generic[R]):
         Encoding comes first: it is cheap and lets a row join the very next step; but never twice
         in a row while others could go on, so that a flood of arrivals stops nobody. Decoding and
         denoising take turns: a finished row is never kept behind more than one step of the
-        others, nor are the steps kept behind more than one chunk of decoding.
+        others, nor are the steps kept behind more than one chunk of decoding; unless it is worth
+        the wait, see `_pays_to_wait`.
         """
         self._admit()
         choices = (self._encode, self._decode_or_denoise)
@@ -172,6 +187,7 @@ class Scheduler(Generic[R]):
             self._encoded_last = work.kind in (WorkKind.ENCODE_TEXT, WorkKind.ENCODE_IMAGE)
             if not self._encoded_last:
                 self._decoded_last = work.kind is WorkKind.DECODE
+                self._num_decodes_put_off *= not self._decoded_last
             self._num_denoise_calls += work.kind is WorkKind.DENOISE
         return work
 
@@ -210,21 +226,47 @@ class Scheduler(Generic[R]):
             row for row in self.running if row.stage in (Stage.PREVIEW, Stage.DECODE)
         )
         denoisable = [row for row in self.running if row.stage is Stage.DENOISE]
-        if decodable and not (denoisable and self._decoded_last):
+        batch = self._next_batch(denoisable)
+        if decodable and not (batch and self._decoded_last):
             chunk = _same_group(decodable)[: self.limits.max_decode_batch]
-            return Work(WorkKind.DECODE, tuple(chunk))
-        if not denoisable:
-            return None
-        denoisable = self._in_turn(denoisable)
+            if not self._pays_to_wait(chunk, batch):
+                return Work(WorkKind.DECODE, tuple(chunk))
+            self._num_decodes_put_off += 1
+        for row in batch:
+            self._served[row.tenant] += row.num_lanes
+        return Work(WorkKind.DENOISE, tuple(batch)) if batch else None
+
+    def _next_batch(self, denoisable: Sequence[R]) -> list[R]:
+        """The rows that step next: of one group, as many as there are lanes."""
         batch: list[R] = []
         num_lanes = 0
-        for row in _same_group(denoisable):
+        for row in _same_group(self._in_turn(denoisable)):
             num_lanes += row.num_lanes
             if num_lanes > self.limits.max_batch:
                 break
             batch.append(row)
-            self._served[row.tenant] += row.num_lanes
-        return Work(WorkKind.DENOISE, tuple(batch))
+        return batch
+
+    def _pays_to_wait(self, chunk: Sequence[R], batch: Sequence[R]) -> bool:
+        """Whether to decode these rows together with those that the next step finishes.
+
+        One decode call less saves its fixed part for each row that is behind it; the rows of the
+        chunk pay with the time of a step. Every wait adds a row, so a full chunk ends it.
+        """
+        first = chunk[0]
+        last_steps = [row for row in batch if row.num_steps_left == 1 and row.group == first.group]
+        num_rows = len(chunk) + len(last_steps)
+        if (
+            self._costs is None
+            or not last_steps
+            or num_rows > self.limits.max_decode_batch
+            or self._num_decodes_put_off >= self.limits.max_decode_batch
+            or first.priority > min(row.priority for row in last_steps)
+        ):
+            return False
+        num_behind = sum(row.priority >= first.priority for row in self._arrivals) - len(chunk)
+        saved_s = self._costs.decode_fixed_s(first.group) * num_behind
+        return saved_s > self._costs.step_s(first.group) * len(chunk)
 
     def _in_turn(self, rows: Sequence[R]) -> list[R]:
         """These rows in the order in which they should step: by priority, turn of tenant, rank."""

@@ -41,6 +41,18 @@ def test_a_step_of_the_same_rows_gathers_only_their_noise(runners: Runners) -> N
     assert len(operations.names) <= len(rows) + 3, operations.names
 
 
+def test_the_engine_runs_next_after_what_is_to_happen_before(runners: Runners) -> None:
+    """Between the two is no operation that would hand the interpreter to a thread just woken."""
+    runner = runners["tiny-lcm", "onnxruntime"]
+    rows = [runner.start(recipe(seed=seed, num_steps=2)) for seed in range(2)]
+    runner.encode_text(rows)
+    with _Operations() as operations:
+        runner.denoise(rows, lambda: operations.names.append("before"))
+    before = operations.names.index("before")
+    assert "aten.stack.default" in operations.names[:before]  # the inputs are laid out by then
+    assert not [name for name in operations.names[before:] if "stack" in name]
+
+
 def test_latents_do_not_depend_on_who_joined_and_left(runners: Runners) -> None:
     """Continued in the same call's layout, or laid out anew before every step: the same numbers."""
     runner = runners["tiny-sd", "onnxruntime"]

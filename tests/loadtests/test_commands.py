@@ -25,7 +25,8 @@ from loadtests.traffic import UNIFORM
 from tests.engines.checkpoints import make_lora
 
 POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4, "memory_mib": 1,
-         "step_flops": 1, "peak_flops_per_s": 1, "served_batch": 8}  # fmt: skip
+         "step_flops": 1, "peak_flops_per_s": 1, "served_batch": 8,
+         "served_decode_batch": 4}  # fmt: skip
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,8 @@ class Gate:
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         self._runner.encode_image(drawings)
 
-    def denoise(self, drawings: Sequence[Drawing]) -> None:
+    def denoise(self, drawings: Sequence[Drawing], before_run: Callable[[], None]) -> None:
+        before_run()
         if not self.open:
             self.passes.acquire()
         if any(drawing.recipe.prompt == self.poison for drawing in drawings):

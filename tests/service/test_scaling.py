@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from engines.model import DEFAULT_MAX_BATCH
+from engines.batching import FULL_BATCH
 from service.scaling import NOT_AUTOSCALING, Scaling, split_args
 from service.settings import SettingsError, load_settings
-
-GPU, CPU = DEFAULT_MAX_BATCH["cuda"], DEFAULT_MAX_BATCH["cpu"]
 
 
 def autoscaling_of(args: dict[str, Any]) -> dict[str, Any] | None:
@@ -27,9 +25,8 @@ def test_a_number_of_replicas_is_not_autoscaled() -> None:
 @pytest.mark.parametrize(
     ("args", "target"),
     [
-        ({}, CPU),
-        ({"num_gpus": 1}, GPU),
-        ({"num_gpus": 1, "engine": "onnxruntime"}, CPU),
+        ({}, FULL_BATCH),
+        ({"num_gpus": 1, "engine": "onnxruntime"}, FULL_BATCH),
         ({"num_gpus": 0.5, "engine": "tensorrt", "max_batch": 12}, 12),
         ({"num_gpus": 1, "target_ongoing_requests": 3.5}, 3.5),
     ],

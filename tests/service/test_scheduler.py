@@ -48,6 +48,23 @@ class FakeRow:
             self.stage = Stage.DONE
 
 
+@dataclass(frozen=True)
+class FakeCosts:
+    """The same for every size."""
+
+    step: float
+    decode_fixed: float
+
+    def step_s(self, group: tuple[int, int]) -> float:
+        return self.step
+
+    def decode_fixed_s(self, group: tuple[int, int]) -> float:
+        return self.decode_fixed
+
+
+costs = st.one_of(
+    st.none(), st.builds(FakeCosts, st.floats(0, 1), st.floats(0, 1)), st.just(FakeCosts(0, 1))
+)
 rows = st.builds(
     FakeRow,
     num_steps=st.integers(1, 8),
@@ -86,11 +103,16 @@ def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(limits=limits, arrivals=st.lists(st.lists(rows, max_size=5), max_size=12), data=st.data())
+@given(
+    limits=limits,
+    costs=costs,
+    arrivals=st.lists(st.lists(rows, max_size=5), max_size=12),
+    data=st.data(),
+)
 def test_every_row_leaves_exactly_once(
-    limits: Limits, arrivals: list[list[FakeRow]], data: st.DataObject
+    limits: Limits, costs: FakeCosts | None, arrivals: list[list[FakeRow]], data: st.DataObject
 ) -> None:
-    scheduler: Scheduler[FakeRow] = Scheduler(limits)
+    scheduler: Scheduler[FakeRow] = Scheduler(limits, costs)
     left: list[FakeRow] = []
     pending = list(arrivals)
     everyone = [row for group in arrivals for row in group]
@@ -231,6 +253,68 @@ def test_decoding_and_denoising_take_turns() -> None:
         scheduler.update(work)
         kinds.append(work.kind)
     assert kinds == [WorkKind.DECODE, WorkKind.DENOISE, WorkKind.DECODE, WorkKind.DENOISE]
+
+
+def _finishing(scheduler: Scheduler[FakeRow], num_steps_left: list[int]) -> None:
+    """Rows that have their prompts already, with these many steps left."""
+    rows = [FakeRow(num_steps=steps, size=64, stage=Stage.DENOISE) for steps in num_steps_left]
+    scheduler.add(rows)
+
+
+@pytest.mark.parametrize(
+    ("step", "decode_fixed", "crowd", "decoded"),
+    [
+        (0.020, 0.004, 20, [4, 4]),  # 4 ms for each of 22 rows against 20 ms for each of two
+        (0.020, 0.001, 20, [2, 2, 2, 2]),  # a decode is too cheap to wait for
+        (0.100, 0.004, 20, [2, 2, 2, 2]),  # a step is too long
+        (0.020, 0.004, 2, [2, 2, 2, 2]),  # too few would gain by it
+        (0.000, 0.000, 20, [2, 2, 2, 2]),  # nothing is known yet
+    ],
+)
+def test_a_decode_waits_for_company_where_that_pays(
+    step: float, decode_fixed: float, crowd: int, decoded: list[int]
+) -> None:
+    """Two rows end with each of the next four steps; a decode call takes four."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(8, 4), FakeCosts(step, decode_fixed))
+    _finishing(scheduler, [1, 1, 2, 2, 3, 3, 4, 4] + [8] * crowd)
+    found = []
+    while sum(found) < 8:
+        work = _step(scheduler)
+        if work.kind is WorkKind.DECODE:
+            found.append(len(work.rows))
+    assert found == decoded
+
+
+def test_a_decode_never_waits_for_the_less_urgent() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 4), FakeCosts(0.0, 1.0))
+    urgent = FakeRow(num_steps=1, size=64, stage=Stage.DECODE, priority=1)
+    scheduler.add([urgent])
+    _finishing(scheduler, [1] * 20)
+    assert _step(scheduler).rows == (urgent,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    max_decode_batch=st.integers(1, 8), num_rows=st.integers(1, 40), decode_fixed=st.floats(0, 1e9)
+)
+def test_the_wait_for_company_is_bounded(
+    max_decode_batch: int, num_rows: int, decode_fixed: float
+) -> None:
+    """Whatever a decode costs, and even if those it waited for are cancelled every time."""
+    limits = Limits(2, max_decode_batch, 64)
+    scheduler: Scheduler[FakeRow] = Scheduler(limits, FakeCosts(0.0, decode_fixed))
+    ready = FakeRow(num_steps=1, size=64, stage=Stage.DECODE)
+    scheduler.add([ready])
+    _finishing(scheduler, [1] * num_rows)
+    for num_calls in range(2 * max_decode_batch):
+        work = _step(scheduler)
+        if ready in work.rows:
+            assert num_calls <= max_decode_batch
+            return
+        for row in work.rows:
+            row.cancelled = True
+        scheduler.sweep(0.0)
+    raise AssertionError("never decoded")
 
 
 def test_limits_that_cannot_work_are_refused() -> None:

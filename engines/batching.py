@@ -1,0 +1,25 @@
+"""How many rows share an engine call where nobody says: by the pixels that they are worth.
+
+A denoise call of eight rows fills a GPU, whatever their size: latents are small. Decoding holds
+many features for every pixel, so it is bounded by memory; and on a CPU, where a call takes nearly
+as long as its rows one after the other, both are bounded by time: by about one image of 512 px.
+"""
+
+from __future__ import annotations
+
+FULL_BATCH = 8
+CALL_PIXELS = {"cpu": 512 * 512, "cuda": FULL_BATCH * 512 * 512}
+
+
+def denoise_rows(device: str, size_px: int) -> int:
+    """Lanes of a denoise call of images of ``size_px`` squared; at least the two of guidance."""
+    return max(2, _rows(device, size_px)) if device == "cpu" else FULL_BATCH
+
+
+def decode_rows(device: str, size_px: int, max_batch: int) -> int:
+    """Rows of a decode call, and no more than those of a denoise call."""
+    return min(max_batch, _rows(device, size_px))
+
+
+def _rows(device: str, size_px: int) -> int:
+    return max(1, min(FULL_BATCH, CALL_PIXELS[device] // size_px**2))

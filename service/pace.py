@@ -1,0 +1,49 @@
+"""How long engine calls take, as measured lately: what the scheduler and deadlines count on.
+
+Pure bookkeeping of the engine thread: no threads, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from engines.drawing import Group
+from service.request import Row
+from service.scheduler import WorkKind
+
+FORGET = 1.05  # a call as fast as the fastest must come again within some dozens of calls
+
+
+class Pace:
+    """The fastest recent calls by kind, size and number of rows; times in seconds, 0 if unknown."""
+
+    def __init__(self) -> None:
+        self._fastest_s: defaultdict[tuple[WorkKind, int, int], dict[int, float]]
+        self._fastest_s = defaultdict(dict)  # kind and size of the latents → rows → seconds
+
+    def note(self, kind: WorkKind, group: Group, num_rows: int, seconds: float) -> None:
+        """A call came back."""
+        fastest_s = self._of(kind, group)
+        fastest_s[num_rows] = min(seconds, FORGET * fastest_s.get(num_rows, seconds))
+
+    def step_s(self, group: Group) -> float:
+        """A denoise call of as many rows as there ever were."""
+        fastest_s = self._of(WorkKind.DENOISE, group)
+        return fastest_s[max(fastest_s)] if fastest_s else 0.0
+
+    def decode_fixed_s(self, group: Group) -> float:
+        """The part of a decode call that does not depend on its rows: what one call less saves."""
+        fastest_s = self._of(WorkKind.DECODE, group)
+        if len(fastest_s) < 2:
+            return 0.0
+        few, many = min(fastest_s), max(fastest_s)
+        per_row_s = (fastest_s[many] - fastest_s[few]) / (many - few)
+        return min(max(0.0, fastest_s[few] - few * per_row_s), fastest_s[few])
+
+    def least_s(self, row: Row) -> float:
+        """What a row's steps take even if every call is as fast as the fastest."""
+        fastest_s = self._of(WorkKind.DENOISE, row.drawing.group)
+        return row.num_steps_left * min(fastest_s.values(), default=0.0)
+
+    def _of(self, kind: WorkKind, group: Group) -> dict[int, float]:
+        return self._fastest_s[kind, group.rows, group.columns]

@@ -1,0 +1,28 @@
+"""Default batches: no call draws more pixels than its device can bear in time and memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.batching import decode_rows, denoise_rows
+
+
+@pytest.mark.parametrize(
+    ("device", "size_px", "denoise", "decode"),
+    [
+        ("cpu", 128, 8, 8),  # the demo models
+        ("cpu", 256, 4, 4),
+        ("cpu", 512, 2, 1),  # SD 1.5: gigabytes and seconds a row
+        ("cpu", 1024, 2, 1),
+        ("cuda", 512, 8, 8),
+        ("cuda", 1024, 8, 2),  # SDXL
+        ("cuda", 2048, 8, 1),
+    ],
+)
+def test_rows_by_pixels(device: str, size_px: int, denoise: int, decode: int) -> None:
+    assert denoise_rows(device, size_px) == denoise
+    assert decode_rows(device, size_px, denoise) == decode
+
+
+def test_a_decode_is_never_of_more_rows_than_a_step() -> None:
+    assert decode_rows("cuda", 512, max_batch=3) == 3

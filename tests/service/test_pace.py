@@ -1,0 +1,58 @@
+"""What is learned of an engine's calls: exactly its costs, and as they are now."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.drawing import Group
+from service.pace import Pace
+from service.scheduler import WorkKind
+
+SMALL, LARGE = Group(16, 16, ()), Group(32, 32, ())
+
+
+@given(
+    fixed=st.floats(0, 0.1),
+    per_row=st.floats(1e-4, 0.1),
+    counts=st.lists(st.integers(1, 8), min_size=2, unique=True),
+)
+def test_the_fixed_part_of_a_decode_is_found(
+    fixed: float, per_row: float, counts: list[int]
+) -> None:
+    pace = Pace()
+    for num_rows in counts:
+        pace.note(WorkKind.DECODE, SMALL, num_rows, fixed + per_row * num_rows)
+    assert pace.decode_fixed_s(SMALL) == pytest.approx(fixed, abs=1e-9)
+    assert pace.decode_fixed_s(LARGE) == 0  # nothing is known of it
+
+
+def test_one_size_of_decode_tells_nothing_of_its_fixed_part() -> None:
+    pace = Pace()
+    pace.note(WorkKind.DECODE, SMALL, 4, 0.02)
+    assert pace.decode_fixed_s(SMALL) == 0
+
+
+def test_a_batch_that_costs_less_than_its_half_is_bounded_by_what_was_seen() -> None:
+    pace = Pace()
+    pace.note(WorkKind.DECODE, SMALL, 1, 0.03)
+    pace.note(WorkKind.DECODE, SMALL, 4, 0.02)
+    assert pace.decode_fixed_s(SMALL) == 0.03
+
+
+def test_a_step_is_that_of_the_largest_batch_and_slow_ones_are_outliers() -> None:
+    pace = Pace()
+    assert pace.step_s(SMALL) == 0
+    for seconds in (0.5, 0.02, 0.4):
+        pace.note(WorkKind.DENOISE, SMALL, 8, seconds)
+    pace.note(WorkKind.DENOISE, SMALL, 1, 0.013)
+    assert pace.step_s(SMALL) == pytest.approx(0.02, rel=0.06)
+
+
+def test_an_engine_that_became_slower_is_believed_in_the_end() -> None:
+    pace = Pace()
+    pace.note(WorkKind.DENOISE, SMALL, 8, 0.02)
+    for _ in range(40):
+        pace.note(WorkKind.DENOISE, SMALL, 8, 0.1)
+    assert pace.step_s(SMALL) == 0.1
