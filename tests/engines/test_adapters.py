@@ -127,11 +127,11 @@ def test_sessions_of_recent_sets_are_kept_as_far_as_memory_goes(
     for chosen in ({"attention": 1.0}, {"everything": 0.7}, {"attention": 1.0}, {}):
         wanted = recipe(sampler="lcm", num_steps=1, loras=chosen)
         results.append(draw_together(runner, [wanted])[0].latents)
-        sessions.append(engine._session)
+        sessions.append(engine._sessions)
     assert np.array_equal(results[0], results[2])
     assert not np.allclose(results[0], results[1])
     assert (sessions[0] is sessions[2]) == bool(kept_bytes)
-    assert len(engine._sessions) == (3 if kept_bytes else 1)
+    assert len(engine._variants) == (3 if kept_bytes else 1)
     runner.close()
 
 
