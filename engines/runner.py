@@ -232,6 +232,10 @@ class Runner:
         self._lanes.advance(self._run("denoiser", **inputs))
         for drawing in drawings:  # a GPU still works on this step
             self._draw_ahead(drawing)
+        if self._model.device == "cuda":
+            # Without this the host runs ahead, up to the next decode: rows that come would stand
+            # behind steps that nobody has begun, and calls would seem to take no time.
+            torch.cuda.current_stream().synchronize()
         if any(drawing.step_index == drawing.num_steps for drawing in drawings):
             self._lanes = None
 
