@@ -18,7 +18,7 @@ GPU = Machine("double", GPU_SHAPED, price_per_hour=1.0)
 
 def point(batch: int, step_ms: float, decode_ms: float) -> Point:
     seconds = (4 * step_ms + decode_ms) / 1e3
-    return Point("torch", "fp16", batch, 128, 4, batch / seconds, step_ms, decode_ms, 1, 1, 1, 8)
+    return Point("torch", "fp16", batch, 128, 4, batch / seconds, step_ms, decode_ms, 1, 1, 1, 8, 4)
 
 
 def test_a_fleet_of_one_is_the_scheduler_alone() -> None:
