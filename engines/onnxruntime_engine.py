@@ -50,7 +50,7 @@ class OnnxRuntimeEngine:
         available = onnxruntime.get_available_providers()  # CUDA where it is a GPU build
         self._providers = [name for name in PROVIDERS if name in available]
         num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-        self._num_parts = num_threads or len(os.sched_getaffinity(0))
+        self._num_parts = num_threads or os.cpu_count() or 1
         if len(self._providers) > 1 or 2 * num_bytes > KEPT_BYTES:
             self._num_parts = 1
         self._threads = ThreadPoolExecutor(max(1, self._num_parts - 1), "fourstep-onnxruntime")
