@@ -190,7 +190,9 @@ class EngineLoop:
             return not self._stopping
 
     def _sweep(self) -> None:
-        for request in _requests(self._scheduler.sweep(self.clock(), self._pace.least_s)):
+        num_rows = len(self._scheduler.waiting) + len(self._scheduler.running)
+        least_s = functools.partial(self._pace.least_s, num_rows=num_rows)
+        for request in _requests(self._scheduler.sweep(self.clock(), least_s)):
             if request.cancelled:
                 self._fail(request, Status.CANCELLED, Cancelled("the client closed the request"))
             else:

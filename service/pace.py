@@ -5,6 +5,7 @@ Pure bookkeeping of the engine thread: no threads, no clock.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 
 from engines.drawing import Group
@@ -28,8 +29,7 @@ class Pace:
 
     def step_s(self, group: Group) -> float:
         """A denoise call of as many rows as there ever were."""
-        fastest_s = self._of(WorkKind.DENOISE, group)
-        return fastest_s[max(fastest_s)] if fastest_s else 0.0
+        return self._fastest(WorkKind.DENOISE, group, sys.maxsize)
 
     def decode_fixed_s(self, group: Group) -> float:
         """The part of a decode call that does not depend on its rows: what one call less saves."""
@@ -40,10 +40,25 @@ class Pace:
         per_row_s = (fastest_s[many] - fastest_s[few]) / (many - few)
         return min(max(0.0, fastest_s[few] - few * per_row_s), fastest_s[few])
 
-    def least_s(self, row: Row) -> float:
-        """What a row's steps take even if every call is as fast as the fastest."""
-        fastest_s = self._of(WorkKind.DENOISE, row.drawing.group)
-        return row.num_steps_left * min(fastest_s.values(), default=0.0)
+    def least_s(self, row: Row, num_rows: int) -> float:
+        """What is left of a row takes this long even if every call is as fast as the fastest.
+
+        ``num_rows`` are there, so a call has as many of them as it can. Only a row that has all its
+        steps behind it may hope to be decoded alone: much is lost with it, and little before.
+        """
+        num_steps, group = row.num_steps_left, row.drawing.group
+        step_s = self._fastest(WorkKind.DENOISE, group, num_rows)
+        return num_steps * step_s + self._fastest(
+            WorkKind.DECODE, group, num_rows if num_steps else 1
+        )
+
+    def _fastest(self, kind: WorkKind, group: Group, num_rows: int) -> float:
+        """Of the calls seen, the largest of at most ``num_rows``; 0 where there is none."""
+        fastest_s = self._of(kind, group)
+        largest = max(fastest_s, default=0)
+        if largest > num_rows:
+            largest = max((n for n in fastest_s if n <= num_rows), default=0)
+        return fastest_s.get(largest, 0.0)
 
     def _of(self, kind: WorkKind, group: Group) -> dict[int, float]:
         return self._fastest_s[kind, group.rows, group.columns]

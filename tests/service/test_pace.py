@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +51,32 @@ def test_a_step_is_that_of_the_largest_batch_and_slow_ones_are_outliers() -> Non
         pace.note(WorkKind.DENOISE, SMALL, 8, seconds)
     pace.note(WorkKind.DENOISE, SMALL, 1, 0.013)
     assert pace.step_s(SMALL) == pytest.approx(0.02, rel=0.06)
+
+
+def test_what_is_left_of_a_row_depends_on_how_many_there_are() -> None:
+    pace = Pace()
+    for kind, per_row in ((WorkKind.DENOISE, 0.01), (WorkKind.DECODE, 0.02)):
+        for num_rows in (1, 2, 8):
+            pace.note(kind, SMALL, num_rows, per_row * num_rows)
+
+    def least_s(num_steps_left: int, num_rows: int, group: Group = SMALL) -> float:
+        drawing = SimpleNamespace(group=group)
+        row: Any = SimpleNamespace(num_steps_left=num_steps_left, drawing=drawing)
+        return pace.least_s(row, num_rows)
+
+    assert least_s(4, 1) == pytest.approx(4 * 0.01 + 0.02)
+    assert least_s(4, 3) == pytest.approx(4 * 0.02 + 0.04)  # no call of three was seen
+    assert least_s(4, 50) == pytest.approx(4 * 0.08 + 0.16)
+    assert least_s(0, 50) == pytest.approx(0.02)  # drawn already: every chance is given
+    assert least_s(4, 50, LARGE) == 0  # nothing is known
+
+
+def test_a_row_alone_is_never_judged_by_calls_of_many() -> None:
+    """Else it would be given up, no call would be made, and nothing better ever be learned."""
+    pace = Pace()
+    pace.note(WorkKind.DENOISE, SMALL, 8, 10.0)
+    row: Any = SimpleNamespace(num_steps_left=8, drawing=SimpleNamespace(group=SMALL))
+    assert pace.least_s(row, num_rows=1) == 0
 
 
 def test_an_engine_that_became_slower_is_believed_in_the_end() -> None:
