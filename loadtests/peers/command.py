@@ -40,6 +40,9 @@ def peers(
     gpu_shaped: Annotated[
         bool, typer.Option("--gpu-shaped", help="Over an engine that sleeps as a GPU would draw.")
     ] = False,
+    row_level: Annotated[
+        bool, typer.Option("--row-level", help="Lend the peers our batches of any step counts.")
+    ] = False,
     fast_png: Annotated[
         bool, typer.Option("--fast-png", help="Give the peers our PNG encoder too.")
     ] = False,
@@ -59,7 +62,8 @@ def peers(
     profiles = _profiles(profile)
     python = peers_python or ensure_python(cache_dir)
     options = ["--workers", str(workers)]
-    options += ["--gpu-shaped"] * gpu_shaped + ["--fast-png"] * fast_png
+    options += ["--gpu-shaped"] * gpu_shaped
+    options += ["--row-level"] * row_level + ["--fast-png"] * fast_png
     point_s = _point_s(minutes, rounds, len(chosen), len(profiles))
     findings = Findings()
 
@@ -74,7 +78,7 @@ def peers(
     for each in profiles:
         findings.choose_rates(each.name, chosen)
     interleaved(chosen, rounds - 1, lambda each, index: work(each, index + 1))
-    how = _how(gpu_shaped, fast_png, workers)
+    how = _how(gpu_shaped, row_level, fast_png, workers)
     write_page(findings, chosen, profiles, how=how, out=out)
 
 
@@ -107,10 +111,11 @@ def measure(
                 findings.answers.setdefault((of, load, peer.name), []).extend(answers)
 
 
-def _how(gpu_shaped: bool, fast_png: bool, workers: int) -> dict[str, str]:
+def _how(gpu_shaped: bool, row_level: bool, fast_png: bool, workers: int) -> dict[str, str]:
     """What is not the default, for names and titles: file suffix → words."""
     found = {
         "-gpu-shaped": "an engine that sleeps as a GPU would draw" if gpu_shaped else "",
+        "-row-level": "our row-level batches for all" if row_level else "",
         "-fast-png": "our PNG encoder for all" if fast_png else "",
         f"-{workers}-workers": f"{workers} engines each" if workers > 1 else "",
     }

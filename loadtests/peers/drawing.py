@@ -1,7 +1,8 @@
 """What the batching peers share: the product's engine, asked for whole batches of whole images.
 
-Kinder than batching a diffusers pipeline: rows of all step counts share a run and cost nothing
-after their last step. What is left to compare is how each peer collects, hands over and answers.
+A pipeline's call has one number of steps and one size, so a batch with several runs as several
+calls, one after the other. With ``row_level`` the peers are lent what Fourstep is made of: rows of
+all step counts share a run and cost nothing after their last step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from engines.drawing import Recipe
 from engines.order import DEFAULT_CACHE_DIR, Order
 from engines.runner import Runner
 from loadtests.peers.sleeping import open_sleeping
@@ -36,6 +38,7 @@ class Options:
     cache_dir: Path
     port: int
     gpu_shaped: bool = False
+    row_level: bool = False  # rows of several step counts share an engine call, as ours do
     fast_png: bool = False  # our encoder instead of Pillow's, which the peers' examples use
     workers: int = 1  # engines, which share the cores evenly
 
@@ -60,6 +63,7 @@ class Options:
         parser.add_argument("--port", type=int, required=True)
         parser.add_argument("--workers", type=int, default=1)
         parser.add_argument("--gpu-shaped", action="store_true")
+        parser.add_argument("--row-level", action="store_true")
         parser.add_argument("--fast-png", action="store_true")
         return cls(**vars(parser.parse_args()))
 
@@ -77,20 +81,30 @@ class BatchEngine:
             )  # fmt: skip
             self._runner = Runner.open(order)
         self._runner.warm_up()
-        self._fast_png = options.fast_png
+        self._row_level, self._fast_png = options.row_level, options.fast_png
         self._settings = Settings()
 
     def draw(self, bodies: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-        """Pixels uint8 ``[H, W, 3]`` of each body."""
-        recipes = []
-        for body in bodies:
-            width, _, height = body["size"].partition("x")
-            recipe = self._runner.default_recipe(
-                body["seed"], body["prompt"], body["num_inference_steps"]
-            )
-            recipes.append(dataclasses.replace(recipe, width_px=int(width), height_px=int(height)))
-        drawings = self._runner.draw(recipes)
-        return [drawing.pixels for drawing in drawings if drawing.pixels is not None]
+        """Pixels uint8 ``[H, W, 3]`` of each body, in their order."""
+        recipes = [self._recipe(body) for body in bodies]
+        calls: dict[object, list[int]] = {}  # a pipeline's calls, by what all rows of one share
+        for index, recipe in enumerate(recipes):
+            shared = (recipe.num_steps, recipe.width_px, recipe.height_px)
+            calls.setdefault(None if self._row_level else shared, []).append(index)
+        found: dict[int, np.ndarray] = {}
+        for indices in calls.values():
+            drawings = self._runner.draw([recipes[index] for index in indices])
+            for index, drawing in zip(indices, drawings, strict=True):
+                assert drawing.pixels is not None, "drawn to the end"
+                found[index] = drawing.pixels
+        return [found[index] for index in range(len(recipes))]
+
+    def _recipe(self, body: dict[str, Any]) -> Recipe:
+        width, _, height = body["size"].partition("x")
+        recipe = self._runner.default_recipe(
+            body["seed"], body["prompt"], body["num_inference_steps"]
+        )
+        return dataclasses.replace(recipe, width_px=int(width), height_px=int(height))
 
     def png(self, pixels: np.ndarray) -> bytes:
         if self._fast_png:
