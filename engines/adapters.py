@@ -157,9 +157,13 @@ class Adapters:
                 )
         return tuple((name, float(wanted[name])) for name in sorted(wanted) if wanted[name])
 
+    def hold(self, wanted: AdapterSet) -> bool:
+        """Whether the engines draw with this set now."""
+        return wanted == self._current
+
     def switch(self, wanted: AdapterSet) -> None:
         """Make the engines draw with ``wanted``; nothing of the set before stays."""
-        if wanted == self._current:
+        if self.hold(wanted):
             return
         self._current = None
         for part in PREFIXES:

@@ -13,7 +13,11 @@ Variant = tuple[tuple[str, float], ...]  # names a set of weights; (): the built
 
 
 class Engine(Protocol):
-    """One compiled part. Called from one thread at a time."""
+    """One compiled part.
+
+    ``run`` is called from as many threads at a time as ``Model.max_calls`` says, all else by one
+    alone, while nothing runs.
+    """
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All inputs by name (CPU or the engine's device), all outputs by name."""

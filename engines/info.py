@@ -37,6 +37,7 @@ class ModelInfo:
     loras: tuple[str, ...]
     max_batch: int
     max_decode_batch: int
+    max_calls: int  # engine calls that run side by side
 
 
 def describe(model: Model, max_batch: int | None, model_id: str | None) -> ModelInfo:
@@ -63,6 +64,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         loras=model.adapters.names,
         max_batch=lanes,
         max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
+        max_calls=model.max_calls,
     )
 
 

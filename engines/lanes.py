@@ -26,6 +26,7 @@ class Lanes:
 
     def __init__(self, drawings: Sequence[Drawing], device: str) -> None:
         self._drawings = tuple(drawings)
+        self._step_indices = [drawing.step_index for drawing in drawings]
         owners = [drawing for drawing in drawings for _ in range(drawing.num_lanes)]
         self._owners = owners
         self._first: list[int] = []  # lane of each row
@@ -55,9 +56,11 @@ class Lanes:
             self._inputs["timestep_cond"] = torch.stack(conds).to(device)
 
     def hold(self, drawings: Sequence[Drawing]) -> bool:
-        """Whether these are exactly the rows that were laid out here, in their order."""
-        return len(drawings) == len(self._drawings) and all(
-            one is other for one, other in zip(drawings, self._drawings, strict=True)
+        """Whether these are exactly the rows laid out here, in their order, as they were left."""
+        return (
+            len(drawings) == len(self._drawings)
+            and all(one is other for one, other in zip(drawings, self._drawings, strict=True))
+            and self._step_indices == [drawing.step_index for drawing in drawings]
         )
 
     def inputs(self) -> dict[str, Tensor]:
@@ -80,6 +83,7 @@ class Lanes:
             drawing.latents, drawing.denoised = latents[lane], denoised[lane]
             drawing.step_noise = None
             drawing.step_index += 1
+        self._step_indices = [drawing.step_index for drawing in self._drawings]
         # Of a guided row the second lane's outcome belongs to nobody.
         self._sample = next_sample if len(self._drawings) == len(self._owners) else None
 

@@ -46,6 +46,7 @@ class Model:
     precision: str
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
+    max_calls: int = 1  # engine calls that run side by side
 
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
@@ -164,7 +165,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
     engines: dict[str, Engine] = {}
-    target = None
+    target, max_calls = None, 1
     if choice.backend in MODULES:
         from engines.tensorrt_engine import TensorRtEngine
 
@@ -175,15 +176,18 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
                 plan, choice.backend, target.batches, stripped=target.strip
             )
     else:
-        from engines.onnxruntime_engine import OnnxRuntimeEngine
+        from engines.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
-        for name in PARTS:
-            engines[name] = OnnxRuntimeEngine(bundle.part(name), order.num_threads)
+        cores = Cores(order.num_threads)
+        found = {name: OnnxRuntimeEngine(bundle.part(name), cores) for name in PARTS}
+        max_calls = min(engine.max_calls for engine in found.values())
+        engines |= found
     tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(order.loras, engines)
     facts = bundle.facts.with_defaults(order.defaults)
-    return Model(facts, tokenizer, engines, adapters, choice, bundle.precision, device, target)
+    precision = bundle.precision
+    return Model(facts, tokenizer, engines, adapters, choice, precision, device, target, max_calls)
 
 
 def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from engines.onnx_weights import OnnxWeights
 # holds weights of its own, about the file's size (packed for the kernels, they cannot be shared): a
 # small model keeps dozens, one of gigabytes only the session it runs.
 KEPT_BYTES = 2**30
+MAX_CALLS = 2  # side by side, where there are cores for them
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
 Arrays = dict[str, np.ndarray]
 
@@ -35,36 +38,59 @@ class _Sessions:
     single: onnxruntime.InferenceSession | None
 
 
+class Cores:
+    """The CPU threads of a model: what a call gets of them depends on who else is calling."""
+
+    def __init__(self, num_threads: int | None) -> None:
+        """None: all of the machine's."""
+        self.wanted = num_threads or 0  # as ONNX Runtime counts: 0 leaves it the choice
+        self.num_threads = num_threads or os.cpu_count() or 1
+        self._num_calls = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def share(self) -> Iterator[int]:
+        """The number of threads for a call that lasts as long as the context."""
+        with self._lock:
+            self._num_calls += 1
+            num_calls = self._num_calls
+        try:
+            yield max(1, self.num_threads // num_calls)
+        finally:
+            with self._lock:
+                self._num_calls -= 1
+
+
 class OnnxRuntimeEngine:
-    """Runs one ``.onnx`` file on ``num_threads`` CPU threads (None: all cores).
+    """Runs one ``.onnx`` file on the CPU.
 
     A batch with a row for every thread is cut into as many parts, each run by one thread from
     beginning to end: they meet once a call, not after every operator. On two cores that drew a
-    fifth to a third more images/s of the demo model (November 2026). It takes the weights twice,
-    so a model of gigabytes, whose operators are long, does without.
+    fifth to a third more images/s of the demo model (November 2026). Two calls side by side do not
+    even meet then, and no core waits for another: a tenth more. It takes the weights twice, so a
+    model of gigabytes, whose operators are long, does without.
     """
 
-    def __init__(self, path: Path, num_threads: int | None) -> None:
-        self._path, self._num_threads = path, num_threads
+    def __init__(self, path: Path, cores: Cores) -> None:
+        self._path, self._cores = path, cores
         self._weights = OnnxWeights(path)
         available = onnxruntime.get_available_providers()  # CUDA where it is a GPU build
         self._providers = [name for name in PROVIDERS if name in available]
         num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-        self._num_parts = num_threads or os.cpu_count() or 1
-        if len(self._providers) > 1 or 2 * num_bytes > KEPT_BYTES:
-            self._num_parts = 1
-        self._threads = ThreadPoolExecutor(max(1, self._num_parts - 1), "fourstep-onnxruntime")
+        alone = len(self._providers) > 1 or 2 * num_bytes > KEPT_BYTES
+        self.max_calls = 1 if alone else min(MAX_CALLS, cores.num_threads)
+        self._threads = ThreadPoolExecutor(cores.num_threads, "fourstep-onnxruntime")
         self._sessions: _Sessions | None = self._open({})
         self._outputs = [output.name for output in self._sessions.joint.get_outputs()]
         # Of recent variants, the last one used at the end.
         self._variants: OrderedDict[Variant, _Sessions] = OrderedDict({(): self._sessions})
-        num_bytes *= 2 if self._num_parts > 1 else 1
+        num_bytes *= 2 if self.max_calls > 1 else 1
         self._max_variants = max(1, KEPT_BYTES // max(1, num_bytes))
 
     def _open(self, weights: Mapping[str, Tensor]) -> _Sessions:
         """Sessions in which ``weights`` stand in for the file's own."""
-        single = self._open_one(weights, 1) if self._num_parts > 1 else None
-        return _Sessions(self._open_one(weights, self._num_threads or 0), single)
+        single = self._open_one(weights, 1) if self.max_calls > 1 else None
+        return _Sessions(self._open_one(weights, self._cores.wanted), single)
 
     def _open_one(
         self, weights: Mapping[str, Tensor], num_threads: int
@@ -96,16 +122,21 @@ class OnnxRuntimeEngine:
 
     def _run(self, arrays: Arrays) -> list[np.ndarray]:
         assert self._sessions is not None, "closed"
-        session = self._sessions.single
-        if session is None or len(next(iter(arrays.values()))) < self._num_parts:
-            return list(self._sessions.joint.run(self._outputs, arrays))
-        first, *others = cut(arrays, self._num_parts)
-        futures = [self._threads.submit(session.run, self._outputs, part) for part in others]
-        try:
-            found = [session.run(self._outputs, first)]
-        finally:
-            wait(futures)  # on an error, too: nothing runs on when this has returned
-        found += [future.result() for future in futures]
+        joint, single = self._sessions.joint, self._sessions.single
+        num_rows = len(next(iter(arrays.values())))
+        with self._cores.share() as num_threads:
+            alone = num_threads == self._cores.num_threads
+            if single is None or (alone and num_rows < num_threads):
+                return list(joint.run(self._outputs, arrays))
+            first, *others = cut(arrays, min(num_rows, num_threads))
+            futures = [self._threads.submit(single.run, self._outputs, part) for part in others]
+            try:
+                found = [single.run(self._outputs, first)]
+            finally:
+                wait(futures)  # on an error, too: nothing runs on when this has returned
+            found += [future.result() for future in futures]
+        if not others:
+            return list(found[0])
         return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
     def weight(self, name: str) -> Tensor:

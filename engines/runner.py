@@ -1,8 +1,9 @@
 """Drives rows over a model's engines: one method for each engine call there is.
 
-`start` runs on any thread and calls no engine; the four calls run on one thread and advance their
-drawings in place. Noise belongs to the row: its own CPU generator draws in diffusers' order
-(encoder sample, first noise, then one draw a step), so a result depends on nobody else.
+`start` runs on any thread and calls no engine. The four calls advance their drawings in place; as
+many run side by side, each of its own drawings, as ``info.max_calls`` says. Noise belongs to the
+row: its own CPU generator draws in diffusers' order (encoder sample, first noise, then one draw a
+step), so a result depends on nobody else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ from engines.model import Model, load_interim, load_model, must_be_built
 from engines.order import Order
 from engines.samplers import NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
+from engines.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from engines.meanwhile import BackgroundBuild
@@ -50,7 +53,8 @@ class Runner:
         )
         self._prompts: OrderedDict[tuple[AdapterSet, bytes], Tensor] = OrderedDict()
         self._prompts_lock = threading.Lock()  # start() reads on other threads
-        self._lanes: Lanes | None = None  # of the last denoise call, while its rows may go on
+        self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
+        self._turnstile = Turnstile()
         self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
         self._successor: Model | None = None  # put here by any thread, taken by the engine's
         self._build: BackgroundBuild | None = None
@@ -94,12 +98,26 @@ class Runner:
         backend_reason = f"what was to follow failed: {reason}"
         self.info = dataclasses.replace(self.info, backend_reason=backend_reason)
 
+    def _calling(self, loras: AdapterSet | None = None) -> AbstractContextManager[None]:
+        """Around every engine call: the model that is to draw now is there, with these LoRAs."""
+
+        def is_set() -> bool:
+            held = loras is None or self._model.adapters.hold(loras)
+            return held and self._successor is None
+
+        def set_up() -> None:
+            self._take_up()
+            if loras is not None:
+                self._model.adapters.switch(loras)
+
+        return self._turnstile.enter(is_set, set_up)
+
     def _take_up(self) -> None:
-        """Change over to the successor; on the engine thread, between calls."""
+        """Change over to the successor, between calls."""
         model, self._successor = self._successor, None
         if model is None:
             return
-        old, self._model, self._lanes = self._model, model, None
+        old, self._model, self._layouts = self._model, model, []
         self.info = describe(model, self.info.max_batch, self.info.model_id)
         for engine in old.engines.values():
             engine.close()
@@ -168,11 +186,10 @@ class Runner:
                 self._prompts.move_to_end((loras, row.tobytes()))
         return tuple(embeds for embeds in found if embeds is not None)
 
-    # -- the engine thread -------------------------------------------------------------------
+    # -- the engine threads ------------------------------------------------------------------
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
-        self._take_up()
         for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
             alike = [drawing for drawing in drawings if drawing.group.loras == loras]
             self._encode_alike(loras, alike)
@@ -181,29 +198,28 @@ class Runner:
                 self._prompts.popitem(last=False)
 
     def _encode_alike(self, loras: AdapterSet, drawings: list[Drawing]) -> None:
-        unknown: dict[bytes, np.ndarray] = {}
-        for drawing in drawings:
-            for ids in drawing.token_ids:
-                if (loras, ids.tobytes()) not in self._prompts:
-                    unknown[ids.tobytes()] = ids
+        texts = {ids.tobytes(): ids for drawing in drawings for ids in drawing.token_ids}
+        with self._prompts_lock:
+            known = {key: self._prompts.get((loras, key)) for key in texts}
+        embeds = {key: found for key, found in known.items() if found is not None}
+        unknown = [key for key, found in known.items() if found is None]
         if unknown:
-            input_ids = torch.from_numpy(np.stack(list(unknown.values())))  # [B, L]
-            self._model.adapters.switch(loras)
-            embeds = self._run("text_encoder", input_ids=input_ids)["prompt_embeds"]  # [B, L, D]
+            input_ids = torch.from_numpy(np.stack([texts[key] for key in unknown]))  # [B, L]
+            with self._calling(loras):
+                outputs = self._run("text_encoder", input_ids=input_ids)
+            encoded = dict(zip(unknown, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
             with self._prompts_lock:
-                keys = [(loras, key) for key in unknown]
-                self._prompts.update(zip(keys, embeds.unbind(0), strict=True))
+                self._prompts.update({(loras, key): found for key, found in encoded.items()})
+            embeds |= encoded
         for drawing in drawings:
-            drawing.prompt_embeds = tuple(
-                self._prompts[loras, ids.tobytes()] for ids in drawing.token_ids
-            )
+            drawing.prompt_embeds = tuple(embeds[ids.tobytes()] for ids in drawing.token_ids)
 
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
-        self._take_up()
         images = [drawing.recipe.image for drawing in drawings]
         pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
-        moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
+        with self._calling():
+            moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
         for drawing, mean, std in zip(drawings, moments["mean"], moments["std"], strict=True):
             latents = mean + std * self._draw_noise(drawing).to(mean.device)
             schedule = drawing.schedule
@@ -218,33 +234,38 @@ class Runner:
         ``before_run`` is called when all is laid out and the engine is about to run: what it sets
         going in other threads then shares the processor with the engine, not with this one.
         """
-        self._take_up()
         for drawing in drawings:
             if drawing.latents is None:
                 noise = self._draw_noise(drawing).to(self._model.device)
                 drawing.latents = drawing.schedule.noise_scale * noise
             self._draw_ahead(drawing)
-        if self._lanes is None or not self._lanes.hold(drawings):
-            self._lanes = Lanes(drawings, self._model.device)
-        self._model.adapters.switch(drawings[0].group.loras)
-        inputs = self._lanes.inputs()
-        before_run()
-        self._lanes.advance(self._run("denoiser", **inputs))
-        for drawing in drawings:  # a GPU still works on this step
-            self._draw_ahead(drawing)
-        if self._model.device == "cuda":
-            # Without this the host runs ahead, up to the next decode: rows that come would stand
-            # behind steps that nobody has begun, and calls would seem to take no time.
-            torch.cuda.current_stream().synchronize()
-        if any(drawing.step_index == drawing.num_steps for drawing in drawings):
-            self._lanes = None
+        with self._calling(drawings[0].group.loras):
+            lanes = self._layout(drawings)
+            inputs = lanes.inputs()
+            before_run()
+            lanes.advance(self._run("denoiser", **inputs))
+            for drawing in drawings:  # a GPU still works on this step
+                self._draw_ahead(drawing)
+            if self._model.device == "cuda":
+                # Without this the host runs ahead, up to the next decode: rows that come would
+                # stand behind steps that nobody has begun, and calls would seem to take no time.
+                torch.cuda.current_stream().synchronize()
+            others = [each for each in self._layouts if each is not lanes]
+            go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
+            self._layouts = [*others, *[lanes] * go_on][-self.info.max_calls :]
+
+    def _layout(self, drawings: Sequence[Drawing]) -> Lanes:
+        """The rows as their last step left them laid out, or laid out anew."""
+        for lanes in self._layouts:
+            if lanes.hold(drawings):
+                return lanes
+        return Lanes(drawings, self._model.device)
 
     def decode(self, drawings: Sequence[Drawing]) -> None:
         """Rows of one size to pixels: finished ones to their image, others to a preview.
 
         A row whose latents are no numbers any more gets a ``failure`` instead.
         """
-        self._take_up()
         final = [drawing.stage is Stage.DECODE for drawing in drawings]
         latents = [
             drawing.latents if done else drawing.denoised
@@ -252,7 +273,8 @@ class Runner:
         ]
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
         sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
-        pixels = self._run("vae_decoder", latents=batch)["pixels"].cpu().numpy()  # [B, H, W, 3]
+        with self._calling():
+            pixels = self._run("vae_decoder", latents=batch)["pixels"].cpu().numpy()  # [B,H,W,3]
         finite = torch.isfinite(sums).tolist()
         for drawing, done, image, sound in zip(drawings, final, pixels, finite, strict=True):
             if not sound:

@@ -42,7 +42,7 @@ class TimingDouble:
 
 
 CPU_SHAPED = TimingDouble(
-    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(8, 8)
+    "CPU-shaped: 10·rows ms a step", (0.0005, 0.010), (0.0005, 0.025), True, Limits(8, 2)
 )
 GPU_SHAPED = TimingDouble(
     "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 8)

@@ -67,7 +67,7 @@ class Backlog:
         own = ahead.pop(request.tenant, 0)
         return own + sum(min(count, own + len(request.rows)) for count in ahead.values())
 
-    # -- what the engine thread measures -----------------------------------------------------
+    # -- what the engine threads measure -----------------------------------------------------
 
     def note_call(self, seconds: float) -> None:
         """An engine call came back."""

@@ -49,9 +49,9 @@ class FourstepDeployment:
         return build_app(self.replica, behind_ray=True)
 
     def check_health(self) -> None:
-        """Ray replaces the replica when its engine thread is gone, or in a call without end."""
+        """Ray replaces the replica when an engine thread is gone, or in a call without end."""
         if self.replica.started and not self.replica.ready:
-            raise RuntimeError("the engine thread is not serving")
+            raise RuntimeError("the engine is not serving")
 
 
 def build(args: dict[str, Any]) -> serve.Application:

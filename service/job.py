@@ -142,7 +142,7 @@ class Job:
             ) from None
 
     def _receive(self, event: Event) -> None:
-        """Called on the engine thread, which this must not hold up."""
+        """Called on an engine thread, which this must not hold up."""
         self._mailbox.put(functools.partial(self._take, event))
 
     def _take(self, event: Event) -> None:

@@ -1,10 +1,12 @@
-"""The engine thread: the one place where rows change.
+"""The engine threads: the one place where rows change.
 
-    loop:  take in what arrived ─▶ sweep (cancelled, expired) ─▶ schedule ─▶ engine call ─▶ update
+    each:  take in what arrived ─▶ sweep (cancelled, expired) ─▶ schedule ─▶ engine call ─▶ update
+           └────────────────────── one at a time ─────────────────────────┘  side by side
 
-Handlers talk to it through `submit` and a request's own `send`. Whatever happens here, every
-accepted request gets exactly one `Resolved` event: on success, on an engine error (its rows only),
-on cancellation, on deadline, and when the thread itself ends.
+There is one for each call that the engine takes at a time. Handlers talk to them through `submit`
+and a request's own `send`. Whatever happens here, every accepted request gets exactly one
+`Resolved` event: on success, on an engine error (its rows only), on cancellation, on deadline, and
+when the threads themselves end.
 """
 
 from __future__ import annotations
@@ -56,14 +58,17 @@ class Observer(Protocol):
     """Told of every engine call and every change of the two sets; `service.metrics` is one."""
 
     def engine_call(
-        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float
-    ) -> None: ...
+        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+    ) -> None:
+        """A call of ``seconds``, in ``busy_s`` of which no other call had been running already."""
+        ...
+
     def rows(self, waiting: int, running: int) -> None: ...
     def queue_wait(self, seconds: float) -> None: ...
 
 
 class EngineLoop:
-    """Runs a scheduler's work on a runner, in a thread of its own.
+    """Runs a scheduler's work on a runner, in ``num_threads`` threads of its own.
 
     ``max_waiting`` bounds the rows accepted and not finished; `service.backlog` says who may still
     come in. An engine call that takes more than ``max_call_s`` makes the loop unhealthy: it is
@@ -76,6 +81,7 @@ class EngineLoop:
         limits: Limits,
         observer: Observer,
         *,
+        num_threads: int = 1,
         max_waiting: int = 256,
         max_call_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
@@ -90,42 +96,53 @@ class EngineLoop:
         self._scheduler: Scheduler[Row] = Scheduler(limits, self._pace)
         self._observer = observer
         self._max_call_s = max_call_s
-        self._call_began_at: float | None = None
         self.clock = clock
-        self._wakeup = threading.Condition()
-        self._inbox: deque[Request] = deque()  # guarded by _wakeup
-        self._outbox: deque[tuple[Request, Event]] = deque()  # of the engine thread alone
-        self._open: set[Request] = set()  # accepted and not resolved; guarded by _wakeup
-        self._backlog = Backlog(max_waiting)  # guarded by _wakeup where handlers use it
+        # Whoever holds the lock may change all that follows; nobody does during an engine call.
+        lock = threading.RLock()
+        self._wakeup = threading.Condition(lock)  # there is something to do, or to stop for
+        self._emptied = threading.Condition(lock)  # the last open request was resolved
+        self._inbox: deque[Request] = deque()
+        self._open: set[Request] = set()  # accepted and not resolved
+        self._backlog = Backlog(max_waiting)
         self._accepting = False
         self._stopping = False
+        self._calls_began_at: dict[int, float] = {}  # by thread
         self._num_calls = 0  # engine calls that came back
-        self._thread = threading.Thread(target=self._run, name="fourstep-engine", daemon=True)
+        self._last_call_ended_at = 0.0
+        self._outbox: deque[tuple[Request, Event]] = deque()
+        self._sending = threading.Lock()  # one sends at a time, so that all stays in order
+        self._threads = [
+            threading.Thread(target=self._run, name=f"fourstep-engine-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
 
     def start(self) -> None:
         self._accepting = True
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @property
     def healthy(self) -> bool:
-        """Accepting work, with the engine thread alive and in no call that never ends."""
-        return self._accepting and self._thread.is_alive() and not self.wedged
+        """Accepting work, with its threads alive and in no call that never ends."""
+        alive = all(thread.is_alive() for thread in self._threads)
+        return self._accepting and alive and not self.wedged
 
     @property
     def wedged(self) -> bool:
-        """Whether the present engine call has taken longer than any should."""
-        began_at = self._call_began_at
+        """Whether an engine call has taken longer than any should."""
+        began_at = min(list(self._calls_began_at.values()), default=None)
         return began_at is not None and self.clock() - began_at > self._max_call_s
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Refuse new work, finish what runs for up to ``drain_s`` seconds, end the thread."""
+        """Refuse new work, finish what runs for up to ``drain_s`` seconds, end the threads."""
         with self._wakeup:
             self._accepting = False
-            self._wakeup.wait_for(lambda: not self._open, timeout=drain_s)
+            self._emptied.wait_for(lambda: not self._open, timeout=drain_s)
             self._stopping = True
             self._wakeup.notify_all()
-        if self._thread.ident is not None:
-            self._thread.join()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
 
     @property
     def num_open(self) -> int:
@@ -157,37 +174,46 @@ class EngineLoop:
             request.cancelled = True
             self._wakeup.notify()
 
-    # -- the engine thread -------------------------------------------------------------------
+    # -- the engine threads ------------------------------------------------------------------
 
     def _run(self) -> None:
         error: ServiceError = NotReady("this replica is shutting down; try again", retry_after_s=1)
         try:
-            while self._take_in():
-                self._sweep()
-                work = self._scheduler.schedule()
-                if work is not None:
-                    self._work(work)
-                self._observer.rows(len(self._scheduler.waiting), len(self._scheduler.running))
+            while (work := self._next_work()) is not None:
+                self._call(work, may_split=True)
         except BaseException:
             logger.exception("the engine loop died; every open request fails")
             error = EngineFailure("the engine of this replica stopped", retry_after_s=1)
         finally:
             with self._wakeup:
-                self._accepting = False
-                left = list(self._open)
-            for request in left:
-                self._resolve(request, Status.FAILED, error)
+                self._accepting, self._stopping = False, True
+                self._wakeup.notify_all()
+                for request in list(self._open):
+                    self._resolve(request, Status.FAILED, error)
             self._send_out()
 
-    def _take_in(self) -> bool:
-        """Move arrivals to the scheduler, sleeping while there is nothing to do. False: stop."""
-        if self._scheduler.idle:
+    def _next_work(self) -> Work[Row] | None:
+        """The next call, slept for where there is none yet. None: the loop stops."""
+        while True:
+            with self._wakeup:
+                work = None if self._stopping else self._choose()
+                if work is not None or self._stopping:
+                    return work
+                if not self._outbox:
+                    self._wakeup.wait()
             self._send_out()
-        with self._wakeup:
-            self._wakeup.wait_for(lambda: self._stopping or self._inbox or not self._scheduler.idle)
-            while self._inbox:
-                self._scheduler.add(self._inbox.popleft().rows)
-            return not self._stopping
+
+    def _choose(self) -> Work[Row] | None:
+        while self._inbox:
+            self._scheduler.add(self._inbox.popleft().rows)
+        self._sweep()
+        work = self._scheduler.schedule()
+        self._observer.rows(len(self._scheduler.waiting), len(self._scheduler.running))
+        if work is not None:
+            self._begin(work)
+            if self._scheduler.has_more:
+                self._wakeup.notify()
+        return work
 
     def _sweep(self) -> None:
         num_rows = len(self._scheduler.waiting) + len(self._scheduler.running)
@@ -202,21 +228,20 @@ class EngineLoop:
                 )
                 self._fail(request, Status.EXPIRED, error)
 
-    def _work(self, work: Work[Row]) -> None:
+    def _begin(self, work: Work[Row]) -> None:
         started_at = self.clock()
         for request in _requests(work.rows):
             if request.status is Status.WAITING:
                 request.status = Status.RUNNING
                 request.timings.queue_s = started_at - request.arrived_at
                 self._observer.queue_wait(request.timings.queue_s)
-        self._call(work, may_split=True)
 
     def _call(self, work: Work[Row], *, may_split: bool) -> None:
         """One engine call. Without memory for it, two of half as many rows; then it sheds."""
-        requests = _requests(work.rows)
         if work.kind is not WorkKind.DENOISE:  # which does so itself, when its inputs are ready
             self._send_out()
-        self._call_began_at = started_at = self.clock()
+        thread = threading.get_ident()
+        self._calls_began_at[thread] = started_at = self.clock()
         try:
             self._calls[work.kind]([row.drawing for row in work.rows])
         except OutOfMemory as error:
@@ -229,23 +254,29 @@ class EngineLoop:
                         self._call(Work(work.kind, alive), may_split=False)
                 return
             logger.exception("%s of %d rows shed", work.kind, len(work.rows))
-            for request in requests:
-                self._fail(request, Status.FAILED, _no_memory(error))
-            return
+            self._fail_all(work, _no_memory(error))
         except Exception as error:
             logger.exception("%s of %d rows failed", work.kind, len(work.rows))
-            for request in requests:
-                self._fail(request, Status.FAILED, _engine_failure(work.kind, error))
-            return
+            self._fail_all(work, _engine_failure(work.kind, error))
+        else:
+            ended_at = self.clock()
+            with self._wakeup:
+                self._account(work, started_at, ended_at)
+                self._deliver(work)
         finally:
-            self._call_began_at = None
-        seconds = self.clock() - started_at
+            self._calls_began_at.pop(thread, None)
+
+    def _account(self, work: Work[Row], started_at: float, ended_at: float) -> None:
+        """Note what a call took, for those who ask and those who count on it."""
+        seconds = ended_at - started_at
+        busy_s = max(0.0, ended_at - max(started_at, self._last_call_ended_at))
+        self._last_call_ended_at = max(ended_at, self._last_call_ended_at)
         self._num_calls += 1
         num_lanes = sum(row.num_lanes for row in work.rows)
-        self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds)
-        self._backlog.note_call(seconds)
+        self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds, busy_s)
+        self._backlog.note_call(busy_s)
         self._pace.note(work.kind, work.rows[0].drawing.group, len(work.rows), seconds)
-        for request in requests:
+        for request in _requests(work.rows):
             name = f"{work.kind}_s"
             setattr(request.timings, name, getattr(request.timings, name) + seconds)
             if request.records is not None:
@@ -259,14 +290,12 @@ class EngineLoop:
                         num_lanes,
                     )
                 )
-        if work.kind is WorkKind.DECODE:
-            self._deliver(work)
 
     def _deliver(self, work: Work[Row]) -> None:
         """Send what a decode brought: previews of rows that go on, pixels of rows that are done."""
         done = set(self._scheduler.update(work))
         self._backlog.note_finished(len(done))
-        for row in work.rows:
+        for row in work.rows if work.kind is WorkKind.DECODE else ():
             if row.request.status is not Status.RUNNING:
                 continue  # another row of the same request has failed
             if row.drawing.failure is not None:
@@ -284,29 +313,35 @@ class EngineLoop:
             if row.request.num_finished == len(row.request.rows):
                 self._resolve(row.request, Status.COMPLETED, None)
 
+    def _fail_all(self, work: Work[Row], error: ServiceError) -> None:
+        with self._wakeup:
+            for request in _requests(work.rows):
+                self._fail(request, Status.FAILED, error)
+
     def _fail(self, request: Request, status: Status, error: ServiceError) -> None:
         self._scheduler.remove(request.rows)
         self._resolve(request, status, error)
 
     def _resolve(self, request: Request, status: Status, error: ServiceError | None) -> None:
-        with self._wakeup:
-            if request not in self._open:
-                return
-            self._open.remove(request)
-            self._backlog.remove(request)
-            request.status = status
-            request.timings.total_s = self.clock() - request.arrived_at
-            self._wakeup.notify_all()  # close() waits for the last one
+        if request not in self._open:
+            return
+        self._open.remove(request)
+        self._backlog.remove(request)
+        request.status = status
+        request.timings.total_s = self.clock() - request.arrived_at
         self._outbox.append((request, Resolved(error)))
+        if not self._open:
+            self._emptied.notify_all()
 
     def _send_out(self) -> None:
         """Hand over the events since the last time: at the latest when the engine is next asked.
 
         Not sooner, for whoever receives them sets to work, and this thread has an engine waiting.
         """
-        while self._outbox:
-            request, event = self._outbox.popleft()
-            request.send(event)
+        with self._sending:
+            while self._outbox:
+                request, event = self._outbox.popleft()
+                request.send(event)
 
 
 def _requests(rows: Sequence[Row]) -> list[Request]:

@@ -1,4 +1,4 @@
-"""From the engine thread to an event loop: one wake-up for all that is sent in one go."""
+"""From the engine threads to an event loop: one wake-up for all that is sent in one go."""
 
 from __future__ import annotations
 

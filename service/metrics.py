@@ -116,7 +116,7 @@ class Metrics:
         self._rows_of = {kind: rows.labels(model, kind.value) for kind in WorkKind}
         busy = self._counter(
             "fourstep_engine_busy_seconds_total",
-            "Time in engine calls; its rate is the share of time in which the engine works.",
+            "Time with an engine call running, by the call that ends; its rate is the share of it.",
             "stage",
         )
         self._busy = {kind: busy.labels(model, kind.value) for kind in WorkKind}
@@ -175,9 +175,11 @@ class Metrics:
 
     # -- the engine loop's observer ----------------------------------------------------------
 
-    def engine_call(self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float) -> None:
+    def engine_call(
+        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+    ) -> None:
         self._stages[kind].observe(seconds)
-        self._busy[kind].inc(seconds)
+        self._busy[kind].inc(busy_s)
         self._rows_of[kind].observe(num_rows)
         # Only a denoise call runs the second lane of a guided row.
         self._used[kind].inc(num_lanes if kind is WorkKind.DENOISE else num_rows)

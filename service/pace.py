@@ -1,6 +1,6 @@
 """How long engine calls take, as measured lately: what the scheduler and deadlines count on.
 
-Pure bookkeeping of the engine thread: no threads, no clock.
+Pure bookkeeping, kept by the engine loop under its lock: no threads, no clock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The metrics thread: keeps the cost of metrics away from the engine thread.
+"""The metrics thread: keeps the cost of metrics away from the engine threads.
 
 The engine loop leaves what it observes in a queue, an append each; this thread writes it into the
 metrics twice a second, with what changes by itself: readiness, padding, GPU memory. Every
@@ -35,7 +35,7 @@ class Recorder:
     ) -> None:
         self._metrics = metrics
         self._ready, self._padded_rows = ready, padded_rows
-        self._calls: deque[tuple[WorkKind, int, int, float]] = deque()
+        self._calls: deque[tuple[WorkKind, int, int, float, float]] = deque()
         self._waits: deque[float] = deque()
         self._rows = (0, 0)
         self._padded: dict[str, int] = {}  # what has been counted; guarded by _writing
@@ -54,10 +54,12 @@ class Recorder:
             self._thread.join()
         self.write()
 
-    # -- the engine thread -------------------------------------------------------------------
+    # -- the engine threads ------------------------------------------------------------------
 
-    def engine_call(self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float) -> None:
-        self._calls.append((kind, num_rows, num_lanes, seconds))
+    def engine_call(
+        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+    ) -> None:
+        self._calls.append((kind, num_rows, num_lanes, seconds, busy_s))
 
     def rows(self, waiting: int, running: int) -> None:
         self._rows = (waiting, running)

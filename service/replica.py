@@ -105,6 +105,7 @@ class Replica:
             runner,
             limits,
             self._recorder,
+            num_threads=runner.info.max_calls,
             max_waiting=settings.max_waiting,
             max_call_s=settings.max_call_s,
         )
@@ -150,7 +151,7 @@ class Replica:
 
     @property
     def ready(self) -> bool:
-        """Warmed up, serving, with its engine thread alive."""
+        """Warmed up, serving, with its engine threads alive."""
         return self._loop is not None and self._loop.healthy
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """One accepted job and its rows: the only lasting truth about work in flight.
 
 Everything else (a batch, a schedule) is a view of these made for one step. Rows change on the
-engine thread alone; handlers see them through the events a request sends back. The scheduler
-reads this module, so it imports no torch.
+engine threads alone, each in one call at a time; handlers see them through the events a request
+sends back. The scheduler reads this module, so it imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Timings:
 
     ``parse_s`` runs from the first byte to admission, before all that ``total_s`` covers;
     ``queue_s`` from there to the first engine call; each ``*_s`` of an engine stage is the sum of
-    the calls in which at least one row of the request took part.
+    the calls in which at least one row of the request took part. Rows of a request of several may
+    be in calls side by side, whose seconds all count.
     """
 
     parse_s: float = 0.0

@@ -1,7 +1,7 @@
 """The optional safety filter: what it is asked, how one is found, and what an answer says of it.
 
 Off unless the setting `safety` names one. A filter runs in the image workers, never on the event
-loop or the engine thread, and nothing that it fails on is delivered.
+loop or the engine threads, and nothing that it fails on is delivered.
 """
 
 from __future__ import annotations

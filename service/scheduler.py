@@ -115,13 +115,18 @@ class Costs(Protocol):
 
 
 class Scheduler(Generic[R]):
-    """Step-level continuous batching over one engine. Without ``costs`` no decode ever waits."""
+    """Step-level continuous batching over one engine. Without ``costs`` no decode ever waits.
+
+    Every `Work` comes back by `update` when its call is over. Until then its rows are not ready,
+    and a further `schedule` is about the others, for a call beside it.
+    """
 
     def __init__(self, limits: Limits, costs: Costs | None = None) -> None:
         self.limits = limits
         self._costs = costs
         self.waiting: list[R] = []  # in order of arrival
         self.running: list[R] = []  # in order of admission
+        self._in_call: set[R] = set()
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
         self._served: Counter[str] = Counter()  # tenant with rows here → lanes stepped, see _join
         self._num_denoise_calls = 0
@@ -133,6 +138,11 @@ class Scheduler(Generic[R]):
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the last `schedule` left rows for another call beside that one."""
+        return len(self.running) > len(self._in_call)
 
     def add(self, rows: Iterable[R]) -> None:
         """Put rows at the end of the line."""
@@ -152,9 +162,9 @@ class Scheduler(Generic[R]):
     def sweep(self, now: float, least_s: Callable[[R], float] = lambda row: 0.0) -> list[R]:
         """Take out the rows that were cancelled and those that cannot meet their deadline any more.
 
-        ``least_s`` is the time that a row needs at the very least. Called between steps.
+        ``least_s`` is the time that a row needs at the very least. Rows in a call stay.
         """
-        rows = itertools.chain(self.running, self.waiting)
+        rows = itertools.chain(self._ready(), self.waiting)
         gone = [row for row in rows if row.cancelled or row.deadline <= now + least_s(row)]
         self.remove(gone)
         return gone
@@ -165,12 +175,13 @@ class Scheduler(Generic[R]):
         if gone:
             self.waiting = [row for row in self.waiting if row not in gone]
             self.running = [row for row in self.running if row not in gone]
+            self._in_call -= gone
             self._num_running_lanes = sum(row.num_lanes for row in self.running)
             present = {row.tenant for row in self._arrivals}
             self._served = Counter({t: n for t, n in self._served.items() if t in present})
 
     def schedule(self) -> Work[R] | None:
-        """The next engine call, or None when there is nothing to do.
+        """The next engine call, or None where there is nothing to do but wait for other calls.
 
         Encoding comes first: it is cheap and lets a row join the very next step; but never twice
         in a row while others could go on, so that a flood of arrivals stops nobody. Decoding and
@@ -184,6 +195,7 @@ class Scheduler(Generic[R]):
         for choose in reversed(choices) if self._encoded_last else choices:
             work = work or choose()
         if work is not None:
+            self._in_call.update(work.rows)
             self._encoded_last = work.kind in (WorkKind.ENCODE_TEXT, WorkKind.ENCODE_IMAGE)
             if not self._encoded_last:
                 self._decoded_last = work.kind is WorkKind.DECODE
@@ -192,10 +204,15 @@ class Scheduler(Generic[R]):
         return work
 
     def update(self, work: Work[R]) -> list[R]:
-        """After the engine call: rows that are done leave and are returned."""
-        done = [row for row in work.rows if row.stage is Stage.DONE]
+        """After the engine call: rows that are done leave and are returned, but removed ones."""
+        self._in_call.difference_update(work.rows)
+        done = [row for row in work.rows if row.stage is Stage.DONE and row in self._arrivals]
         self.remove(done)
         return done
+
+    def _ready(self) -> list[R]:
+        """The running rows that are in no call."""
+        return [row for row in self.running if row not in self._in_call]
 
     def _admit(self) -> None:
         while self.waiting and self._num_running_lanes < self.limits.max_running:
@@ -214,7 +231,7 @@ class Scheduler(Generic[R]):
 
     def _encode(self) -> Work[R] | None:
         for stage in (Stage.ENCODE_TEXT, Stage.ENCODE_IMAGE):
-            rows = _urgent_first(row for row in self.running if row.stage is stage)
+            rows = _urgent_first(row for row in self._ready() if row.stage is stage)
             if rows:
                 if stage is Stage.ENCODE_IMAGE:
                     rows = _same_group(rows)
@@ -222,10 +239,11 @@ class Scheduler(Generic[R]):
         return None
 
     def _decode_or_denoise(self) -> Work[R] | None:
+        ready = self._ready()
         decodable = _urgent_first(
-            row for row in self.running if row.stage in (Stage.PREVIEW, Stage.DECODE)
+            row for row in ready if row.stage in (Stage.PREVIEW, Stage.DECODE)
         )
-        denoisable = [row for row in self.running if row.stage is Stage.DENOISE]
+        denoisable = [row for row in ready if row.stage is Stage.DENOISE]
         batch = self._next_batch(denoisable)
         if decodable and not (batch and self._decoded_last):
             chunk = _same_group(decodable)[: self.limits.max_decode_batch]

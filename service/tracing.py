@@ -13,7 +13,7 @@ it, with the whole batch's size, so that one trace explains one slow request, an
 (``fourstep.batch.id``), which finds the others. (A span of the batch with links to its requests
 would stand in a trace that nobody opens.) No prompt is ever recorded.
 
-Spans are made from what the request remembers, once it has ended: the engine thread only appends.
+Spans are made from what the request remembers, once it has ended: the engine threads only append.
 Endpoint, headers, sampling and the like are the standard ``OTEL_*`` variables, read by the SDK.
 """
 

@@ -35,7 +35,7 @@ def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]
         "model": lcm_checkpoint,
         "cache_dir": cache_dir,
         "engine": "onnxruntime",
-        "num_threads": 1,
+        "num_threads": 2,
         "max_waiting": 8,
         "max_steps": 1000,
         "request_timeout_s": 3600,  # a busy machine would call a long one hopeless

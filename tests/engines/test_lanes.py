@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,27 @@ def test_latents_do_not_depend_on_who_joined_and_left(runners: Runners) -> None:
     for step in range(3):
         runner.denoise(together)
         runner.denoise([*apart, guest] if step % 2 else apart[::-1])
+    for one, other in zip(together, apart, strict=True):
+        assert one.latents is not None
+        assert other.latents is not None
+        assert np.abs((one.latents - other.latents).numpy()).max() <= 1e-5
+
+
+def test_rows_that_were_elsewhere_meanwhile_are_laid_out_anew(runners: Runners) -> None:
+    """A layout is kept for each call that may run: an old one must not be taken for the present."""
+    runner = runners["tiny-lcm", "onnxruntime"]
+    wanted = [recipe(num_steps=4, seed=seed) for seed in (1, 2)]
+    together, apart = ([runner.start(each) for each in wanted] for _ in range(2))
+    runner.encode_text([*together, *apart])
+    runner.info = dataclasses.replace(runner.info, max_calls=4)  # so many layouts are kept
+    for _ in range(4):
+        runner.denoise(together)
+    runner.denoise(apart)
+    for row in apart:
+        runner.denoise([row])
+    for _ in range(2):
+        runner.denoise(apart)
+    runner.info = dataclasses.replace(runner.info, max_calls=1)
     for one, other in zip(together, apart, strict=True):
         assert one.latents is not None
         assert other.latents is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from engines import onnxruntime_engine
-from engines.onnxruntime_engine import OnnxRuntimeEngine, cut
+from engines.onnxruntime_engine import Cores, OnnxRuntimeEngine, cut
 from engines.order import Order
 from engines.runner import Runner
+from tests.engines.checkpoints import make_lora
 from tests.engines.peers import draw_together, recipe
 
 
@@ -66,6 +68,43 @@ def test_images_are_those_of_one_thread(
     for one, other in zip(ours, theirs, strict=True):
         assert np.abs(one.latents - other.latents).max() <= 1e-5
         assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
+
+
+def test_a_lone_call_has_all_threads_and_two_have_half_each() -> None:
+    cores = Cores(5)
+    with cores.share() as first, cores.share() as second:
+        assert (first, second) == (5, 2)
+    with cores.share() as again:
+        assert again == 5
+
+
+def test_images_drawn_side_by_side_are_those_drawn_alone(
+    checkpoints: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """By two threads at once, with LoRA sets that change under way."""
+    folder = checkpoints / "tiny-sd"
+    loras = {"one": make_lora(folder, tmp_path / "one", ["to_q", "conv1"], text_encoder=True)}
+    order = Order(str(folder), "onnxruntime", cache_dir=cache_dir, num_threads=2, loras=loras)
+    runner = Runner.open(order)
+    assert runner.info.max_calls == 2
+    sets: list[dict[str, float]] = [{}, {"one": 0.8}, {"one": -0.5}]
+    wanted = [
+        recipe(
+            seed=seed, num_steps=1 + seed % 4, prompt=f"a cube {seed % 3}", loras=sets[seed % 3],
+            sampler=("lcm", "ddim")[seed % 2], guidance_scale=(1.0, 4.0)[seed % 2],
+        )
+        for seed in range(18)
+    ]  # fmt: skip
+    alone = [draw_together(runner, [each])[0] for each in wanted]
+    runner._prompts.clear()
+    with ThreadPoolExecutor(2) as pool:
+        batches = [wanted[start : start + 3] for start in range(0, len(wanted), 3)]
+        found = [result for results in pool.map(lambda b: draw_together(runner, b), batches)
+                 for result in results]  # fmt: skip
+    for one, other in zip(found, alone, strict=True):
+        assert np.abs(one.latents - other.latents).max() <= 1e-5
+        assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
+    runner.close()
 
 
 def test_a_fault_in_any_part_is_the_calls_and_leaves_nothing_behind(cutting: Runner) -> None:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ class Gate:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.passes = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)  # released at every denoise call
         self.open = False
         self.poison: str | None = None
         self.clock = 0.0  # seconds; every denoise call takes one
@@ -37,6 +39,7 @@ class Gate:
 
     def denoise(self, drawings: Sequence[Drawing], before_run: Callable[[], None]) -> None:
         before_run()
+        self.entered.release()
         if not self.open:
             self.passes.acquire()
         if any(drawing.recipe.prompt == self.poison for drawing in drawings):
@@ -65,6 +68,17 @@ def loop(gate: Gate) -> Iterator[EngineLoop]:
     yield loop
     gate.open = True
     gate.passes.release()
+    loop.close()
+
+
+@pytest.fixture
+def wide_loop(gate: Gate) -> Iterator[EngineLoop]:
+    """One that has two calls side by side, of two rows each."""
+    loop = EngineLoop(gate, Limits(max_batch=2), Metrics("test"), num_threads=2, max_waiting=1000)
+    loop.start()
+    yield loop
+    gate.open = True
+    gate.passes.release(2)
     loop.close()
 
 
@@ -233,3 +247,114 @@ def test_a_dead_loop_resolves_everyone(gate: Gate, runner: Runner) -> None:
     loop.submit(request)
     assert isinstance(last(events).error, EngineFailure)
     assert not loop.healthy
+
+
+def _both_in_a_call(
+    wide_loop: EngineLoop, gate: Gate, runner: Runner, prompts: tuple[str, str]
+) -> list[tuple[Request, queue.Queue[Event]]]:
+    """Two requests of two images, each in a denoise call of its own at the same time."""
+    made = []
+    for prompt in prompts:
+        made.append(make_request(wide_loop, runner, prompt, num_images=2))
+        wide_loop.submit(made[-1][0])
+        assert gate.entered.acquire(timeout=30)
+    return made
+
+
+def test_a_call_begins_while_another_runs(
+    wide_loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    (_, first), (_, second) = _both_in_a_call(wide_loop, gate, runner, ("first", "second"))
+    gate.open = True
+    gate.passes.release(2)
+    assert last(first).error is None
+    assert last(second).error is None
+
+
+def test_a_fault_spares_the_call_beside_it(
+    wide_loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    gate.poison = "poison"
+    (_, bad), (_, good) = _both_in_a_call(wide_loop, gate, runner, ("poison", "good"))
+    gate.open = True
+    gate.passes.release(2)
+    assert isinstance(last(bad).error, EngineFailure)
+    assert last(good).error is None
+
+
+def test_a_request_cancelled_in_a_call_leaves_at_its_end(
+    wide_loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    (gone, gone_events), (_, events) = _both_in_a_call(wide_loop, gate, runner, ("gone", "stays"))
+    wide_loop.cancel(gone)
+    assert gone_events.empty()
+    gate.open = True
+    gate.passes.release(2)
+    assert last(events).error is None
+    assert last(gone_events).error is not None
+    assert gone.status is Status.CANCELLED
+    assert gone.rows[0].drawing.step_index == 1
+
+
+def test_a_request_with_rows_in_two_calls_fails_once(
+    wide_loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    request, events = make_request(wide_loop, runner, "poison", num_images=4)
+    gate.poison = "poison"
+    wide_loop.submit(request)
+    for _ in range(2):
+        assert gate.entered.acquire(timeout=30)
+    gate.passes.release(2)
+    assert isinstance(last(events).error, EngineFailure)
+    gate.open = True
+    after, after_events = make_request(wide_loop, runner, "after")
+    wide_loop.submit(after)
+    assert last(after_events).error is None
+    assert events.empty(), "nothing follows Resolved"
+
+
+def test_everyone_is_answered_once_by_two_threads(
+    wide_loop: EngineLoop, gate: Gate, runner: Runner
+) -> None:
+    gate.open, gate.poison = True, "poison"
+    made = []
+    for index in range(120):
+        prompt = "poison" if index % 7 == 0 else f"a {index % 5}"
+        timeout_s = 0.01 if index % 11 == 0 else 60.0
+        made.append(
+            make_request(wide_loop, runner, prompt, num_images=1 + index % 3, timeout_s=timeout_s)
+        )
+        wide_loop.submit(made[-1][0])
+        if index % 13 == 0:
+            wide_loop.cancel(made[index // 2][0])
+    for request, events in made:
+        kinds = []
+        while not kinds or kinds[-1] is not Resolved:
+            kinds.append(type(events.get(timeout=60)))
+        assert events.empty(), "nothing follows Resolved"
+        if request.status is Status.COMPLETED:
+            assert kinds == [Finished] * len(request.rows) + [Resolved]
+    assert wide_loop.num_open == 0
+    assert {request.status for request, _ in made} >= {Status.COMPLETED, Status.FAILED}
+
+
+def test_busy_time_counts_what_overlaps_once(gate: Gate, runner: Runner) -> None:
+    calls: list[tuple[float, float]] = []
+
+    class Listener(Metrics):
+        def engine_call(self, *values: Any) -> None:
+            calls.append(values[-2:])
+
+    now = iter(range(10_000))
+    loop = EngineLoop(
+        gate, Limits(max_batch=2), Listener("test"), num_threads=2, clock=lambda: float(next(now))
+    )
+    loop.start()
+    for _, events in _both_in_a_call(loop, gate, runner, ("one", "two")):
+        gate.open = True
+        gate.passes.release(2)
+        assert last(events).error is None
+    loop.close()
+    assert all(0 <= busy_s <= seconds for seconds, busy_s in calls)
+    assert sum(busy_s for _, busy_s in calls) <= next(now)
+    assert sum(seconds for seconds, _ in calls) > sum(busy_s for _, busy_s in calls)

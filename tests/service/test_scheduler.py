@@ -106,14 +106,21 @@ def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
 @given(
     limits=limits,
     costs=costs,
+    max_calls=st.integers(1, 3),
     arrivals=st.lists(st.lists(rows, max_size=5), max_size=12),
     data=st.data(),
 )
 def test_every_row_leaves_exactly_once(
-    limits: Limits, costs: FakeCosts | None, arrivals: list[list[FakeRow]], data: st.DataObject
+    limits: Limits,
+    costs: FakeCosts | None,
+    max_calls: int,
+    arrivals: list[list[FakeRow]],
+    data: st.DataObject,
 ) -> None:
+    """Whatever is cancelled, expires or fails, and however many calls there are side by side."""
     scheduler: Scheduler[FakeRow] = Scheduler(limits, costs)
     left: list[FakeRow] = []
+    calls: list[Work[FakeRow]] = []
     pending = list(arrivals)
     everyone = [row for group in arrivals for row in group]
     for now in range(10_000):
@@ -121,22 +128,38 @@ def test_every_row_leaves_exactly_once(
             scheduler.add(pending.pop(0))
         if scheduler.running and data.draw(st.integers(0, 9)) == 0:
             victim = data.draw(st.sampled_from(scheduler.running))
+            match data.draw(st.integers(0, 2)):
+                case 0:
+                    victim.cancelled = True
+                case 1:
+                    victim.deadline = now
+                case 2:
+                    scheduler.remove([victim])
+                    left.append(victim)
+        in_call = {row for call in calls for row in call.rows}
+        gone = scheduler.sweep(now)
+        assert not in_call.intersection(gone)
+        left += gone
+        work = scheduler.schedule() if len(calls) < max_calls else None
+        if work is not None:
+            check_work(work, scheduler)
+            assert not any(row.cancelled or row.deadline <= now for row in work.rows)
+            assert not in_call.intersection(work.rows)
+            calls.append(work)
             if data.draw(st.booleans()):
-                victim.cancelled = True
-            else:
-                victim.deadline = now
-        left += scheduler.sweep(now)
-        work = scheduler.schedule()
-        if work is None:
+                continue
+        elif len(calls) < max_calls:
+            assert not scheduler.has_more
+        if calls:
+            call = calls.pop(data.draw(st.integers(0, len(calls) - 1)))
+            for row in call.rows:
+                row.advance(call.kind)
+            left += scheduler.update(call)
+        elif not pending:
+            break
+        else:
             assert scheduler.idle
-            if not pending:
-                break
-            continue
-        check_work(work, scheduler)
-        assert not any(row.cancelled or row.deadline <= now for row in work.rows)
-        for row in work.rows:
-            row.advance(work.kind)
-        left += scheduler.update(work)
+    assert scheduler.idle
     assert sorted(map(id, left)) == sorted(map(id, everyone))
     for row in everyone:
         if row.stage is Stage.DONE:
