@@ -135,7 +135,8 @@ class Job:
         """The next item; a wedged engine, which cannot see deadlines, leaves nobody waiting."""
         left_s = self.request.deadline - self._replica.loop.clock() + DEADLINE_GRACE_S
         try:
-            return await asyncio.wait_for(self._inbox.get(), max(0.0, left_s))
+            async with asyncio.timeout(max(0.0, left_s)):
+                return await self._inbox.get()
         except TimeoutError:
             raise DeadlineExceeded(
                 "the engine has not answered by the deadline; try again"

@@ -46,4 +46,8 @@ def open_sleeping(model: str, cache_dir: Path) -> Runner:
     loaded = load_model(order, lambda what, done, total: None)
     doubles = {part: SleepingEngine(part) for part in ("denoiser", "vae_decoder")}
     loaded = dataclasses.replace(loaded, engines={**loaded.engines, **doubles})
-    return Runner(loaded, max_batch=GPU_SHAPED.limits.max_batch)
+    limits = GPU_SHAPED.limits
+    runner = Runner(loaded, max_batch=limits.max_batch)
+    # The model itself is loaded for a CPU, which decodes fewer rows at once.
+    runner.info = dataclasses.replace(runner.info, max_decode_batch=limits.max_decode_batch)
+    return runner
