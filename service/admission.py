@@ -68,7 +68,6 @@ def admit(
         BadRequest: a value this model or this service does not take.
     """
     info = runner.info
-    _check_limits(params, settings)
     width, height = _size(params.size, info, image)
     of_quality = STEPS_OF_QUALITY.get(params.quality, info.default_num_steps)
     num_steps = params.num_inference_steps or of_quality
@@ -101,15 +100,19 @@ def admit(
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _warnings(params, info, drawings[0], settings)
-    asked = None if params.priority is None else Priority[params.priority.upper()]
-    priority = tenant.allowed(asked)
-    if asked is not None and asked != priority:
+    priority = priority_of(params, tenant)
+    if params.priority is not None and Priority[params.priority.upper()] != priority:
         warnings.append(
             f"priority is {params.priority!r}; this API key has {priority.name.lower()} at most"
         )
     return Admitted(
         drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings
     )
+
+
+def priority_of(params: ImageParams, tenant: Tenant) -> Priority:
+    """What was asked for, as far as the key allows it."""
+    return tenant.allowed(None if params.priority is None else Priority[params.priority.upper()])
 
 
 def _loras(params: ImageParams, settings: Settings) -> Mapping[str, float]:
@@ -131,7 +134,8 @@ def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
         raise BadRequest(f"{name} is {value}{unit}; at most {limit}{unit} are accepted", param=name)
 
 
-def _check_limits(params: ImageParams, settings: Settings) -> None:
+def check_limits(params: ImageParams, settings: Settings) -> None:
+    """Raise `BadRequest` for what needs no model to be seen wrong; before `admit`."""
     _at_most("n", params.n, settings.max_images)
     for name in ("prompt", "negative_prompt"):
         _at_most(name, len(getattr(params, name) or ""), settings.max_prompt_chars, " characters")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from service.admission import Admitted, admit, check_model
+from service.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.errors import BadRequest, Cancelled
 from service.events import EventStream
 from service.images import MEDIA_TYPES, decode_image, to_base64
@@ -40,6 +40,7 @@ def build_router(replica: Replica) -> APIRouter:
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
+        _check_room(replica, request, params)
         admitted = admit(params, replica.runner, replica.settings, tenant)
         if replica.safety is not None:
             await _in_worker(replica, replica.safety.check_prompt, params.prompt)
@@ -53,6 +54,7 @@ def build_router(replica: Replica) -> APIRouter:
         output_format = accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
         tenant = request.state.exchange.tenant
+        _check_room(replica, request, params)
 
         def prepare() -> Admitted:
             pixels = decode_image(data, max_px=max_px)
@@ -76,6 +78,14 @@ def build_router(replica: Replica) -> APIRouter:
         return _model_object(replica)
 
     return router
+
+
+def _check_room(replica: Replica, request: Request, params: ImageParams) -> None:
+    """Raise `Overloaded` before a request that will be refused has cost more than its parsing."""
+    check_limits(params, replica.settings)
+    tenant = request.state.exchange.tenant
+    timeout_s = _timeout_s(request, replica.settings.request_timeout_s)
+    replica.loop.check(params.n, tenant.name, priority_of(params, tenant), timeout_s)
 
 
 async def _in_worker(replica: Replica, work: Callable[..., T], *arguments: object) -> T:

@@ -10,6 +10,7 @@ from collections import Counter
 from service.errors import Overloaded
 from service.request import Request
 
+PUNCTUAL = 0.95  # of the time left; the answer still has to be encoded and sent
 COST_WEIGHT = 0.1  # of the newest row in the average cost: the last twenty count for most of it
 
 
@@ -33,11 +34,13 @@ class Backlog:
         self._num_rows[request.tenant, request.priority] -= len(request.rows)
         self._num_rows += Counter()  # forgets those that have none left
 
-    def check(self, request: Request, now: float) -> None:
-        """Raises `Overloaded` when there are too many rows, or too many for its deadline."""
-        total, num_new = self._num_rows.total(), len(request.rows)
-        held = self._held_by(request.tenant) if request.tenant else 0
-        num_ahead = self._num_ahead_of(request)
+    def check(self, num_new: int, tenant: str, priority: int, left_s: float) -> None:
+        """Raises `Overloaded` when there are too many rows, or too many for so many more to be
+        finished in ``left_s``.
+        """
+        total = self._num_rows.total()
+        held = self._held_by(tenant) if tenant else 0
+        num_ahead = self._num_ahead_of(num_new, tenant, priority)
         if total + held + num_new > self._max_rows:
             whose = f", {held} of them of this API key" if held else ""
             raise Overloaded(
@@ -45,8 +48,8 @@ class Backlog:
                 f"this request would add {num_new}",
                 retry_after_s=num_ahead * self._s_per_row,
             )
-        wait_s, left_s = (num_ahead + num_new) * self._s_per_row, request.deadline - now
-        if num_ahead and wait_s > left_s:
+        wait_s = (num_ahead + num_new) * self._s_per_row
+        if num_ahead and wait_s > PUNCTUAL * left_s:
             raise Overloaded(
                 f"{num_ahead} images go before this request, which would take about {wait_s:.1f} s "
                 f"in all; it has {left_s:.1f} s (X-Request-Timeout)",
@@ -56,16 +59,16 @@ class Backlog:
     def _held_by(self, tenant: str) -> int:
         return sum(count for (name, _), count in self._num_rows.items() if name == tenant)
 
-    def _num_ahead_of(self, request: Request) -> int:
+    def _num_ahead_of(self, num_new: int, tenant: str, priority: int) -> int:
         """Rows as urgent or more so: all of its own tenant's, and of each other's as many again.
 
         Tenants take turns, so another's further rows come after this request's.
         """
         ahead: Counter[str] = Counter()
-        for (tenant, priority), num_rows in self._num_rows.items():
-            ahead[tenant] += num_rows if priority >= request.priority else 0
-        own = ahead.pop(request.tenant, 0)
-        return own + sum(min(count, own + len(request.rows)) for count in ahead.values())
+        for (whose, urgency), num_rows in self._num_rows.items():
+            ahead[whose] += num_rows if urgency >= priority else 0
+        own = ahead.pop(tenant, 0)
+        return own + sum(min(count, own + num_new) for count in ahead.values())
 
     # -- what the engine threads measure -----------------------------------------------------
 

@@ -107,6 +107,7 @@ class EngineLoop:
         self._accepting = False
         self._stopping = False
         self._calls_began_at: dict[int, float] = {}  # by thread
+        self._num_wakeups = 0
         self._num_calls = 0  # engine calls that came back
         self._last_call_ended_at = 0.0
         self._outbox: deque[tuple[Request, Event]] = deque()
@@ -139,7 +140,7 @@ class EngineLoop:
             self._accepting = False
             self._emptied.wait_for(lambda: not self._open, timeout=drain_s)
             self._stopping = True
-            self._wakeup.notify_all()
+            self._wake(len(self._threads))
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -152,6 +153,16 @@ class EngineLoop:
 
     # -- called by handlers, from any thread ------------------------------------------------
 
+    def check(self, num_rows: int, tenant: str, priority: int, timeout_s: float) -> None:
+        """Raise what `submit` would now, before the rows of a request are made."""
+        with self._wakeup:
+            self._check(num_rows, tenant, priority, timeout_s)
+
+    def _check(self, num_rows: int, tenant: str, priority: int, left_s: float) -> None:
+        if not self.healthy:
+            raise NotReady("this replica does not accept work now; try again", retry_after_s=1)
+        self._backlog.check(num_rows, tenant, priority, left_s)
+
     def submit(self, request: Request) -> None:
         """Accept a request. From here on it gets exactly one `Resolved` event.
 
@@ -160,19 +171,22 @@ class EngineLoop:
             Overloaded: there is no room, or no time before its deadline; nothing was accepted.
         """
         with self._wakeup:
-            if not self.healthy:
-                raise NotReady("this replica does not accept work now; try again", retry_after_s=1)
-            self._backlog.check(request, self.clock())
+            left_s = request.deadline - self.clock()
+            self._check(len(request.rows), request.tenant, request.priority, left_s)
             self._backlog.add(request)
             self._open.add(request)
             self._inbox.append(request)
-            self._wakeup.notify()
+            self._wake()
 
     def cancel(self, request: Request) -> None:
         """Free the request's rows at the next step boundary; nothing happens if it is resolved."""
         with self._wakeup:
             request.cancelled = True
-            self._wakeup.notify()
+            self._wake()
+
+    def _wake(self, num_threads: int = 1) -> None:
+        self._num_wakeups += 1
+        self._wakeup.notify(num_threads)
 
     # -- the engine threads ------------------------------------------------------------------
 
@@ -187,7 +201,7 @@ class EngineLoop:
         finally:
             with self._wakeup:
                 self._accepting, self._stopping = False, True
-                self._wakeup.notify_all()
+                self._wake(len(self._threads))
                 for request in list(self._open):
                     self._resolve(request, Status.FAILED, error)
             self._send_out()
@@ -199,9 +213,11 @@ class EngineLoop:
                 work = None if self._stopping else self._choose()
                 if work is not None or self._stopping:
                     return work
-                if not self._outbox:
-                    self._wakeup.wait()
+                seen = self._num_wakeups
             self._send_out()
+            with self._wakeup:  # not to look around once more: who was sent to waits for this turn
+                if seen == self._num_wakeups:
+                    self._wakeup.wait()
 
     def _choose(self) -> Work[Row] | None:
         while self._inbox:
@@ -212,7 +228,7 @@ class EngineLoop:
         if work is not None:
             self._begin(work)
             if self._scheduler.has_more:
-                self._wakeup.notify()
+                self._wake()
         return work
 
     def _sweep(self) -> None:

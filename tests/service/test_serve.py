@@ -57,7 +57,10 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     assert 'fourstep_images_total{model="tiny-lcm"} 4.0' in metrics
     assert "autoscaler" not in metrics, "Ray's own processes must not write into our metrics"
     children = psutil.Process(process.pid).children(recursive=True)
-    assert any("haproxy" in child.name() for child in children)
+    haproxy = next(child for child in children if "haproxy" in child.name())
+    config = Path(next(part for part in haproxy.cmdline() if part.endswith(".cfg"))).read_text()
+    sizes = dict(re.findall(r"^ *tune\.(bufsize|memory\.hot-size) (\d+)$", config, re.MULTILINE))
+    assert int(sizes["memory.hot-size"]) >= 8 * int(sizes["bufsize"]), "else pages come anew"
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
