@@ -10,7 +10,7 @@ from collections import Counter
 from service.errors import Overloaded
 from service.request import Request
 
-PUNCTUAL = 0.95  # of the time left; the answer still has to be encoded and sent
+PUNCTUAL = 0.9  # of the time left; the answer still has to be encoded and sent
 COST_WEIGHT = 0.1  # of the newest row in the average cost: the last twenty count for most of it
 
 

@@ -7,6 +7,7 @@ HTTP paths or of Ray; `service.app` puts a surface on it, `service.deployment` a
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -90,6 +91,10 @@ class Replica:
             self.tracing = Tracing()
         self._runner = runner = self._open_runner(settings)
         runner.warm_up(settings.default_loras)
+        # What stands now stands for good: the collector need not walk over it every few seconds,
+        # holding up all threads.
+        gc.collect()
+        gc.freeze()
         self._metrics = Metrics(runner.info.model_id)
         self.safety = load_safety(settings, self._metrics.safety_check)
         self._recorder = Recorder(

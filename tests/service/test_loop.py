@@ -198,7 +198,7 @@ def test_a_request_without_time_is_refused_with_the_time_to_come_back(
     assert error.value.retry_after_s == pytest.approx(3.0)
     urgent, _ = make_request(timed_loop, runner, "urgent", timeout_s=5.0, priority=1)
     timed_loop.submit(urgent)
-    patient, _ = make_request(timed_loop, runner, "patient", timeout_s=11.0)
+    patient, _ = make_request(timed_loop, runner, "patient", timeout_s=11.5)
     timed_loop.submit(patient)
 
 
