@@ -48,12 +48,12 @@ class Backlog:
                 f"this request would add {num_new}",
                 retry_after_s=num_ahead * self._s_per_row,
             )
-        wait_s = (num_ahead + num_new) * self._s_per_row
-        if num_ahead and wait_s > PUNCTUAL * left_s:
+        wait_s, bearable_s = (num_ahead + num_new) * self._s_per_row, PUNCTUAL * left_s
+        if num_ahead and wait_s > bearable_s:
             raise Overloaded(
                 f"{num_ahead} images go before this request, which would take about {wait_s:.1f} s "
-                f"in all; it has {left_s:.1f} s (X-Request-Timeout)",
-                retry_after_s=wait_s - left_s,
+                f"in all; it has {left_s:.1f} s (X-Request-Timeout), a tenth of it for the answer",
+                retry_after_s=wait_s - bearable_s,
             )
 
     def _held_by(self, tenant: str) -> int:
