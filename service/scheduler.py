@@ -190,10 +190,11 @@ class Scheduler(Generic[R]):
         the wait, see `_pays_to_wait`.
         """
         self._admit()
+        ready = self._ready()
         choices = (self._encode, self._decode_or_denoise)
         work = None
         for choose in reversed(choices) if self._encoded_last else choices:
-            work = work or choose()
+            work = work or choose(ready)
         if work is not None:
             self._in_call.update(work.rows)
             self._encoded_last = work.kind in (WorkKind.ENCODE_TEXT, WorkKind.ENCODE_IMAGE)
@@ -229,17 +230,16 @@ class Scheduler(Generic[R]):
         running = Counter(row.tenant for row in self.running)
         return min(self.waiting, key=lambda row: (-row.priority, running[row.tenant]))
 
-    def _encode(self) -> Work[R] | None:
+    def _encode(self, ready: Sequence[R]) -> Work[R] | None:
         for stage in (Stage.ENCODE_TEXT, Stage.ENCODE_IMAGE):
-            rows = _urgent_first(row for row in self._ready() if row.stage is stage)
+            rows = _urgent_first(row for row in ready if row.stage is stage)
             if rows:
                 if stage is Stage.ENCODE_IMAGE:
                     rows = _same_group(rows)
                 return Work(KIND_OF_STAGE[stage], tuple(rows[: self.limits.max_decode_batch]))
         return None
 
-    def _decode_or_denoise(self) -> Work[R] | None:
-        ready = self._ready()
+    def _decode_or_denoise(self, ready: Sequence[R]) -> Work[R] | None:
         decodable = _urgent_first(
             row for row in ready if row.stage in (Stage.PREVIEW, Stage.DECODE)
         )
