@@ -144,7 +144,7 @@ def test_a_config_file_serves_several_applications_and_replicas(
         replicas = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
-            if "FourstepDeployment" in " ".join(child.cmdline()) or "fourstep" in child.name()
+            if " ".join(child.cmdline()).startswith("ray::ServeReplica:")
         ]
         assert len(replicas) == 3, [child.cmdline() for child in replicas]
         process.send_signal(signal.SIGINT)
