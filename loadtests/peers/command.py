@@ -35,6 +35,10 @@ def peers(
     profile: Annotated[
         list[str] | None, typer.Option(help="uniform, mixed or sizes; repeat.")
     ] = None,
+    load: Annotated[
+        list[float] | None,
+        typer.Option(min=0.1, max=0.95, help="Of each capacity, besides 0.5 and 0.7; repeat."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, max=20, help="Each starts every peer once.")] = 3,
     minutes: Annotated[float, typer.Option(min=0.5, max=240, help="About how long in all.")] = 24,
     gpu_shaped: Annotated[
@@ -64,7 +68,8 @@ def peers(
     options = ["--workers", str(workers)]
     options += ["--gpu-shaped"] * gpu_shaped
     options += ["--row-level"] * row_level + ["--fast-png"] * fast_png
-    point_s = _point_s(minutes, rounds, len(chosen), len(profiles))
+    loads = sorted({*LOADS, *(load or ())})
+    point_s = _point_s(minutes, rounds, len(chosen), len(profiles), len(loads))
     findings = Findings()
 
     def work(each: Peer, index: int) -> None:
@@ -76,9 +81,9 @@ def peers(
 
     interleaved(chosen, 1, work)
     for each in profiles:
-        findings.choose_rates(each.name, chosen)
+        findings.choose_rates(each.name, chosen, loads)
     interleaved(chosen, rounds - 1, lambda each, index: work(each, index + 1))
-    how = _how(gpu_shaped, row_level, fast_png, workers)
+    how = _how(profile, gpu_shaped, row_level, fast_png, workers)
     write_page(findings, chosen, profiles, how=how, out=out)
 
 
@@ -111,9 +116,11 @@ def measure(
                 findings.answers.setdefault((of, load, peer.name), []).extend(answers)
 
 
-def _how(gpu_shaped: bool, row_level: bool, fast_png: bool, workers: int) -> dict[str, str]:
+def _how(
+    profiles: list[str] | None, gpu_shaped: bool, row_level: bool, fast_png: bool, workers: int
+) -> dict[str, str]:
     """What is not the default, for names and titles: file suffix → words."""
-    found = {
+    found = {f"-{name}": f"{name} requests" for name in profiles or ()} | {
         "-gpu-shaped": "an engine that sleeps as a GPU would draw" if gpu_shaped else "",
         "-row-level": "our row-level batches for all" if row_level else "",
         "-fast-png": "our PNG encoder for all" if fast_png else "",
@@ -122,9 +129,11 @@ def _how(gpu_shaped: bool, row_level: bool, fast_png: bool, workers: int) -> dic
     return {suffix: words for suffix, words in found.items() if words}
 
 
-def _point_s(minutes: float, rounds: int, num_peers: int, num_profiles: int) -> float:
+def _point_s(
+    minutes: float, rounds: int, num_peers: int, num_profiles: int, num_loads: int
+) -> float:
     """Seconds of one measurement, so that all of them take about ``minutes``."""
-    num_rates = 3 * len(LOADS)
+    num_rates = (3 if num_peers > 2 else 2) * num_loads
     num_points = num_peers * num_profiles * (rounds + (rounds - 1) * num_rates)
     left_s = 60 * minutes - rounds * num_peers * START_S
     return max(2.0, left_s / num_points)

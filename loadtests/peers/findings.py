@@ -32,13 +32,16 @@ class Findings:
         others = {peer for of, peer in self.saturation if of == profile} - {OURS.name}
         return max(others, key=lambda peer: self.capacity(profile, peer))
 
-    def choose_rates(self, profile: str, peers: Sequence[Peer]) -> None:
-        """50 and 70 % of the capacity of the weakest peer, the best one, and Fourstep."""
+    def choose_rates(
+        self, profile: str, peers: Sequence[Peer], loads: Sequence[float] = LOADS
+    ) -> None:
+        """These shares of the capacity of the weakest peer, the best one, and Fourstep."""
         others = [self.capacity(profile, peer.name) for peer in peers if peer is not OURS]
-        whose = {"the weakest": min(others), "the best peer": max(others)}
+        whose = {"the weakest": min(others)} if len(others) > 1 else {}
+        whose["the best peer"] = max(others)
         whose["Fourstep"] = self.capacity(profile, OURS.name)
         for name, capacity in whose.items():
-            for load in LOADS:
+            for load in loads:
                 self.rates[profile, f"{load:.0%} of {name}"] = load * capacity
 
     def keeps_up(self, profile: str, load: str, peer: str) -> bool:
