@@ -78,6 +78,8 @@ def _optimize(model: Any, weights: set[str]) -> None:
         ),
     )
     del graph.inputs[num_inputs:]
+    for node in graph.all_nodes():  # stack traces: paths of this machine, most of a file's bytes
+        node.metadata_props.clear()
 
 
 def _symbol(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The named weights of an ONNX file, read one at a time from the data beside it.
 
-The onnx package is imported with the first weight: drawing without LoRAs needs none of it.
+The onnx package is imported with the first weight: a GPU that draws without LoRAs needs none of it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from torch import Tensor
 
+from engines.cpu_graph import quick_graph
 from engines.engine import Variant
 from engines.onnx_weights import OnnxWeights
 
@@ -26,6 +27,8 @@ from engines.onnx_weights import OnnxWeights
 # small model keeps dozens, one of gigabytes only the session it runs.
 KEPT_BYTES = 2**30
 MAX_CALLS = 2  # side by side, where there are cores for them
+FEW_THREADS = 2  # for which a group norm is quicker whole than divided
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph in memory
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # in order of preference
 Arrays = dict[str, np.ndarray]
 
@@ -105,7 +108,12 @@ class OnnxRuntimeEngine:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(w.numpy()) for w in weights.values()]
         if values:
             options.add_external_initializers(list(weights), values)
-        return onnxruntime.InferenceSession(str(self._path), options, providers=self._providers)
+        graph: str | bytes = str(self._path)
+        few = (num_threads or self._cores.num_threads) <= FEW_THREADS
+        if few and self._providers == ["CPUExecutionProvider"]:
+            graph = quick_graph(self._path)
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._path.parent))
+        return onnxruntime.InferenceSession(graph, options, providers=self._providers)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}

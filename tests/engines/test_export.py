@@ -1,4 +1,4 @@
-"""Exported graphs keep every weight under its own name, whatever its values."""
+"""Exported graphs keep every weight under its own name, whatever its values, and no paths."""
 
 from __future__ import annotations
 
@@ -41,4 +41,5 @@ def test_equal_weights_are_not_merged(
         assert np.array_equal(found[name], weight.detach().numpy()), name
     used = {name for node in graph.node for name in node.input}
     assert {name for name, _ in part.module.named_parameters()} <= used
+    assert str(Path(torch.__file__).parent).encode() not in file.read_bytes()
     assert "Skipped" not in capfd.readouterr().err

@@ -1,0 +1,77 @@
+"""The quick graph computes what torch computes, and is what a session on few threads runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+from torch.nn import functional
+
+from engines.cpu_graph import quick_graph
+from engines.onnxruntime_engine import Cores, OnnxRuntimeEngine
+
+
+def write(folder: Path, num_groups: int, scale: torch.Tensor, bias: torch.Tensor) -> Path:
+    """A group norm of ``x`` ``[B, C, h, w]``, its weights in a file beside it."""
+    value = helper.make_tensor_value_info
+    kind = helper.np_dtype_to_tensor_dtype(scale.numpy().dtype)
+    node = helper.make_node(
+        "GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=num_groups, epsilon=1e-5
+    )
+    graph = helper.make_graph(
+        [node], "norm",
+        [value("x", kind, ["b", len(scale), "h", "w"])],
+        [value("y", kind, ["b", len(scale), "h", "w"])],
+        [
+            numpy_helper.from_array(scale.numpy(), "scale"),
+            numpy_helper.from_array(bias.numpy(), "bias"),
+        ],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    path = folder / "part.onnx"
+    (folder / "part.onnx.data").unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location="part.onnx.data", size_threshold=0)
+    return path
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load_from_string(quick_graph(path)).graph.node]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+@given(
+    rows=st.integers(1, 9), columns=st.integers(2, 9), batch=st.integers(1, 3),
+    num_groups=st.integers(1, 4), of_each=st.integers(1, 3), mean=st.floats(-50, 50),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_group_norm_is_torchs(
+    folder: Path, rows: int, columns: int, batch: int, num_groups: int, of_each: int, mean: float,
+    seed: int,
+) -> None:  # fmt: skip
+    """Where the mean is far above the deviation, too, and float32 has few digits left."""
+    generator = torch.Generator().manual_seed(seed)
+    num_channels = num_groups * of_each
+    x = torch.randn(batch, num_channels, rows, columns, generator=generator) + mean
+    scale, bias = torch.randn(2, num_channels, generator=generator)
+    path = write(folder, num_groups, scale, bias)
+    assert "GroupNormalization" not in operators(path)
+    found = OnnxRuntimeEngine(path, Cores(1)).run({"x": x})["y"]
+    exact = functional.group_norm(x.double(), num_groups, scale.double(), bias.double())
+    torchs = functional.group_norm(x, num_groups, scale, bias)
+    allowed = max(1e-5, 3 * float((torchs - exact).abs().max()))
+    assert float((found - exact).abs().max()) <= allowed
+
+
+def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
+    """Its one operator rounds once; two would round twice."""
+    weights = torch.ones(4, dtype=torch.float16)
+    assert operators(write(tmp_path, 2, weights, weights)) == ["GroupNormalization"]
