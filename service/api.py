@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from service.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.errors import BadRequest, Cancelled
@@ -29,11 +30,19 @@ from service.schema import (
 T = TypeVar("T")
 
 
+class PlainRoute(APIRoute):
+    """A handler that takes the request and makes the response itself; FastAPI just documents it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
+
+
 def build_router(replica: Replica) -> APIRouter:
     """Routes of one replica."""
     router = APIRouter(prefix="/v1")
+    images = APIRouter(route_class=PlainRoute)
 
-    @router.post("/images/generations", response_model=ImagesResponse)
+    @images.post("/images/generations", response_model=ImagesResponse)
     async def generations(request: Request) -> Response:
         """Draw images from a prompt. `Accept: image/png|jpeg|webp` returns the raw image."""
         params = await parse_generation(request, replica.settings.max_prompt_chars)
@@ -46,7 +55,7 @@ def build_router(replica: Replica) -> APIRouter:
             await _in_worker(replica, replica.safety.check_prompt, params.prompt)
         return await _answer(replica, request, params, admitted, output_format, "image_generation")
 
-    @router.post("/images/edits", response_model=ImagesResponse)
+    @images.post("/images/edits", response_model=ImagesResponse)
     async def edits(request: Request) -> Response:
         """Redraw one image after a prompt (image-to-image); `strength` says how far."""
         params, data = await parse_edit(request)
@@ -77,6 +86,7 @@ def build_router(replica: Replica) -> APIRouter:
         check_model(model_id, replica.runner.info.model_id, replica.settings)
         return _model_object(replica)
 
+    router.include_router(images)
     return router
 
 
@@ -185,7 +195,7 @@ async def _until_disconnect(
 ) -> list[EncodedImage]:
     """Await ``work``; a client that closes its connection cancels it.
 
-    Ray Serve cancels the handler itself; plain ASGI servers only say ``http.disconnect``.
+    Servers only say ``http.disconnect``; Ray Serve, without HAProxy, cancels the handler itself.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(request.receive())

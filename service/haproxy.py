@@ -54,6 +54,12 @@ AMENDMENTS = (
     # Of freed memory a thread keeps half a MiB by default, less than one buffer: each went back to
     # the system, and its pages came anew with every request. That took 0.7 of 1.4 ms a request.
     (r"^    (tune\.bufsize \d+)$", rf"    \1\n    tune.memory.hot-size {16 * 2**20}"),
+    # The service sees for itself whether a client has gone (`service.api`, Starlette's streams).
+    # Told so, Ray runs it as it is; otherwise it watches too, in two more tasks for each request.
+    (
+        r"^(    acl healthcheck path .*)$",
+        r"    http-request set-header x-request-disconnect-disabled ?1\n\1",
+    ),
     # Ray's own page for these is a 500 of plain text, which says neither what happened nor when
     # to come back.
     (r"^    errorfile 502 .*$", f"    http-error {_LOST}"),

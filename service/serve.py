@@ -62,10 +62,11 @@ def _set_environment(folder: str) -> None:
     # All of Ray listens on loopback: it is one machine, and Ray asks nobody who they are.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # What Ray does all the time is done on the engine's cores here. It looks ten times a second
-    # whether replicas are as they should be, counts itself where nobody asks, and has HAProxy run
-    # four threads.
+    # whether replicas are as they should be, counts itself and, from a line that HAProxy sends it
+    # of each, all requests where nobody asks, and has HAProxy run four threads.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", "1")
     # A model that cannot be loaded here cannot be loaded here a second time.
     os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"

@@ -25,7 +25,9 @@ from tests.monitoring import wait_for
 from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
 
 PATH = "/v1/images/generations"
-LONG = {"prompt": "x", "n": 4, "sampler": "ddim", "num_inference_steps": 1000}
+LONG = {
+    "prompt": "x", "n": 4, "size": "128x128", "sampler": "ddim", "num_inference_steps": 1000,
+}  # fmt: skip
 
 
 @pytest.fixture

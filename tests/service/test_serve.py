@@ -61,6 +61,7 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     config = Path(next(part for part in haproxy.cmdline() if part.endswith(".cfg"))).read_text()
     sizes = dict(re.findall(r"^ *tune\.(bufsize|memory\.hot-size) (\d+)$", config, re.MULTILINE))
     assert int(sizes["memory.hot-size"]) >= 8 * int(sizes["bufsize"]), "else pages come anew"
+    assert "http-request set-header x-request-disconnect-disabled ?1" in config
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
