@@ -40,9 +40,7 @@ class PlainRoute(APIRoute):
 def build_router(replica: Replica) -> APIRouter:
     """Routes of one replica."""
     router = APIRouter(prefix="/v1")
-    images = APIRouter(route_class=PlainRoute)
 
-    @images.post("/images/generations", response_model=ImagesResponse)
     async def generations(request: Request) -> Response:
         """Draw images from a prompt. `Accept: image/png|jpeg|webp` returns the raw image."""
         params = await parse_generation(request, replica.settings.max_prompt_chars)
@@ -55,7 +53,6 @@ def build_router(replica: Replica) -> APIRouter:
             await _in_worker(replica, replica.safety.check_prompt, params.prompt)
         return await _answer(replica, request, params, admitted, output_format, "image_generation")
 
-    @images.post("/images/edits", response_model=ImagesResponse)
     async def edits(request: Request) -> Response:
         """Redraw one image after a prompt (image-to-image); `strength` says how far."""
         params, data = await parse_edit(request)
@@ -75,6 +72,15 @@ def build_router(replica: Replica) -> APIRouter:
         admitted = await _in_worker(replica, prepare)
         return await _answer(replica, request, params, admitted, output_format, "image_edit")
 
+    for path, endpoint in (("/images/generations", generations), ("/images/edits", edits)):
+        router.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            response_model=ImagesResponse,
+            route_class_override=PlainRoute,
+        )
+
     @router.get("/models")
     async def models() -> ModelList:
         """The model served here, and what may be asked of it."""
@@ -86,7 +92,6 @@ def build_router(replica: Replica) -> APIRouter:
         check_model(model_id, replica.runner.info.model_id, replica.settings)
         return _model_object(replica)
 
-    router.include_router(images)
     return router
 
 
