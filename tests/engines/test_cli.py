@@ -50,7 +50,7 @@ def test_generate_from_a_bundle_needs_no_diffusers(bundle: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     with Image.open(out) as image:
         assert image.size == (96, 64)
-    assert json.loads(done.stdout.splitlines()[-1]) == ["torch", "onnxruntime"]
+    assert json.loads(done.stdout.splitlines()[-1]) == ["torch", "onnx", "onnxruntime"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
     again = tmp_path / "again.png"
     arguments = ("generate", "a red cube", "-o", again, "--model", bundle, "--size", "96x64")
