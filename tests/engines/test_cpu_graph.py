@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch.nn import functional
@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("graphs")
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(1, 9), columns=st.integers(2, 9), batch=st.integers(1, 3),
     num_groups=st.integers(1, 4), of_each=st.integers(1, 3), mean=st.floats(-50, 50),
