@@ -22,12 +22,12 @@ def quick_graph(path: Path) -> bytes:
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     in_float = {
-        tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT
+        tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT
     }
     nodes: list[NodeProto] = []
     for node in graph.node:
-        if node.op_type == "GroupNormalization" and node.input[1] in in_float:
-            nodes += _group_norm(graph, node)
+        if node.op_type == "GroupNormalization" and (scale := in_float.get(node.input[1])):
+            nodes += _group_norm(graph, node, num_channels=scale.dims[0])
         else:
             nodes.append(node)
     del graph.node[:]
@@ -35,12 +35,11 @@ def quick_graph(path: Path) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _group_norm(graph: GraphProto, node: NodeProto) -> Iterator[NodeProto]:
+def _group_norm(graph: GraphProto, node: NodeProto, num_channels: int) -> Iterator[NodeProto]:
     """Groups are an instance norm's instances; a batch norm of mean 0 and variance 1 is γ·x + β."""
     features, scale, bias = node.input
     (output,) = node.output
     num_groups = get_node_attr_value(node, "num_groups")
-    num_channels = next(tensor.dims[0] for tensor in graph.initializer if tensor.name == scale)
 
     def constant(name: str, value: np.ndarray) -> str:
         graph.initializer.append(onnx.numpy_helper.from_array(value, f"{output}.{name}"))

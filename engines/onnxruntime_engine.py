@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -111,9 +112,14 @@ class OnnxRuntimeEngine:
         graph: str | bytes = str(self._path)
         few = (num_threads or self._cores.num_threads) <= FEW_THREADS
         if few and self._providers == ["CPUExecutionProvider"]:
-            graph = quick_graph(self._path)
+            graph = self._quick_graph
             options.add_session_config_entry(WEIGHTS_FOLDER, str(self._path.parent))
         return onnxruntime.InferenceSession(graph, options, providers=self._providers)
+
+    @functools.cached_property
+    def _quick_graph(self) -> bytes:
+        """Made once for all sessions: every LoRA set opens two."""
+        return quick_graph(self._path)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}

@@ -1,4 +1,4 @@
-"""The quick graph computes what torch computes, and is what a session on few threads runs."""
+"""The quick graph computes what torch computes, through the engine that runs it."""
 
 from __future__ import annotations
 
