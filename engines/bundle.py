@@ -88,7 +88,7 @@ class Blueprint:
 def _exporter_hash() -> str:
     """Of our own code that makes the graphs: an edit there makes other bundles."""
     here = Path(__file__).parent
-    own = [here / f"{name}.py" for name in ("adapters", "export", "plan")]
+    own = [here / f"{name}.py" for name in ("backends/adapters", "export", "plan")]
     files = [*own, *sorted((here / "families").glob("*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -168,7 +168,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
     source, target = blueprint.source, blueprint.target
     pipeline_class(source)  # a clear error before anything heavy is imported
     progress(f"loading {name_of(source)}", 0, 5)
-    from engines.adapters import fuse
+    from engines.backends.adapters import fuse
     from engines.export import OPSET, export_onnx
     from engines.families import family_of
 

@@ -83,9 +83,9 @@ def build(
     guidance: GuidanceOption = None,
 ) -> None:
     """Compile a model's parts into a bundle."""
+    from engines.backends.choice import Machine
     from engines.bundle import Blueprint, build_bundle
     from engines.checkpoint import DTYPES, download, resolve
-    from engines.choice import Machine
     from engines.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
     from engines.samplers import SAMPLERS
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engines.adapters import AdapterSet
+from engines.backends.adapters import AdapterSet
 from engines.samplers import Schedule
 from engines.stage import Stage
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from engines.choice import choose_backend
+from engines.backends.choice import choose_backend
 from engines.errors import BuildError, EngineError
 from engines.facts import Defaults
 from engines.model import Model, load_built, prepare

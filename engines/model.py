@@ -10,7 +10,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from engines.adapters import Adapters, read_lora
+from engines.backends.adapters import Adapters, read_lora
+from engines.backends.choice import Choice, Machine, choose_backend
+from engines.backends.engine import Engine
 from engines.batching import FULL_BATCH, denoise_rows
 from engines.bundle import (
     TOKENIZER,
@@ -23,8 +25,6 @@ from engines.bundle import (
     open_bundle,
 )
 from engines.checkpoint import download, load_facts, load_pipeline, pipeline_class, resolve
-from engines.choice import Choice, Machine, choose_backend
-from engines.engine import Engine
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.order import Order
@@ -167,7 +167,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     engines: dict[str, Engine] = {}
     target, max_calls = None, 1
     if choice.backend in MODULES:
-        from engines.tensorrt_engine import TensorRtEngine
+        from engines.backends.tensorrt_engine import TensorRtEngine
 
         target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
         for name in PARTS:
@@ -176,7 +176,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
                 plan, choice.backend, target.batches, stripped=target.strip
             )
     else:
-        from engines.onnxruntime_engine import Cores, OnnxRuntimeEngine
+        from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
         cores = Cores(order.num_threads)
         found = {name: OnnxRuntimeEngine(bundle.part(name), cores) for name in PARTS}
@@ -197,8 +197,8 @@ def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> 
 def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     import torch
 
+    from engines.backends.torch_engine import TorchEngine
     from engines.families import family_of
-    from engines.torch_engine import TorchEngine
 
     folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.backends.engine import Engine, Variant
 from engines.drawing import Recipe
-from engines.engine import Engine, Variant
 from engines.model import PARTS, Model
 from engines.runner import Runner
 

@@ -1,7 +1,8 @@
 """A plan: one part's ONNX compiled by TensorRT, for shapes and GPUs that are named beforehand.
 
 Owns targets, profiles, the builder and the plan's header. Serves both NVIDIA packages, which share
-an API; what only one of them can do is gated on it. Runs no plan: see `engines.tensorrt_engine`.
+an API; what only one of them can do is gated on it. Runs no plan: see
+`engines.backends.tensorrt_engine`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.adapters import AdapterSet
+from engines.backends.adapters import AdapterSet
 from engines.bundle import Progress
 from engines.drawing import Drawing, Group, Recipe, spread_previews
 from engines.errors import EngineError, OutOfMemory

@@ -93,8 +93,8 @@ def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
 
 def _prepare_model(settings: Settings) -> None:
     """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
+    from engines.backends.choice import choose_backend
     from engines.checkpoint import download, resolve
-    from engines.choice import choose_backend
     from engines.model import prepare
 
     if choose_backend(settings.engine).backend != "torch" and not settings.serve_meanwhile:

@@ -12,7 +12,7 @@ HOMES = {  # top-level package → the only modules that may import it
     "ray": {"service/deployment.py", "service/serve.py", "service/serve_config.py"},
     "prometheus_client": {"service/metrics.py"},
     "opentelemetry": {"service/tracing.py"},
-    "onnxruntime": {"engines/onnxruntime_engine.py"},
+    "onnxruntime": {"engines/backends/onnxruntime_engine.py"},
 }
 FORBIDDEN = {  # module prefix → what it must not import
     "engines/": {"service", "ray", "fastapi", "prometheus_client"},

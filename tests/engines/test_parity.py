@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from engines.backends.torch_engine import TorchEngine
 from engines.cli import app
 from engines.errors import BundleError
 from engines.model import PARTS, load_model
 from engines.order import Order
 from engines.parity import Parity, compare
-from engines.torch_engine import TorchEngine
 
 OUTPUTS = {
     "text_encoder.prompt_embeds", "denoiser.next_sample", "denoiser.denoised",

@@ -11,9 +11,9 @@ import onnx
 import pytest
 import torch
 
+from engines.backends.choice import Machine
 from engines.bundle import Blueprint, Bundle, build_bundle, open_bundle
 from engines.checkpoint import load_facts, load_pipeline
-from engines.choice import Machine
 from engines.errors import BackendUnavailable, BuildError, BundleError, InvalidInput
 from engines.families import family_of
 from engines.families.part import Part

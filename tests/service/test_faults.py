@@ -14,7 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from torch import Tensor
 
-from engines.engine import Engine, Variant
+from engines.backends.engine import Engine, Variant
 from engines.errors import EngineError
 from engines.model import load_model
 from engines.order import Order

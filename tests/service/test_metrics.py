@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from torch import Tensor
 
-from engines.engine import Engine
+from engines.backends.engine import Engine
 from engines.model import load_model
 from engines.order import Order
 from engines.runner import Runner

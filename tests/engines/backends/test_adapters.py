@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines import onnxruntime_engine
-from engines.adapters import read_lora
+from engines.backends import onnxruntime_engine
+from engines.backends.adapters import read_lora
+from engines.backends.onnxruntime_engine import OnnxRuntimeEngine
 from engines.bundle import Blueprint, build_bundle
 from engines.errors import CheckpointError, InvalidInput
 from engines.facts import Defaults
-from engines.onnxruntime_engine import OnnxRuntimeEngine
 from engines.order import Order
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora

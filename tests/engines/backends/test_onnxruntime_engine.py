@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from engines import onnxruntime_engine
-from engines.onnxruntime_engine import Cores, OnnxRuntimeEngine, cut
+from engines.backends import onnxruntime_engine
+from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine, cut
 from engines.order import Order
 from engines.runner import Runner
 from tests.engines.checkpoints import make_lora

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.engine import Engine
+from engines.backends.engine import Engine
 from engines.errors import CheckpointError, InvalidInput
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
     Raises:
         CheckpointError: a file is no LoRA, or was made for another architecture.
     """
-    from engines.torch_engine import TorchEngine
+    from engines.backends.torch_engine import TorchEngine
 
     if loras:
         named = {f"{index}: {path}": (path, weight) for index, (path, weight) in enumerate(loras)}

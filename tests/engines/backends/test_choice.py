@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from engines.adapters import Adapters
+from engines.backends.adapters import Adapters
+from engines.backends.choice import Choice, Machine, choose_backend
 from engines.bundle import Bundle
-from engines.choice import Choice, Machine, choose_backend
 from engines.errors import BackendUnavailable, BundleError
 from engines.facts import Facts
 from engines.model import Model, check_plans

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from engines.backends.choice import Machine, choose_backend
 from engines.bundle import Blueprint, build_bundle
-from engines.choice import Machine, choose_backend
 from engines.drawing import Recipe
 from engines.errors import BackendUnavailable, InvalidInput, OutOfMemory
 from engines.order import Order

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from engines.engine import Variant
+from engines.backends.engine import Variant
 from engines.families.part import Part
 
 

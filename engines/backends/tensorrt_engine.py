@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.engine import Variant
+from engines.backends.engine import Variant
+from engines.backends.onnx_weights import OnnxWeights
 from engines.errors import BackendUnavailable, InvalidInput
-from engines.onnx_weights import OnnxWeights
 from engines.plan import MODULES, import_tensorrt, make_logger
 
 DTYPES = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch.nn import functional
 
-from engines.cpu_graph import quick_graph
-from engines.onnxruntime_engine import Cores, OnnxRuntimeEngine
+from engines.backends.cpu_graph import quick_graph
+from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
 
 def write(folder: Path, num_groups: int, scale: torch.Tensor, bias: torch.Tensor) -> Path:

@@ -19,9 +19,9 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from torch import Tensor
 
-from engines.cpu_graph import quick_graph
-from engines.engine import Variant
-from engines.onnx_weights import OnnxWeights
+from engines.backends.cpu_graph import quick_graph
+from engines.backends.engine import Variant
+from engines.backends.onnx_weights import OnnxWeights
 
 # Sessions of recent LoRA sets, for opening one anew costs half a second even on a small model. Each
 # holds weights of its own, about the file's size (packed for the kernels, they cannot be shared): a
