@@ -24,5 +24,14 @@ def decode_rows(device: str, size_px: int, max_batch: int) -> int:
     return min(CPU_DECODE_ROWS, num_rows) if device == "cpu" else num_rows
 
 
+def bucket_of(num_rows: int) -> int:
+    """Rows that a call is filled up to where each count has a CUDA graph of its own.
+
+    Up to 8 it is taken as it is; above that graphs are few and at most a quarter is added.
+    """
+    step = 1 << max(0, (num_rows - 1).bit_length() - 3)  # 9 to 16: 2, 17 to 32: 4
+    return -(-num_rows // step) * step
+
+
 def _rows(device: str, size_px: int) -> int:
     return max(1, min(FULL_BATCH, CALL_PIXELS[device] // size_px**2))

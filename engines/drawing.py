@@ -54,7 +54,7 @@ class Drawing:
     num_truncated_tokens: int = 0
     timestep_cond: torch.Tensor | None = None  # float32 [K], filled at start
     prompt_embeds: tuple[torch.Tensor, ...] | None = None  # float32 [L, D] each, by encode_text
-    latents: torch.Tensor | None = None  # float32 [C, h, w], by the first engine call that needs it
+    latents: torch.Tensor | None = None  # float32 [C, h, w], by start or encode_image
     denoised: torch.Tensor | None = None  # float32 [C, h, w], by denoise: the current guess
     step_index: int = 0  # by denoise
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due

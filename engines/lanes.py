@@ -1,8 +1,9 @@
 """The rows of a denoise call laid out as the denoiser's inputs, one lane for each row of its batch.
 
-Made when rows meet and good for as many steps as no row joins or leaves: what does not change from
-one step to the next is gathered once, and the latents of a step are the sample of the next without
-a copy. Owns no noise and makes no engine call: see `engines.runner`.
+Made when rows meet and good for as many steps as no row joins or leaves: what a step reads of
+schedules, guidance and prompts goes to the device once, for all of these steps, and the latents of
+a step are the sample of the next without a copy. Owns no noise and makes no engine call: see
+`engines.runner`.
 """
 
 from __future__ import annotations
@@ -14,24 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines import transfers
 from engines.drawing import Drawing
 
 
 class Lanes:
     """Rows of one group, a lane each and a second one for guidance.
 
-    Each row has its embeddings, its latents and, where its next step adds any, its noise. What
-    comes from the tables stays on the CPU, where an engine finds it; the rest is on ``device``.
+    Each row has its embeddings, its latents and, where its next step adds any, its noise.
     """
 
     def __init__(self, drawings: Sequence[Drawing], device: str) -> None:
+        self._device = device
         self._drawings = tuple(drawings)
         self._step_indices = [drawing.step_index for drawing in drawings]
         owners = [drawing for drawing in drawings for _ in range(drawing.num_lanes)]
         self._owners = owners
         self._first: list[int] = []  # lane of each row
-        self._coefficients = np.empty((len(owners), 6), np.float32)
-        self._timestep = np.empty(len(owners), np.float32)
         guidance = np.ones(len(owners), np.float32)
         uncond = np.arange(len(owners))
         lane = 0
@@ -43,17 +43,24 @@ class Lanes:
             lane += drawing.num_lanes
         embeds = [each for drawing in drawings for each in drawing.prompt_embeds or ()]
         assert len(embeds) == len(owners), "encode_text comes first"
+        self._step = 0  # since these rows met
         self._sample: Tensor | None = None  # of the next step, where the last one left it whole
-        self._inputs = {
-            "prompt_embeds": torch.stack(embeds),
-            "coefficients": torch.from_numpy(self._coefficients),
-            "timestep": torch.from_numpy(self._timestep),
-            "guidance": torch.from_numpy(guidance).to(device),
-            "uncond_index": torch.from_numpy(uncond).to(device),
+        self._noise: Tensor | None = None  # of the next step, where it was laid out ahead
+        coefficients, timesteps = _tables(owners)
+        hosted = {
+            "coefficients": torch.from_numpy(coefficients),
+            "timestep": torch.from_numpy(timesteps),
+            "guidance": torch.from_numpy(guidance),
+            "uncond_index": torch.from_numpy(uncond),
         }
         conds = [drawing.timestep_cond for drawing in owners if drawing.timestep_cond is not None]
         if conds:
-            self._inputs["timestep_cond"] = torch.stack(conds).to(device)
+            hosted["timestep_cond"] = torch.stack(conds)
+        self._inputs = transfers.upload(hosted, device)
+        # A step's own lines of the tables, of which a CPU takes one as it is.
+        self._coefficients = self._inputs.pop("coefficients").unbind(0)
+        self._timesteps = self._inputs.pop("timestep").unbind(0)
+        self._inputs["prompt_embeds"] = transfers.stack(embeds, device)
 
     def hold(self, drawings: Sequence[Drawing]) -> bool:
         """Whether these are exactly the rows laid out here, in their order, as they were left."""
@@ -65,15 +72,30 @@ class Lanes:
 
     def inputs(self) -> dict[str, Tensor]:
         """What the denoiser takes for the next step of each row; shapes as `Denoiser` has them."""
-        for lane, drawing in enumerate(self._owners):
-            schedule, step = drawing.schedule, drawing.step_index
-            self._coefficients[lane] = schedule.coefficients[step]
-            self._timestep[lane] = schedule.timesteps[step]
-        noise = torch.stack([_noise(drawing) for drawing in self._owners])
+        if self._noise is None:
+            self.lay_out_noise()
+        assert self._noise is not None, "laid out just now"
+        noise, self._noise = self._noise, None  # a call that is made again lays it out again
         sample = self._sample
         if sample is None:
-            sample = torch.stack([_latents(drawing) for drawing in self._owners])
-        return {**self._inputs, "sample": sample, "noise": noise}
+            sample = transfers.stack([_latents(each) for each in self._owners], self._device)
+        return {
+            **self._inputs,
+            "coefficients": self._coefficients[self._step],
+            "timestep": self._timesteps[self._step],
+            "sample": sample,
+            "noise": noise,
+        }
+
+    def lay_out_noise(self) -> None:
+        """The next step's noise, which its rows have drawn: best while an engine is at this one."""
+        noises = [drawing.step_noise for drawing in self._owners]
+        shape = _latents(self._owners[0]).shape
+        if any(noise is not None for noise in noises):
+            rows = [_silence(shape) if noise is None else noise for noise in noises]
+            self._noise = transfers.stack(rows, self._device)
+        else:
+            self._noise = torch.zeros((len(noises), *shape), device=self._device)
 
     def advance(self, outputs: Mapping[str, Tensor]) -> None:
         """Take the step's outcome to the rows."""
@@ -83,20 +105,28 @@ class Lanes:
             drawing.latents, drawing.denoised = latents[lane], denoised[lane]
             drawing.step_noise = None
             drawing.step_index += 1
+        self._step += 1
         self._step_indices = [drawing.step_index for drawing in self._drawings]
         # Of a guided row the second lane's outcome belongs to nobody.
         self._sample = next_sample if len(self._drawings) == len(self._owners) else None
+
+
+def _tables(owners: Sequence[Drawing]) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients float32 ``[S, B, 6]`` and timesteps ``[S, B]`` of steps that all rows have."""
+    num_steps = min(drawing.num_steps - drawing.step_index for drawing in owners)
+    coefficients = np.empty((num_steps, len(owners), 6), np.float32)
+    timesteps = np.empty((num_steps, len(owners)), np.float32)
+    for lane, drawing in enumerate(owners):
+        left = slice(drawing.step_index, drawing.step_index + num_steps)
+        coefficients[:, lane] = drawing.schedule.coefficients[left]
+        timesteps[:, lane] = drawing.schedule.timesteps[left]
+    return coefficients, timesteps
 
 
 @functools.lru_cache(maxsize=64)  # one for each size
 def _silence(shape: torch.Size) -> Tensor:
     """For a row whose step adds no noise: its coefficient r is 0. Not to be changed in place."""
     return torch.zeros(shape)
-
-
-def _noise(drawing: Drawing) -> Tensor:
-    noise = drawing.step_noise
-    return _silence(_latents(drawing).shape) if noise is None else noise
 
 
 def _latents(drawing: Drawing) -> Tensor:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines import transfers
 from engines.backends.adapters import AdapterSet
 from engines.bundle import Progress
 from engines.drawing import Drawing, Group, Recipe, spread_previews
@@ -158,6 +159,8 @@ class Runner:
                 recipe.guidance_scale - 1.0, facts.time_cond_dim
             )
         drawing.prompt_embeds = self._cached(loras, ids)
+        if not image:
+            drawing.latents = schedule.noise_scale * self._draw_noise(drawing)
         return drawing
 
     def _make_schedule(
@@ -235,23 +238,23 @@ class Runner:
         going in other threads then shares the processor with the engine, not with this one.
         """
         for drawing in drawings:
-            if drawing.latents is None:
-                noise = self._draw_noise(drawing).to(self._model.device)
-                drawing.latents = drawing.schedule.noise_scale * noise
             self._draw_ahead(drawing)
         with self._calling(drawings[0].group.loras):
             lanes = self._layout(drawings)
             inputs = lanes.inputs()
             before_run()
             lanes.advance(self._run("denoiser", **inputs))
+            done = transfers.mark() if self._model.device == "cuda" else None
             for drawing in drawings:  # a GPU still works on this step
                 self._draw_ahead(drawing)
-            if self._model.device == "cuda":
+            go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
+            if go_on:
+                lanes.lay_out_noise()
+            if done is not None:
                 # Without this the host runs ahead, up to the next decode: rows that come would
                 # stand behind steps that nobody has begun, and calls would seem to take no time.
-                torch.cuda.current_stream().synchronize()
+                transfers.wait_for(done)
             others = [each for each in self._layouts if each is not lanes]
-            go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
             self._layouts = [*others, *[lanes] * go_on][-self.info.max_calls :]
 
     def _layout(self, drawings: Sequence[Drawing]) -> Lanes:
@@ -274,9 +277,12 @@ class Runner:
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
         sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
         with self._calling():
-            pixels = self._run("vae_decoder", latents=batch)["pixels"].cpu().numpy()  # [B,H,W,3]
+            pixels = self._run("vae_decoder", latents=batch)["pixels"]  # [B, H, W, 3]
+            pixels, sums = transfers.fetch(pixels, sums)
         finite = torch.isfinite(sums).tolist()
-        for drawing, done, image, sound in zip(drawings, final, pixels, finite, strict=True):
+        for drawing, done, image, sound in zip(
+            drawings, final, pixels.numpy(), finite, strict=True
+        ):
             if not sound:
                 drawing.failure = (
                     f"after step {drawing.step_index} the latents are not all finite numbers; a "

@@ -17,6 +17,7 @@ from engines.backends.engine import Engine
 from engines.errors import CheckpointError, InvalidInput
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from engines.families.part import Part
@@ -32,6 +33,9 @@ class LowRank:
     down: Tensor  # [r, in, ...]
     up: Tensor  # [out, r, ...]
     scale: float  # α / r
+
+    def to(self, device: torch.device) -> LowRank:
+        return LowRank(self.down.to(device), self.up.to(device), self.scale)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         """float32, in the weight's own shape; a convolution's `up` is 1 x 1."""
@@ -130,6 +134,7 @@ class Adapters:
         self._engines = engines
         self._current: AdapterSet | None = ()  # None: a switch failed half way
         self._held: dict[str, AdapterSet | None] = dict.fromkeys(PREFIXES, ())  # of it, by part
+        self._moved: dict[tuple[str, str], LowRank] = {}  # by name and weight: where engines are
         for name, lora in loras.items():
             for part, pairs in lora.items():
                 for weight, pair in pairs.items():
@@ -181,11 +186,20 @@ class Adapters:
             built = engine.weight(weight)
             total = built.float()
             for name, strength in wanted:
-                pair = self._loras[name][part].get(weight)
+                pair = self._pair(name, part, weight, built.device)
                 if pair is not None:
                     total = total + strength * pair.delta(tuple(built.shape))
             fused[weight] = total.to(built.dtype)
         return fused
+
+    def _pair(self, name: str, part: str, weight: str, device: torch.device) -> LowRank | None:
+        """On the device of the weight that it changes, and from its first use on kept there."""
+        pair = self._loras[name][part].get(weight)
+        if pair is None or pair.down.device == device:
+            return pair
+        if (name, weight) not in self._moved:
+            self._moved[name, weight] = pair.to(device)
+        return self._moved[name, weight]
 
 
 def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:

@@ -23,7 +23,8 @@ class Engine(Protocol):
         """All inputs by name (CPU or the engine's device), all outputs by name."""
 
     def weight(self, name: str) -> Tensor:
-        """A weight as it was built, on the CPU; KeyError where the part has none of that name."""
+        """A weight as it was built, where the engine keeps it (the CPU or its device), not to be
+        changed; KeyError where the part has none of that name."""
 
     def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         """From now on ``weights()`` stand in for the built ones, and no others do.

@@ -1,4 +1,4 @@
-"""The reference backend: the part's own torch module."""
+"""The part's own torch module: the reference on a CPU; on a GPU fused kernels in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,53 @@ import torch
 from torch import Tensor
 
 from engines.backends.engine import Variant
+from engines.backends.fused import fuse
+from engines.backends.graphs import Graphs
+from engines.batching import bucket_of
 from engines.families.part import Part
 
 
 class TorchEngine:
-    """Runs ``part.module`` in inference mode on ``device``."""
+    """Runs ``part.module`` in inference mode on ``device``, in the module's own type.
+
+    On a GPU the networks that `fused` knows run in its form, channels last, and each batch size and
+    image size that came before is one graph. Weights stay where they are for good: `refit` copies
+    into them.
+    """
 
     def __init__(self, part: Part, device: str) -> None:
-        self._module: torch.nn.Module | None = part.module.eval().to(device)
+        module = part.module.eval().to(device)
         self._device = device
         self._outputs = part.outputs
-        self._weights = dict(part.module.named_parameters())
-        self._built: dict[str, Tensor] = {}  # what refit replaced, as it was, on the CPU
+        self._weights = dict(module.named_parameters())
+        self._built: dict[str, Tensor] = {}  # what refit replaced, as it was, on the device
+        self._module: torch.nn.Module | None = module
+        self._graphs: Graphs | None = None
+        self.num_rows = self.num_padded_rows = 0  # since the engine was made; their ratio is waste
+        if device != "cpu":
+            with torch.no_grad():
+                fuse(module)
+            self._graphs = Graphs(self._call)
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._graphs is None:
+            moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
+            return dict(zip(self._outputs, self._call(**moved), strict=True))
+        rows = len(next(iter(inputs.values())))
+        bucket = bucket_of(rows)
+        self.num_rows += rows
+        self.num_padded_rows += bucket - rows
+        return dict(zip(self._outputs, self._graphs.run(inputs, rows, bucket), strict=True))
+
+    def _call(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         assert self._module is not None, "closed"
         moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
         result = self._module(**moved)
-        values = (result,) if isinstance(result, Tensor) else result
-        return dict(zip(self._outputs, values, strict=True))
+        return (result,) if isinstance(result, Tensor) else tuple(result)
 
     def weight(self, name: str) -> Tensor:
-        return self._built[name] if name in self._built else self._weights[name].detach().cpu()
+        return self._built[name] if name in self._built else self._weights[name].detach()
 
     @torch.no_grad()
     def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -39,9 +63,11 @@ class TorchEngine:
             self._weights[name].copy_(self._built.pop(name))
         for name, value in fused.items():
             if name not in self._built:
-                self._built[name] = self._weights[name].detach().cpu().clone()
+                self._built[name] = self._weights[name].detach().clone()
             self._weights[name].copy_(value)
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
         self._module = None
         self._weights, self._built = {}, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.batching import decode_rows, denoise_rows
+from engines.batching import bucket_of, decode_rows, denoise_rows
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,13 @@ def test_rows_by_pixels(device: str, size_px: int, denoise: int, decode: int) ->
 
 def test_a_decode_is_never_of_more_rows_than_a_step() -> None:
     assert decode_rows("cuda", 512, max_batch=3) == 3
+
+
+def test_buckets_are_exact_where_batches_are_small_and_few_where_they_are_large() -> None:
+    assert [bucket_of(rows) for rows in range(1, 9)] == list(range(1, 9))
+    assert [bucket_of(rows) for rows in (9, 10, 11, 17, 20, 21, 33, 63)] == [
+        10, 10, 12, 20, 20, 24, 40, 64,
+    ]  # fmt: skip
+    for rows in range(1, 129):
+        assert rows <= bucket_of(rows) <= rows * 5 / 4
+    assert len({bucket_of(rows) for rows in range(1, 65)}) == 20

@@ -1,0 +1,44 @@
+"""diffusers' networks as few, large kernels: what a GPU runs in place of their own forward.
+
+`fuse` puts them into a part. Weights stay diffusers' own parameters, under their names and at their
+addresses, so a refit in place reaches what is fused of them. Knows nothing of graphs or batches.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from engines.backends.fused.blocks import Unfusable
+
+logger = logging.getLogger("fourstep.fused")
+
+
+def fuse(module: nn.Module) -> str:
+    """Replace the networks among a part's children by their fused forms, as far as they are known.
+
+    Their parameters are no longer among the part's then: whoever needs them by name looks before,
+    and after the part was moved to its device and type.
+
+    Returns:
+        Why one was left as it is; empty where none was.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from engines.backends.fused.unet import FusedUNet
+    from engines.backends.fused.vae import FusedVae
+
+    forms = {UNet2DConditionModel: FusedUNet, AutoencoderKL: FusedVae}
+    for name, child in list(module.named_children()):
+        child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        form = forms.get(type(child))
+        if form is None:
+            continue
+        try:
+            setattr(module, name, form(child))
+        except Unfusable as reason:
+            logger.warning("%s draws by its own forward: %s is not fused", name, reason)
+            return str(reason)
+    return ""

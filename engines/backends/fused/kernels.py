@@ -1,0 +1,297 @@
+"""Triton kernels for what lies between the convolutions and products of a UNet or a VAE.
+
+Each reads and writes its tensors once, channels last and in 16-byte pieces; sums are float32. What
+they compute stands in `ops`, whose functions choose between them and torch. Nothing here allocates
+on the host or waits for the device, so all of it can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_PROGRAMS = 264  # two for each multiprocessor of the largest GPUs (132, H100 and H200)
+WHOLE_GROUP = 32768  # values of a group that one program can hold in its registers
+
+
+@triton.jit
+def _load(at, mask):
+    """As float32, 0 where masked."""
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _before(bias, added, image, channel, is_channel, num_channels, has_bias, has_added):
+    """What is added to each channel of an image before it is normed."""
+    before = tl.zeros_like(channel).to(tl.float32)
+    if has_bias:
+        before += _load(bias + channel, is_channel)
+    if has_added:
+        before += _load(added + image * num_channels + channel, is_channel)
+    return before
+
+
+@triton.jit
+def _whole_group_norm(
+    x, y, gamma, beta, bias, added, num_rows, num_channels, eps,
+    per_group: tl.constexpr, has_bias: tl.constexpr, has_added: tl.constexpr, silu: tl.constexpr,
+    rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """One group of one image: mean, variance and outcome from values read once."""
+    group, image = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, rows), tl.arange(0, width)
+    channel, is_channel = group * per_group + column, column < per_group
+    mask = (row < num_rows)[:, None] & is_channel[None, :]
+    at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
+    before = _before(bias, added, image, channel, is_channel, num_channels, has_bias, has_added)
+    value = _load(x + at, mask) + before[None, :]
+    count = num_rows * per_group
+    mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), 1), 0) / count
+    off = tl.where(mask, value - mean, 0.0)
+    variance = tl.sum(tl.sum(off * off, 1), 0) / count
+    scale = _load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
+    value = off * scale[None, :] + _load(beta + channel, is_channel)[None, :]
+    if silu:
+        value = value * tl.sigmoid(value)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _channel_moments(
+    x, moments, num_rows, num_channels, rows: tl.constexpr, width: tl.constexpr
+):  # fmt: skip
+    """Of each channel in a tile of rows: its mean, and the squares of what it is off that."""
+    tile, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, channel = tile * rows + tl.arange(0, rows), block * width + tl.arange(0, width)
+    is_channel = channel < num_channels
+    mask = (row < num_rows)[:, None] & is_channel[None, :]
+    at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
+    value = _load(x + at, mask)
+    mean = tl.sum(value, 0) / tl.minimum(num_rows - tile * rows, rows)
+    off = tl.where(mask, value - mean[None, :], 0.0)
+    to = moments + (image.to(tl.int64) * tl.num_programs(0) + tile) * 2 * num_channels + channel
+    tl.store(to, mean, mask=is_channel)
+    tl.store(to + num_channels, tl.sum(off * off, 0), mask=is_channel)
+
+
+@triton.jit
+def _fold_moments(
+    moments, folded, gamma, beta, bias, added, num_rows, num_channels, num_tiles, eps,
+    per_group: tl.constexpr, has_bias: tl.constexpr, has_added: tl.constexpr,
+    rows: tl.constexpr, tiles: tl.constexpr, rounds: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Of each channel of a group: scale and shift that norm it, what is added before included."""
+    group, image = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, width)
+    channel, is_channel = group * per_group + column, column < per_group
+    before = _before(bias, added, image, channel, is_channel, num_channels, has_bias, has_added)
+    moments += image.to(tl.int64) * num_tiles * 2 * num_channels
+    total = tl.zeros((width,), tl.float32)
+    for turn in range(rounds):
+        tile = turn * tiles + tl.arange(0, tiles)
+        mask = (tile < num_tiles)[:, None] & is_channel[None, :]
+        count = tl.minimum(num_rows - tile * rows, rows).to(tl.float32)[:, None]
+        mean = _load(moments + tile[:, None] * 2 * num_channels + channel[None, :], mask)
+        total += tl.sum(tl.where(mask, mean * count, 0.0), 0)
+    size = num_rows * per_group * 1.0
+    group_mean = tl.sum(tl.where(is_channel, total + before * num_rows, 0.0), 0) / size
+    squares = tl.zeros((width,), tl.float32)
+    for turn in range(rounds):
+        tile = turn * tiles + tl.arange(0, tiles)
+        mask = (tile < num_tiles)[:, None] & is_channel[None, :]
+        count = tl.minimum(num_rows - tile * rows, rows).to(tl.float32)[:, None]
+        at = moments + tile[:, None] * 2 * num_channels + channel[None, :]
+        off = _load(at, mask) + before[None, :] - group_mean
+        own = _load(at + num_channels, mask)
+        squares += tl.sum(tl.where(mask, own + count * off * off, 0.0), 0)
+    variance = tl.sum(tl.where(is_channel, squares, 0.0), 0) / size
+    scale = _load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
+    shift = _load(beta + channel, is_channel) + (before - group_mean) * scale
+    to = folded + image * 2 * num_channels + channel
+    tl.store(to, scale, mask=is_channel)
+    tl.store(to + num_channels, shift, mask=is_channel)
+
+
+@triton.jit
+def _scale_and_shift(
+    x, folded, y, num_rows, num_channels,
+    silu: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """What `_fold_moments` found, applied."""
+    tile, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, channel = tile * rows + tl.arange(0, rows), block * width + tl.arange(0, width)
+    is_channel = channel < num_channels
+    mask = (row < num_rows)[:, None] & is_channel[None, :]
+    at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
+    folded += image * 2 * num_channels + channel
+    scale, shift = _load(folded, is_channel), _load(folded + num_channels, is_channel)
+    value = _load(x + at, mask) * scale[None, :] + shift[None, :]
+    if silu:
+        value = value * tl.sigmoid(value)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add(
+    x, bias, residual, y, num_rows, num_channels,
+    has_bias: tl.constexpr, has_residual: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * width + tl.arange(0, width)
+    is_channel = channel < num_channels
+    mask = (row < num_rows)[:, None] & is_channel[None, :]
+    at = row.to(tl.int64)[:, None] * num_channels + channel[None, :]
+    value = _load(x + at, mask)
+    if has_bias:
+        value += _load(bias + channel, is_channel)[None, :]
+    if has_residual:
+        value += _load(residual + at, mask)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm(
+    x, added, total, y, gamma, beta, num_rows, num_channels, eps,
+    has_added: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    row, channel = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
+    is_channel = channel < num_channels
+    mask = (row < num_rows)[:, None] & is_channel[None, :]
+    at = row.to(tl.int64)[:, None] * num_channels + channel[None, :]
+    value = _load(x + at, mask)
+    if has_added:
+        kept = (value + _load(added + at, mask)).to(total.dtype.element_ty)
+        tl.store(total + at, kept, mask=mask)
+        value = kept.to(tl.float32)  # normed as it is kept, like the plain module does
+    mean = tl.sum(value, 1) / num_channels
+    off = tl.where(mask, value - mean[:, None], 0.0)
+    variance = tl.sum(off * off, 1) / num_channels
+    value = off * tl.rsqrt(variance + eps)[:, None] * _load(gamma + channel, is_channel)[None, :]
+    value += _load(beta + channel, is_channel)[None, :]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _geglu(x, y, num_rows, num_columns, rows: tl.constexpr, width: tl.constexpr):
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    column = tl.program_id(1) * width + tl.arange(0, width)
+    mask = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    row = row.to(tl.int64)
+    at = x + row[:, None] * 2 * num_columns + column[None, :]
+    value, gate = _load(at, mask), _load(at + num_columns, mask)
+    value *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    at = row[:, None] * num_columns + column[None, :]
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _double(
+    x, y, num_pixels, num_columns, num_channels, rows: tl.constexpr, width: tl.constexpr
+):  # fmt: skip
+    """Every pixel, of all images one after the other, four times."""
+    pixel = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * width + tl.arange(0, width)
+    mask = (pixel < num_pixels)[:, None] & (channel < num_channels)[None, :]
+    pixel = pixel.to(tl.int64)
+    value = tl.load(x + pixel[:, None] * num_channels + channel[None, :], mask=mask, other=0.0)
+    corner = 4 * (pixel // num_columns) * num_columns + 2 * (pixel % num_columns)
+    at = corner[:, None] * num_channels + channel[None, :]
+    below = at + 2 * num_columns * num_channels
+    tl.store(y + at, value, mask=mask)
+    tl.store(y + at + num_channels, value, mask=mask)
+    tl.store(y + below, value, mask=mask)
+    tl.store(y + below + num_channels, value, mask=mask)
+
+
+def group_norm(
+    x: Tensor, num_groups: int, gamma: Tensor, beta: Tensor, eps: float, *,
+    silu: bool, bias: Tensor | None, added: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`ops.group_norm` of ``x [N, H, W, C]``: one kernel where a group is small, else three."""
+    images, channels = x.shape[0], x.shape[-1]
+    num_rows = x.numel() // (images * channels)
+    per_group = channels // num_groups
+    y = torch.empty_like(x)
+    has = {"has_bias": bias is not None, "has_added": added is not None}
+    constants = (x if bias is None else bias, x if added is None else added.contiguous())
+    width, rows = triton.next_power_of_2(per_group), triton.next_power_of_2(num_rows)
+    if rows * width <= WHOLE_GROUP:
+        _whole_group_norm[(num_groups, images)](
+            x, y, gamma, beta, *constants, num_rows, channels, eps, per_group=per_group, **has,
+            silu=silu, rows=rows, width=width, num_warps=min(16, max(1, rows * width // 2048)),
+        )  # fmt: skip
+        return y
+    block = 64
+    num_blocks = triton.cdiv(channels, block)
+    rows = 256
+    while rows > 32 and images * num_blocks * triton.cdiv(num_rows, rows) < NUM_PROGRAMS:
+        rows //= 2
+    num_tiles = triton.cdiv(num_rows, rows)
+    moments = torch.empty((images, num_tiles, 2, channels), dtype=torch.float32, device=x.device)
+    folded = torch.empty((images, 2, channels), dtype=torch.float32, device=x.device)
+    _channel_moments[(num_tiles, num_blocks, images)](
+        x, moments, num_rows, channels, rows=rows, width=block, num_warps=max(1, rows // 32)
+    )
+    tiles = min(triton.next_power_of_2(num_tiles), max(16, 4096 // width))
+    _fold_moments[(num_groups, images)](
+        moments, folded, gamma, beta, *constants, num_rows, channels, num_tiles, eps,
+        per_group=per_group, **has, rows=rows, tiles=tiles,
+        rounds=triton.cdiv(num_tiles, tiles), width=width, num_warps=4,
+    )  # fmt: skip
+    _scale_and_shift[(triton.cdiv(num_rows, 64), num_blocks, images)](
+        x, folded, y, num_rows, channels, silu=silu, rows=64, width=block, num_warps=4
+    )
+    return y
+
+
+def add(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`ops.add` over ``x [..., C]``, into ``x`` itself."""
+    channels = x.shape[-1]
+    num_rows = x.numel() // channels
+    _add[(triton.cdiv(num_rows, 64), triton.cdiv(channels, 64))](
+        x, x if bias is None else bias, x if residual is None else residual, x, num_rows, channels,
+        has_bias=bias is not None, has_residual=residual is not None, rows=64, width=64,
+        num_warps=4,
+    )  # fmt: skip
+    return x
+
+
+def layer_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, added: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`ops.layer_norm` over ``x [..., C]``; the sum goes into ``added`` itself."""
+    channels = x.shape[-1]
+    num_rows = x.numel() // channels
+    y = torch.empty_like(x)
+    width = triton.next_power_of_2(channels)
+    rows = max(1, 4096 // width)
+    total = x if added is None else added
+    _layer_norm[(triton.cdiv(num_rows, rows),)](
+        x, total, total, y, gamma, beta, num_rows, channels, eps,
+        has_added=added is not None, rows=rows, width=width, num_warps=4,
+    )  # fmt: skip
+    return total, y
+
+
+def geglu(x: Tensor) -> Tensor:
+    """`ops.geglu` of ``x [..., 2 W]``."""
+    columns = x.shape[-1] // 2
+    num_rows = x.numel() // (2 * columns)
+    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    _geglu[(triton.cdiv(num_rows, 16), triton.cdiv(columns, 256))](
+        x, y, num_rows, columns, rows=16, width=256, num_warps=4
+    )
+    return y
+
+
+def double(x: Tensor) -> Tensor:
+    """`ops.upsample` of ``x [N, H, W, C]`` to twice its sides."""
+    images, rows, columns, channels = x.shape
+    y = torch.empty((images, 2 * rows, 2 * columns, channels), dtype=x.dtype, device=x.device)
+    pixels = images * rows * columns
+    _double[(triton.cdiv(pixels, 32), triton.cdiv(channels, 128))](
+        x, y, pixels, columns, channels, rows=32, width=128, num_warps=4
+    )
+    return y

@@ -1,0 +1,115 @@
+"""What the fused networks are made of, channels last: Triton's kernels on a GPU, else torch.
+
+Agreement of the two is tested under Triton's interpreter, agreement with diffusers' modules in
+float32. Inputs are contiguous; arithmetic between reading and writing is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """None where Triton is not installed: torch's own kernels then do it, only slower."""
+    try:
+        from engines.backends.fused import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and _kernels() is not None
+
+
+def group_norm(
+    x: Tensor, norm: nn.GroupNorm, *, silu: bool, bias: Tensor | None = None,
+    added: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Norm of ``x [N, H, W, C] + bias [C] + added [N, C]``, then SiLU where asked."""
+    if _has_kernels(x) and (kernels := _kernels()):
+        return kernels.group_norm(  # type: ignore[no-any-return]
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu, bias=bias, added=added
+        )
+    if bias is not None:
+        x = x + bias
+    if added is not None:
+        x = x + added[:, None, None, :]
+    y = F.group_norm(x.permute(0, 3, 1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps)
+    y = y.permute(0, 2, 3, 1).contiguous()
+    return F.silu(y) if silu else y
+
+
+def add(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """``x [..., C] + bias [C] + residual [..., C]``; ``x`` is used up."""
+    if bias is None and residual is None:
+        return x
+    if _has_kernels(x) and (kernels := _kernels()):
+        return kernels.add(x, bias, residual)  # type: ignore[no-any-return]
+    x = x if bias is None else x + bias
+    return x if residual is None else x + residual
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x + added`` and its norm, both ``[..., C]``; ``added`` is used up."""
+    if _has_kernels(x) and (kernels := _kernels()):
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, added)  # type: ignore[no-any-return]
+    total = x if added is None else x + added
+    return total, F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """``value · gelu(gate)`` of ``[..., value and gate]``, the exact GELU."""
+    if _has_kernels(x) and (kernels := _kernels()):
+        return kernels.geglu(x)  # type: ignore[no-any-return]
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def upsample(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Nearest neighbours, ``[N, h, w, C]`` → ``[N, rows, columns, C]``."""
+    if (rows, columns) == (2 * x.shape[1], 2 * x.shape[2]) and _has_kernels(x):
+        kernels = _kernels()
+        assert kernels is not None, "looked up just now"
+        return kernels.double(x)  # type: ignore[no-any-return]
+    y = F.interpolate(x.permute(0, 3, 1, 2), size=(rows, columns), mode="nearest")
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def convolve(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """``[N, H, W, C]`` → ``[N, H', W', C']`` without the bias: what comes next adds it."""
+    if layer.kernel_size == (1, 1):
+        return F.linear(x, layer.weight.flatten(1))
+    y = F.conv2d(x.permute(0, 3, 1, 2), layer.weight, None, layer.stride, layer.padding)
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def project(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """A linear layer or a 1 x 1 convolution over the last axis, bias included."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+def fuse_linears(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[ΣO, I]`` and bias ``[ΣO]`` of all layers as one, whose own become views of them.
+
+    What is copied into a layer's parameters afterwards is in the fused ones too. They must not be
+    moved to another device or type any more.
+    """
+    weight = torch.cat([layer.weight.data for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    for layer, view in zip(layers, torch.split(weight, sizes), strict=True):
+        layer.weight.data = view
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if not biases:
+        return weight, None
+    assert len(biases) == len(layers), "all layers have a bias or none has"
+    bias = torch.cat([each.data for each in biases])
+    for own, view in zip(biases, torch.split(bias, sizes), strict=True):
+        own.data = view
+    return weight, bias
