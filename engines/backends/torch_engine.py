@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.engine import Variant
-from engines.backends.fused import fuse
+from engines.backends.fused import fuse, refresh
 from engines.backends.graphs import Graphs
 from engines.batching import bucket_of
 from engines.families.part import Part
@@ -65,6 +65,8 @@ class TorchEngine:
             if name not in self._built:
                 self._built[name] = self._weights[name].detach().clone()
             self._weights[name].copy_(value)
+        if self._graphs is not None and self._module is not None:
+            refresh(self._module)
 
     def close(self) -> None:
         if self._graphs is not None:

@@ -1,7 +1,8 @@
 """diffusers' networks as few, large kernels: what a GPU runs in place of their own forward.
 
-`fuse` puts them into a part. Weights stay diffusers' own parameters, under their names and at their
-addresses, so a refit in place reaches what is fused of them. Knows nothing of graphs or batches.
+`fuse` puts them into a part. Weights stay diffusers' own parameters, by name and by address, so
+that a refit in place reaches what is fused of them, and `refresh` what was made of them. Knows
+nothing of graphs or batches.
 """
 
 from __future__ import annotations
@@ -42,3 +43,13 @@ def fuse(module: nn.Module) -> str:
             logger.warning("%s draws by its own forward: %s is not fused", name, reason)
             return str(reason)
     return ""
+
+
+def refresh(module: nn.Module) -> None:
+    """After a refit of a fused part: what was made of the weights follows them, in place."""
+    from engines.backends.fused.unet import FusedUNet
+    from engines.backends.fused.vae import FusedVae
+
+    for child in module.children():
+        if isinstance(child, FusedUNet | FusedVae):
+            child.refresh()

@@ -23,19 +23,19 @@ def _load(at, mask):
 
 
 @triton.jit
-def _before(bias, added, image, channel, is_channel, num_channels, has_bias, has_added):
+def _before(bias, added, image, channel, is_channel, added_stride, has_bias, has_added):
     """What is added to each channel of an image before it is normed."""
     before = tl.zeros_like(channel).to(tl.float32)
     if has_bias:
         before += _load(bias + channel, is_channel)
     if has_added:
-        before += _load(added + image * num_channels + channel, is_channel)
+        before += _load(added + image * added_stride + channel, is_channel)
     return before
 
 
 @triton.jit
 def _whole_group_norm(
-    x, y, gamma, beta, bias, added, num_rows, num_channels, eps,
+    x, y, gamma, beta, bias, added, added_stride, num_rows, num_channels, eps,
     per_group: tl.constexpr, has_bias: tl.constexpr, has_added: tl.constexpr, silu: tl.constexpr,
     rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _whole_group_norm(
     channel, is_channel = group * per_group + column, column < per_group
     mask = (row < num_rows)[:, None] & is_channel[None, :]
     at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
-    before = _before(bias, added, image, channel, is_channel, num_channels, has_bias, has_added)
+    before = _before(bias, added, image, channel, is_channel, added_stride, has_bias, has_added)
     value = _load(x + at, mask) + before[None, :]
     count = num_rows * per_group
     mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), 1), 0) / count
@@ -78,7 +78,8 @@ def _channel_moments(
 
 @triton.jit
 def _fold_moments(
-    moments, folded, gamma, beta, bias, added, num_rows, num_channels, num_tiles, eps,
+    moments, folded, gamma, beta, bias, added, added_stride,
+    num_rows, num_channels, num_tiles, eps,
     per_group: tl.constexpr, has_bias: tl.constexpr, has_added: tl.constexpr,
     rows: tl.constexpr, tiles: tl.constexpr, rounds: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +87,7 @@ def _fold_moments(
     group, image = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, width)
     channel, is_channel = group * per_group + column, column < per_group
-    before = _before(bias, added, image, channel, is_channel, num_channels, has_bias, has_added)
+    before = _before(bias, added, image, channel, is_channel, added_stride, has_bias, has_added)
     moments += image.to(tl.int64) * num_tiles * 2 * num_channels
     total = tl.zeros((width,), tl.float32)
     for turn in range(rounds):
@@ -187,22 +188,28 @@ def _geglu(x, y, num_rows, num_columns, rows: tl.constexpr, width: tl.constexpr)
 
 
 @triton.jit
-def _double(
-    x, y, num_pixels, num_columns, num_channels, rows: tl.constexpr, width: tl.constexpr
+def _interleave(
+    x, bias, y, num_pixels, num_rows, num_columns, num_channels,
+    rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Every pixel, of all images one after the other, four times."""
+    """Four pixels of ``y`` for each pixel of the images before they were upsampled."""
     pixel = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * width + tl.arange(0, width)
-    mask = (pixel < num_pixels)[:, None] & (channel < num_channels)[None, :]
+    is_channel = channel < num_channels
+    mask = (pixel < num_pixels)[:, None] & is_channel[None, :]
+    constant = _load(bias + channel, is_channel)[None, :]
     pixel = pixel.to(tl.int64)
-    value = tl.load(x + pixel[:, None] * num_channels + channel[None, :], mask=mask, other=0.0)
-    corner = 4 * (pixel // num_columns) * num_columns + 2 * (pixel % num_columns)
-    at = corner[:, None] * num_channels + channel[None, :]
-    below = at + 2 * num_columns * num_channels
-    tl.store(y + at, value, mask=mask)
-    tl.store(y + at + num_channels, value, mask=mask)
-    tl.store(y + below, value, mask=mask)
-    tl.store(y + below + num_channels, value, mask=mask)
+    column, line = pixel % num_columns, pixel // num_columns  # lines of all images
+    image = line // num_rows
+    for phase in tl.static_range(4):
+        below, right = phase // 2, phase % 2
+        source = (
+            (line + image + below) * (num_columns + 1) + column + right
+        )  # one line, one column more
+        value = _load(x + (source * 4 + phase)[:, None] * num_channels + channel[None, :], mask)
+        target = (2 * line + below) * 2 * num_columns + 2 * column + right
+        at = y + target[:, None] * num_channels + channel[None, :]
+        tl.store(at, (value + constant).to(y.dtype.element_ty), mask=mask)
 
 
 def group_norm(
@@ -215,7 +222,8 @@ def group_norm(
     per_group = channels // num_groups
     y = torch.empty_like(x)
     has = {"has_bias": bias is not None, "has_added": added is not None}
-    constants = (x if bias is None else bias, x if added is None else added.contiguous())
+    added_stride = 0 if added is None else added.stride(0)
+    constants = (x if bias is None else bias, x if added is None else added, added_stride)
     width, rows = triton.next_power_of_2(per_group), triton.next_power_of_2(num_rows)
     if rows * width <= WHOLE_GROUP:
         _whole_group_norm[(num_groups, images)](
@@ -286,12 +294,12 @@ def geglu(x: Tensor) -> Tensor:
     return y
 
 
-def double(x: Tensor) -> Tensor:
-    """`ops.upsample` of ``x [N, H, W, C]`` to twice its sides."""
-    images, rows, columns, channels = x.shape
+def interleave(x: Tensor, bias: Tensor) -> Tensor:
+    """`ops.interleave` of ``x [N, h + 1, w + 1, 4 C]``."""
+    images, rows, columns, channels = x.shape[0], x.shape[1] - 1, x.shape[2] - 1, x.shape[3] // 4
     y = torch.empty((images, 2 * rows, 2 * columns, channels), dtype=x.dtype, device=x.device)
     pixels = images * rows * columns
-    _double[(triton.cdiv(pixels, 32), triton.cdiv(channels, 128))](
-        x, y, pixels, columns, channels, rows=32, width=128, num_warps=4
+    _interleave[(triton.cdiv(pixels, 16), triton.cdiv(channels, 64))](
+        x, bias, y, pixels, rows, columns, channels, rows=16, width=64, num_warps=4
     )
     return y

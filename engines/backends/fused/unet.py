@@ -64,6 +64,12 @@ class FusedUNet(nn.Module):
         self._time_weight, self._time_bias = ops.fuse_linears(layers)
         self._context_weight = _fuse_contexts([t for level in levels for t in level.transformers])
 
+    def refresh(self) -> None:
+        """Make anew what was made of weights that have changed in place."""
+        for level in self._up:
+            if level.upsample is not None:
+                level.upsample.refresh()
+
     def forward(
         self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, *,
         timestep_cond: Tensor | None = None, return_dict: bool = False,

@@ -31,6 +31,10 @@ class FusedVae(nn.Module):
         self.config, self.dtype = vae.config, vae.dtype
         self._encoder, self._decoder = _Encoder(vae.encoder), _Decoder(vae.decoder)
 
+    def refresh(self) -> None:
+        """Make anew what was made of weights that have changed in place."""
+        self._decoder.refresh()
+
     def encoder(self, pixels: Tensor) -> Tensor:
         """``[N, 3, H, W]`` → moments ``[N, 2 C, h, w]``, before the quantising convolution."""
         return self._encoder(pixels.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
@@ -103,6 +107,11 @@ class _Decoder:
             expect_kind(block, "UpDecoderBlock2D")
             samplers = [Upsample(each) for each in block.upsamplers or ()]
             self._levels.append(([ResnetBlock(each) for each in block.resnets], samplers))
+
+    def refresh(self) -> None:
+        for _, samplers in self._levels:
+            for sampler in samplers:
+                sampler.refresh()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self._ends.middle(self._ends.first(x))

@@ -1,0 +1,94 @@
+"""Triton's kernels against torch, in Triton's interpreter: run by `test_kernels`, in a process that
+had TRITON_INTERPRET=1 before it imported anything of Triton.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engines.backends.fused import kernels, ops
+
+# Half the distance of neighbours; of bfloat16 the whole, which the interpreter cuts, not rounds.
+LIMITS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 6e-3}
+
+
+def _relative(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth.double()).norm() / truth.double().norm())
+
+
+def _norm(norm: nn.GroupNorm | nn.LayerNorm, dtype: torch.dtype) -> None:
+    norm.weight.data.normal_()
+    norm.bias.data.normal_()
+    norm.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 8, 64), (1, 7, 5, 96), (2, 64, 33, 320), (1, 96, 64, 128)], ids=str
+)
+@torch.no_grad()
+def test_group_norm(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Groups that one program holds, and those that take three kernels; odd sides too."""
+    torch.manual_seed(0)
+    channels = shape[-1]
+    x = (2 * torch.randn(shape) + 3).to(dtype)
+    norm = nn.GroupNorm(8 if channels == 64 else 32, channels)
+    _norm(norm, dtype)
+    bias = torch.randn(channels).to(dtype)
+    added = torch.randn(shape[0], 2 * channels).to(dtype)[:, channels:]  # a piece of something
+    for silu, own_bias, own_added in [(True, bias, added), (True, bias, None), (False, None, None)]:
+        found = kernels.group_norm(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps,
+            silu=silu, bias=own_bias, added=own_added,
+        )  # fmt: skip
+        truth = ops.group_norm(
+            x.double(), norm.double(), silu=silu,
+            bias=None if own_bias is None else own_bias.double(),
+            added=None if own_added is None else own_added.double(),
+        )  # fmt: skip
+        norm.to(dtype)
+        assert _relative(found, truth) < LIMITS[dtype]
+
+
+@torch.no_grad()
+def test_group_norm_of_values_far_from_zero() -> None:
+    """A mean that is a thousand deviations off: squares summed without it would lose them."""
+    for shape in [(1, 8, 8, 64), (1, 96, 64, 128)]:
+        x, norm = torch.randn(shape) + 1000, nn.GroupNorm(8, shape[-1])
+        found = kernels.group_norm(
+            x, 8, norm.weight, norm.bias, norm.eps, silu=False, bias=None, added=None
+        )
+        truth = ops.group_norm(x.double(), norm.double(), silu=False)
+        assert _relative(found, truth) < 1e-3  # float32 keeps seven digits of 1000 + x
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@torch.no_grad()
+def test_the_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    limit = LIMITS[dtype]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, added = random(3, 50, 320), random(3, 50, 320)
+    norm = nn.LayerNorm(320)
+    _norm(norm, dtype)
+    for own in (added, None):
+        truths = ops.layer_norm(x, norm, None if own is None else own.clone())
+        kept = kernels.layer_norm(
+            x, norm.weight, norm.bias, norm.eps, None if own is None else own.clone()
+        )
+        for found, truth in zip(kept, truths, strict=True):
+            assert _relative(found, truth) < limit * 3  # both are rounded
+    gates = random(3, 5, 2 * 320)
+    assert _relative(kernels.geglu(gates), ops.geglu(gates.double())) < limit
+    places, bias = random(2, 6, 8, 4 * 96), random(96)
+    assert _relative(kernels.interleave(places, bias), ops.interleave(places, bias)) < limit
+    residual = random(3, 50, 320)
+    for own_bias, own_residual in [(norm.bias, residual), (norm.bias, None), (None, residual)]:
+        truth = x.double() + (0 if own_bias is None else own_bias.double())
+        truth = truth + (0 if own_residual is None else own_residual.double())
+        assert _relative(kernels.add(x.clone(), own_bias, own_residual), truth) < limit

@@ -1,0 +1,133 @@
+"""The fused networks against diffusers' own forward in float32, on a CPU: layout and order are the
+same on a GPU, where kernels take the place of torch's (`test_kernels`)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from engines.backends.fused import fuse, refresh
+from engines.families.stable_diffusion import Denoiser, VaeDecoder, VaeEncoder
+
+SIDES = [(16, 16), (13, 18)]  # the second is no multiple of what the UNet halves
+
+
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "sample_size": 16, "block_out_channels": (32, 32, 64, 64), "norm_num_groups": 8,
+        "cross_attention_dim": 48, "attention_head_dim": 4,
+    }  # fmt: skip
+    return UNet2DConditionModel(**{**sizes, **changes}).eval()
+
+
+def _inputs(rows: int, columns: int, embedding: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    inputs = {
+        "sample": torch.randn(3, 4, rows, columns), "timestep": torch.tensor([999.0, 499.0, 19.0]),
+        "prompt_embeds": torch.randn(3, 7, 48), "coefficients": torch.rand(3, 6),
+        "noise": torch.randn(3, 4, rows, columns), "guidance": torch.tensor([1.0, 5.0, 1.0]),
+        "uncond_index": torch.tensor([0, 2, 2]),
+    }  # fmt: skip
+    return inputs | ({"timestep_cond": torch.randn(3, embedding)} if embedding else {})
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"time_cond_proj_dim": 32},  # an LCM
+        {},
+        {"use_linear_projection": True, "attention_head_dim": [2, 2, 4, 4]},  # SD 2.x
+        {"layers_per_block": 1, "mid_block_type": None},  # distilled ones
+        {"transformer_layers_per_block": [1, 2, 1, 1]},
+    ],
+    ids=["lcm", "sd1", "sd2", "small", "deep"],
+)
+@torch.no_grad()
+def test_a_unet_draws_what_diffusers_draws(changes: dict[str, Any], side: tuple[int, int]) -> None:
+    plain = Denoiser(_unet(**changes))
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == ""
+    inputs = _inputs(*side, changes.get("time_cond_proj_dim", 0))
+    for found, truth in zip(fused(**inputs), plain(**inputs), strict=True):
+        assert _relative(found, truth) < 2e-6
+
+
+def _vae(**changes: Any) -> AutoencoderKL:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
+    return AutoencoderKL(**{**sizes, **changes}).eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_quant_conv": False, "use_post_quant_conv": False},
+        {"mid_block_add_attention": False},
+    ],
+    ids=["sd1", "no quantising", "no attention"],
+)
+@torch.no_grad()
+def test_a_vae_codes_what_diffusers_codes(changes: dict[str, Any]) -> None:
+    vae = _vae(**changes)
+    decoder, encoder = VaeDecoder(copy.deepcopy(vae)), VaeEncoder(copy.deepcopy(vae))
+    assert fuse(decoder) == ""
+    assert fuse(encoder) == ""
+    latents = torch.randn(2, 4, 8, 9)
+    found = decoder.vae.decode(latents, return_dict=False)[0]
+    assert _relative(found, vae.decode(latents).sample) < 1e-5
+    pixels = torch.randint(0, 255, (2, 64, 72, 3), dtype=torch.uint8)
+    for ours, theirs in zip(encoder(pixels), VaeEncoder(vae)(pixels), strict=True):
+        assert _relative(ours, theirs) < 2e-6
+
+
+@torch.no_grad()
+def test_weights_changed_in_place_are_followed_wherever_they_went() -> None:
+    """Every one of them: into fused products, views and what is made of upsampling weights."""
+    plain = Denoiser(_unet(time_cond_proj_dim=32))
+    fused = copy.deepcopy(plain)
+    named = dict(fused.named_parameters())
+    assert fuse(fused) == ""
+    inputs = _inputs(16, 16, 32)
+    before = fused(**inputs)[0]
+    for name, parameter in plain.named_parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+        named[name].copy_(parameter)
+    refresh(fused)
+    truth = plain(**inputs)[0]
+    assert _relative(before, truth) > 0.01
+    assert _relative(fused(**inputs)[0], truth) < 2e-6
+
+
+@torch.no_grad()
+def test_what_is_not_known_draws_by_its_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+    """Never a wrong picture: each of these has a layout of its own."""
+    for changes, reason in [
+        ({"resnet_time_scale_shift": "scale_shift"}, "scale_shift"),
+        ({"only_cross_attention": True}, "only_cross_attention"),
+        ({"act_fn": "gelu"}, "GELU"),
+        ({"class_embed_type": "timestep"}, "class_embedding"),
+        ({"center_input_sample": True}, "centred"),
+    ]:
+        plain = Denoiser(_unet(**changes))
+        fused = copy.deepcopy(plain)
+        assert reason in fuse(fused)
+        assert isinstance(fused.unet, UNet2DConditionModel)
+        assert reason in caplog.text
+    unet = _unet()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    assert "s1" in fuse(Denoiser(unet))
