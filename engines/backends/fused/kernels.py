@@ -60,20 +60,32 @@ def _whole_group_norm(
 
 @triton.jit
 def _channel_moments(
-    x, moments, num_rows, num_channels, rows: tl.constexpr, width: tl.constexpr
+    x, moments, num_rows, num_channels,
+    rows: tl.constexpr, turns: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel in a tile of rows: its mean, and the squares of what it is off that."""
+    """Of each channel in a tile of rows: its mean, and the squares of what it is off that.
+
+    Summed as they are off the tile's first row, so that a mean far from zero costs no digits.
+    """
     tile, block, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, channel = tile * rows + tl.arange(0, rows), block * width + tl.arange(0, width)
+    channel = block * width + tl.arange(0, width)
     is_channel = channel < num_channels
-    mask = (row < num_rows)[:, None] & is_channel[None, :]
-    at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
-    value = _load(x + at, mask)
-    mean = tl.sum(value, 0) / tl.minimum(num_rows - tile * rows, rows)
-    off = tl.where(mask, value - mean[None, :], 0.0)
+    x += image.to(tl.int64) * num_rows * num_channels + channel[None, :]
+    first = tile * rows * turns
+    pivot = _load(x + first * num_channels, is_channel[None, :])  # [1, width]
+    total = tl.zeros((rows, width), tl.float32)
+    squares = tl.zeros((rows, width), tl.float32)
+    for turn in tl.static_range(turns):
+        row = first + turn * rows + tl.arange(0, rows)
+        mask = (row < num_rows)[:, None] & is_channel[None, :]
+        off = tl.where(mask, _load(x + row[:, None] * num_channels, mask) - pivot, 0.0)
+        total += off
+        squares += off * off
+    count = tl.minimum(num_rows - first, rows * turns)
+    off = tl.sum(total, 0) / count
     to = moments + (image.to(tl.int64) * tl.num_programs(0) + tile) * 2 * num_channels + channel
-    tl.store(to, mean, mask=is_channel)
-    tl.store(to + num_channels, tl.sum(off * off, 0), mask=is_channel)
+    tl.store(to, tl.sum(pivot, 0) + off, mask=is_channel)
+    tl.store(to + num_channels, tl.sum(squares, 0) - count * off * off, mask=is_channel)
 
 
 @triton.jit
@@ -233,19 +245,19 @@ def group_norm(
         return y
     block = 64
     num_blocks = triton.cdiv(channels, block)
-    rows = 256
-    while rows > 32 and images * num_blocks * triton.cdiv(num_rows, rows) < NUM_PROGRAMS:
-        rows //= 2
-    num_tiles = triton.cdiv(num_rows, rows)
+    turns = 8
+    while turns > 1 and images * num_blocks * triton.cdiv(num_rows, 32 * turns) < NUM_PROGRAMS:
+        turns //= 2
+    num_tiles = triton.cdiv(num_rows, 32 * turns)
     moments = torch.empty((images, num_tiles, 2, channels), dtype=torch.float32, device=x.device)
     folded = torch.empty((images, 2, channels), dtype=torch.float32, device=x.device)
     _channel_moments[(num_tiles, num_blocks, images)](
-        x, moments, num_rows, channels, rows=rows, width=block, num_warps=max(1, rows // 32)
+        x, moments, num_rows, channels, rows=32, turns=turns, width=block, num_warps=4
     )
     tiles = min(triton.next_power_of_2(num_tiles), max(16, 4096 // width))
     _fold_moments[(num_groups, images)](
         moments, folded, gamma, beta, *constants, num_rows, channels, num_tiles, eps,
-        per_group=per_group, **has, rows=rows, tiles=tiles,
+        per_group=per_group, **has, rows=32 * turns, tiles=tiles,
         rounds=triton.cdiv(num_tiles, tiles), width=width, num_warps=4,
     )  # fmt: skip
     _scale_and_shift[(triton.cdiv(num_rows, 64), num_blocks, images)](

@@ -43,9 +43,10 @@ class FusedUNet(nn.Module):
         super().__init__()
         config = unet.config
         expect(unet, encoder_hid_proj=None, class_embedding=None, time_embed_act=None)
-        expect(unet, add_embedding=None)
         if config.center_input_sample or config.encoder_hid_dim_type:
             raise Unfusable("UNet2DConditionModel with a centred input or a projected prompt")
+        if config.addition_embed_type not in (None, "text_time"):  # SDXL's
+            raise Unfusable(f"UNet2DConditionModel with {config.addition_embed_type} added")
         self._source = [unet]  # in a list: its parameters are not registered twice
         self.config, self.dtype = config, unet.dtype
         self._down = [
@@ -72,7 +73,8 @@ class FusedUNet(nn.Module):
 
     def forward(
         self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor, *,
-        timestep_cond: Tensor | None = None, return_dict: bool = False,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None, return_dict: bool = False,
     ) -> tuple[Tensor]:  # fmt: skip
         """``sample [N, C, h, w]``, ``timestep [N]``, ``prompt_embeds [N, L, D]`` → noise as
         ``sample``."""
@@ -80,6 +82,10 @@ class FusedUNet(nn.Module):
         embedded = unet.time_embedding(
             unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond
         )
+        added = unet.get_aug_embed(
+            emb=embedded, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added_cond_kwargs
+        )
+        embedded = embedded if added is None else embedded + added
         times = F.linear(F.silu(embedded), self._time_weight, self._time_bias)  # [N, ΣC]
         time = iter(torch.split(times, self._time_sizes, dim=1))
         context = (

@@ -58,7 +58,7 @@ def check(kernel, constants, num_warps):
 has = {"has_bias": True, "has_added": True}
 whole = {"silu": True, "rows": 256, "width": 64}
 check(kernels._whole_group_norm, {"per_group": 40, **has, **whole}, 8)
-check(kernels._channel_moments, {"rows": 256, "width": 64}, 8)
+check(kernels._channel_moments, {"rows": 32, "turns": 8, "width": 64}, 4)
 tiles = {"rows": 256, "tiles": 1024, "rounds": 1, "width": 4}
 check(kernels._fold_moments, {"per_group": 4, **has, **tiles}, 4)
 check(kernels._scale_and_shift, {"silu": True, "rows": 64, "width": 64}, 4)

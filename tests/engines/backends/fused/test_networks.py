@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from engines.backends.fused import fuse, refresh
+from engines.backends.fused.unet import FusedUNet
 from engines.families.stable_diffusion import Denoiser, VaeDecoder, VaeEncoder
 
 SIDES = [(16, 16), (13, 18)]  # the second is no multiple of what the UNet halves
@@ -93,6 +94,23 @@ def test_a_vae_codes_what_diffusers_codes(changes: dict[str, Any]) -> None:
     pixels = torch.randint(0, 255, (2, 64, 72, 3), dtype=torch.uint8)
     for ours, theirs in zip(encoder(pixels), VaeEncoder(vae)(pixels), strict=True):
         assert _relative(ours, theirs) < 2e-6
+
+
+@torch.no_grad()
+def test_sdxl_adds_a_pooled_prompt_and_sizes_to_the_time() -> None:
+    plain = _unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8, use_linear_projection=True,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+        up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+    )  # fmt: skip
+    inputs = _inputs(16, 16, 0)
+    given = [inputs[name] for name in ("sample", "timestep", "prompt_embeds")]
+    added = {"text_embeds": torch.randn(3, 24), "time_ids": torch.rand(3, 6) * 1024}
+    truth = plain(*given, added_cond_kwargs=added, return_dict=False)[0]
+    fused = FusedUNet(plain.to(memory_format=torch.channels_last))
+    found = fused(*given, added_cond_kwargs=added)[0]
+    assert _relative(found, truth) < 2e-6
 
 
 @torch.no_grad()
