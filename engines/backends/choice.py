@@ -13,7 +13,14 @@ from pathlib import Path
 from engines.errors import BackendUnavailable
 from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 
+# Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
+DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+
+
+def has_driver() -> bool:
+    """Whether there may be an NVIDIA GPU here: cheap, so that torch is imported only then."""
+    return any(sign.exists() for sign in DRIVER_SIGNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class Machine:
         """Look; torch, which takes seconds to import, is asked only where there is a driver."""
         needed = ("onnxruntime", "torch", *MODULES.values())
         packages = frozenset(name for name in needed if importlib.util.find_spec(name))
-        if not Path("/proc/driver/nvidia/version").exists():
+        if not has_driver():
             return cls(None, packages)
         import torch
 

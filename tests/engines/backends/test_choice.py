@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from engines.backends import choice as choices
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
 from engines.bundle import Bundle
@@ -51,6 +52,18 @@ def test_auto_takes_the_best_there_is(machine: Machine, backend: str, reason: st
 def test_what_cannot_run_says_why(backend: str, machine: Machine, message: str) -> None:
     with pytest.raises(BackendUnavailable, match=message):
         choose_backend(backend, machine)
+
+
+@pytest.mark.parametrize("sign", ["proc", "nvidiactl", "dxg"])
+def test_a_driver_is_known_by_any_of_its_signs(
+    sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may have the device and not the driver's page in /proc."""
+    signs = [tmp_path / name for name in ("proc", "nvidiactl", "dxg")]
+    monkeypatch.setattr(choices, "DRIVER_SIGNS", signs)
+    assert not choices.has_driver()
+    (tmp_path / sign).touch()
+    assert choices.has_driver()
 
 
 def test_what_was_asked_for_is_kept() -> None:
