@@ -91,16 +91,13 @@ def _blueprint(order: Order, choice: Choice, folder: Path) -> Blueprint:
 
 
 def _target(order: Order, backend: str) -> PlanTarget:
-    machine = Machine.here()
-    capability = machine.compute_capability
     target = PlanTarget(
         engine=backend,
         sizes_px=(),  # the model's own
         max_batch=order.max_batch or FULL_BATCH,
-        compute_capabilities=(capability,) if backend == "tensorrt-rtx" and capability else (),
         refit=bool(order.loras),
     )
-    return machine.aim(target)
+    return Machine.here().aim(target)
 
 
 def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:

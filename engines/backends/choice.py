@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import BackendUnavailable
-from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
+from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget, can_be_named
 
 # Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
 DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -46,7 +46,14 @@ class Machine:
         return cls(10 * major + minor, packages, torch.cuda.get_device_name())
 
     def aim(self, target: PlanTarget) -> PlanTarget:
-        """The target of plans that are built here, named after this GPU if no other runs them."""
+        """The target of plans that are built here, named after this GPU if no other runs them.
+
+        `tensorrt-rtx` is asked for this GPU's compute capability where it can be.
+        """
+        capability = self.compute_capability
+        if target.engine == "tensorrt-rtx" and not target.compute_capabilities and capability:
+            named = (capability,) if can_be_named(capability) else ()
+            target = dataclasses.replace(target, compute_capabilities=named)
         portable = target.compute_capabilities or target.hardware_compatibility != "none"
         return target if portable else dataclasses.replace(target, gpu=self.gpu)
 
@@ -72,12 +79,13 @@ def choose_backend(backend: str, machine: Machine | None = None) -> Choice:
         missing = _missing(backend, machine)
         if missing:
             raise BackendUnavailable(f"engine {backend!r} {missing}")
-        return Choice(backend, "asked for")
+        odd = _unnamed(backend, machine)
+        return Choice(backend, f"asked for, although it {odd}: an attempt" if odd else "asked for")
     if machine.compute_capability is None:
         return Choice("onnxruntime", "no NVIDIA GPU here")
     passed_over: list[str] = []
     for candidate in ("tensorrt", "tensorrt-rtx"):
-        missing = _missing(candidate, machine)
+        missing = _missing(candidate, machine) or _unnamed(candidate, machine)
         if not missing:
             return Choice(candidate, "; ".join([*passed_over, "an NVIDIA GPU and the package"]))
         passed_over.append(f"{candidate} {missing.split(':')[0]}")
@@ -99,7 +107,12 @@ def _missing(backend: str, machine: Machine) -> str:
             "needs an NVIDIA GPU and its driver, none is here: choose --engine onnxruntime (plans "
             "can be built without one: fourstep build)"
         )
-    if backend == "tensorrt-rtx" and capability not in RTX_CAPABILITY_BITS:
-        known = ", ".join(str(value) for value in RTX_CAPABILITY_BITS)
-        return f"has no compute capability {capability}: it has {known}; use --engine torch"
     return ""
+
+
+def _unnamed(backend: str, machine: Machine) -> str:
+    """Why plans can be built for this GPU by no name, so that nobody knows whether they run."""
+    if backend != "tensorrt-rtx" or can_be_named(machine.compute_capability):
+        return ""
+    known = ", ".join(map(str, RTX_CAPABILITY_BITS))
+    return f"names no compute capability {machine.compute_capability} (it has {known})"
