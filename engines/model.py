@@ -60,7 +60,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
 
     With a TensorRT backend it holds plans for this machine's GPU.
     """
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     folder = resolve(order.model) or download(order.model)
     if not is_bundle(folder):
         return ensure_bundle(_blueprint(order, choice, folder), order.cache_dir, progress)
@@ -77,7 +77,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
 
 def must_be_built(order: Order) -> bool:
     """Whether `load_model` would have to make a bundle first."""
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     folder = resolve(order.model) or download(order.model)
     if choice.backend == "torch" or is_bundle(folder):
         return False
@@ -131,7 +131,7 @@ def load_model(order: Order, progress: Progress) -> Model:
     Where ``auto`` chose plans and they cannot be built or loaded, torch draws, or ONNX Runtime
     where there is no checkpoint for torch.
     """
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     if choice.backend == "torch":
         return _load_torch(order, choice)
     try:
@@ -149,7 +149,7 @@ def load_model(order: Order, progress: Progress) -> Model:
 
 def load_interim(order: Order) -> Model:
     """By torch what draws until the order's own bundle is built: same sizes, device and LoRAs."""
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     plans = choice.backend in MODULES
     interim = Choice("torch", f"until {choice.backend} is built")
     model = _load_torch(order, interim, device="cuda" if plans else "cpu")
@@ -176,7 +176,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
         cores = Cores(order.num_threads)
-        found = {name: OnnxRuntimeEngine(bundle.part(name), cores) for name in PARTS}
+        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in PARTS}
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
     tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
@@ -200,7 +200,8 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):
         raise BundleError(f"{folder} is a bundle; --engine torch needs the checkpoint itself")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = order.device != "cpu" and torch.cuda.is_available()
+    device = device or ("cuda" if on_gpu else "cpu")
     precision = order.precision
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "fp32"

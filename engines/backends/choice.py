@@ -15,6 +15,7 @@ from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget, can_
 
 # Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
 DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
+DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
 
@@ -45,6 +46,23 @@ class Machine:
         major, minor = torch.cuda.get_device_capability()
         return cls(10 * major + minor, packages, torch.cuda.get_device_name())
 
+    def only(self, device: str) -> Machine:
+        """What is left of it for drawing on ``device``, one of `DEVICES`.
+
+        Raises:
+            BackendUnavailable: there is none of that name, or no GPU.
+        """
+        if device not in DEVICES:
+            raise BackendUnavailable(
+                f"device {device!r} is unknown; known are {', '.join(DEVICES)}"
+            )
+        if device == "cuda" and self.compute_capability is None:
+            raise BackendUnavailable(
+                "device 'cuda' needs an NVIDIA GPU and its driver, none is here: choose --device "
+                "cpu, or auto"
+            )
+        return Machine(None, self.packages) if device == "cpu" else self
+
     def aim(self, target: PlanTarget) -> PlanTarget:
         """The target of plans that are built here, named after this GPU if no other runs them.
 
@@ -66,15 +84,19 @@ class Choice:
     reason: str
 
 
-def choose_backend(backend: str, machine: Machine | None = None) -> Choice:
-    """Resolve ``auto``, or check that the named backend can run here.
+def choose_backend(backend: str, machine: Machine | None = None, *, device: str = "auto") -> Choice:
+    """Resolve ``auto``, or check that the named backend can run here, on that device.
 
     Raises:
         BackendUnavailable: it cannot; the message says what is missing.
     """
     if backend not in BACKENDS:
         raise BackendUnavailable(f"engine {backend!r} is unknown; known are {', '.join(BACKENDS)}")
-    machine = machine or Machine.here()
+    machine = (machine or Machine.here()).only(device)
+    if (backend, device) == ("onnxruntime", "cuda"):
+        raise BackendUnavailable(
+            "engine 'onnxruntime' draws on the CPU: choose --engine torch, or --device cpu"
+        )
     if backend != "auto":
         missing = _missing(backend, machine)
         if missing:
@@ -82,7 +104,8 @@ def choose_backend(backend: str, machine: Machine | None = None) -> Choice:
         odd = _unnamed(backend, machine)
         return Choice(backend, f"asked for, although it {odd}: an attempt" if odd else "asked for")
     if machine.compute_capability is None:
-        return Choice("onnxruntime", "no NVIDIA GPU here")
+        reason = "device 'cpu' was asked for" if device == "cpu" else "no NVIDIA GPU here"
+        return Choice("onnxruntime", reason)
     passed_over: list[str] = []
     for candidate in ("tensorrt", "tensorrt-rtx"):
         missing = _missing(candidate, machine) or _unnamed(candidate, machine)

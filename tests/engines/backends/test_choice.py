@@ -58,6 +58,22 @@ def test_what_cannot_run_says_why(backend: str, machine: Machine, message: str) 
         choose_backend(backend, machine)
 
 
+def test_a_device_that_is_asked_for_is_the_one_that_draws() -> None:
+    gpu, none = Machine(89, EVERYTHING), Machine(None, EVERYTHING)
+    cpu = choose_backend("auto", gpu, device="cpu")
+    assert cpu == Choice("onnxruntime", "device 'cpu' was asked for")
+    assert choose_backend("torch", gpu, device="cpu").backend == "torch"
+    assert choose_backend("auto", gpu, device="cuda").backend == "tensorrt"
+    for backend, machine, device, message in (
+        ("tensorrt", gpu, "cpu", "needs an NVIDIA GPU"),
+        ("torch", none, "cuda", "device 'cuda' needs an NVIDIA GPU.*--device cpu"),
+        ("onnxruntime", gpu, "cuda", "draws on the CPU: choose --engine torch"),
+        ("auto", gpu, "mps", "'mps' is unknown; known are auto, cpu, cuda"),
+    ):
+        with pytest.raises(BackendUnavailable, match=message):
+            choose_backend(backend, machine, device=device)
+
+
 @pytest.mark.parametrize("sign", ["proc", "nvidiactl", "dxg"])
 def test_a_driver_is_known_by_any_of_its_signs(
     sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
