@@ -27,7 +27,8 @@ from torch import Tensor
 from engines.backends.adapters import AdapterSet
 from engines.bundle import Progress
 from engines.drawing import Drawing, Group, Recipe, spread_previews
-from engines.errors import EngineError, OutOfMemory
+from engines.errors import EngineError
+from engines.faults import engine_call
 from engines.info import ModelInfo, check_recipe, describe
 from engines.lanes import Lanes
 from engines.model import Model, load_interim, load_model, must_be_built
@@ -121,9 +122,16 @@ class Runner:
         self.info = describe(model, self.info.max_batch, self.info.model_id)
         for engine in old.engines.values():
             engine.close()
+        if old.device == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps, TensorRT cannot use
         logger.info("%s draws from now on, %s did", model.choice.backend, old.choice.backend)
 
     # -- any thread --------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``, of the model that draws now."""
+        return self._model.device
 
     def start(self, recipe: Recipe) -> Drawing:
         """Validate a recipe and make its row. No engine call; about 0.1 ms.
@@ -188,6 +196,7 @@ class Runner:
 
     # -- the engine threads ------------------------------------------------------------------
 
+    @engine_call("text_encoder")
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
         for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
@@ -214,6 +223,7 @@ class Runner:
         for drawing in drawings:
             drawing.prompt_embeds = tuple(embeds[ids.tobytes()] for ids in drawing.token_ids)
 
+    @engine_call("vae_encoder")
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
         images = [drawing.recipe.image for drawing in drawings]
@@ -221,11 +231,13 @@ class Runner:
         with self._calling():
             moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
         for drawing, mean, std in zip(drawings, moments["mean"], moments["std"], strict=True):
+            _restart(drawing)
             latents = mean + std * self._draw_noise(drawing).to(mean.device)
             schedule = drawing.schedule
             noise = self._draw_noise(drawing).to(mean.device)
             drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
 
+    @engine_call("denoiser")
     def denoise(
         self, drawings: Sequence[Drawing], before_run: Callable[[], None] = lambda: None
     ) -> None:
@@ -236,6 +248,7 @@ class Runner:
         """
         for drawing in drawings:
             if drawing.latents is None:
+                _restart(drawing)
                 noise = self._draw_noise(drawing).to(self._model.device)
                 drawing.latents = drawing.schedule.noise_scale * noise
             self._draw_ahead(drawing)
@@ -261,6 +274,7 @@ class Runner:
                 return lanes
         return Lanes(drawings, self._model.device)
 
+    @engine_call("vae_decoder")
     def decode(self, drawings: Sequence[Drawing]) -> None:
         """Rows of one size to pixels: finished ones to their image, others to a preview.
 
@@ -289,13 +303,7 @@ class Runner:
                 drawing.previews.append(image)
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
-        try:
-            return self._model.engines[part].run(inputs)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if self._model.device == "cuda":
-                torch.cuda.empty_cache()
-            rows = len(next(iter(inputs.values())))
-            raise OutOfMemory(f"no memory for {part} of {rows} rows: {error}") from error
+        return self._model.engines[part].run(inputs)
 
     def _draw_noise(self, drawing: Drawing) -> Tensor:
         """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
@@ -373,6 +381,11 @@ class Runner:
         self._take_up()
         for engine in self._model.engines.values():
             engine.close()
+
+
+def _restart(drawing: Drawing) -> None:
+    """A row's noise from its first number on: a call that found no memory is made again."""
+    drawing.generator.manual_seed(drawing.recipe.seed)
 
 
 @functools.lru_cache(maxsize=256)  # most requests leave w at the model's default
