@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from engines.backends.adapters import AdapterSet
 from engines.bundle import Progress
-from engines.drawing import Drawing, Group, Recipe, spread_previews
+from engines.drawing import Drawing, Group, Recipe, guidance_embedding, spread_previews
 from engines.errors import EngineError
 from engines.faults import engine_call
 from engines.info import ModelInfo, check_recipe, describe
@@ -36,6 +35,7 @@ from engines.order import Order
 from engines.samplers import NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
 from engines.turnstile import Turnstile
+from engines.warming import draw_every_batch
 
 if TYPE_CHECKING:
     from engines.meanwhile import BackgroundBuild
@@ -212,11 +212,12 @@ class Runner:
             known = {key: self._prompts.get((loras, key)) for key in texts}
         embeds = {key: found for key, found in known.items() if found is not None}
         unknown = [key for key, found in known.items() if found is None]
-        if unknown:
-            input_ids = torch.from_numpy(np.stack([texts[key] for key in unknown]))  # [B, L]
+        for start in range(0, len(unknown), self.info.max_batch):  # a row may have two texts
+            keys = unknown[start : start + self.info.max_batch]
+            input_ids = torch.from_numpy(np.stack([texts[key] for key in keys]))  # [B, L]
             with self._calling(loras):
                 outputs = self._run("text_encoder", input_ids=input_ids)
-            encoded = dict(zip(unknown, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
+            encoded = dict(zip(keys, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
             with self._prompts_lock:
                 self._prompts.update({(loras, key): found for key, found in encoded.items()})
             embeds |= encoded
@@ -349,12 +350,10 @@ class Runner:
     def warm_up(self, loras: Mapping[str, float] = MappingProxyType({})) -> None:
         """Run every part once at every batch size, so that no request pays for a first time.
 
-        A CPU prepares nothing for a size: there the smallest and the largest will do.
+        Raises:
+            EngineError: an engine fails, or draws what is no picture.
         """
-        largest = self.info.max_batch
-        for count in {1, largest} if self._model.device == "cpu" else range(1, largest + 1):
-            recipes = [self.default_recipe(seed) for seed in range(count)]
-            self.draw([dataclasses.replace(recipe, loras=loras) for recipe in recipes])
+        draw_every_batch(self, loras)
         self._prompts.clear()
 
     def default_recipe(self, seed: int, prompt: str = "warm-up", num_steps: int = 1) -> Recipe:
@@ -386,16 +385,3 @@ class Runner:
 def _restart(drawing: Drawing) -> None:
     """A row's noise from its first number on: a call that found no memory is made again."""
     drawing.generator.manual_seed(drawing.recipe.seed)
-
-
-@functools.lru_cache(maxsize=256)  # most requests leave w at the model's default
-def guidance_embedding(w: float, dim: int) -> Tensor:
-    """Sinusoidal embedding of the guidance weight w, float32 ``[dim]``; not to be changed in place.
-
-    Agrees with ``LatentConsistencyModelPipeline.get_guidance_scale_embedding`` (w times 1000).
-    """
-    half = dim // 2
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-    angles = torch.tensor(w, dtype=torch.float32) * 1000.0 * freqs
-    embedding = torch.cat([torch.sin(angles), torch.cos(angles)])
-    return torch.nn.functional.pad(embedding, (0, dim % 2))
