@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.adapters import AdapterSet
+from engines.batching import rows_that_fit
 from engines.bundle import Progress
 from engines.drawing import Drawing, Group, Recipe, guidance_embedding, spread_previews
 from engines.errors import EngineError
@@ -132,6 +133,11 @@ class Runner:
     def device(self) -> str:
         """``cpu`` or ``cuda``, of the model that draws now."""
         return self._model.device
+
+    def rows_that_fit(self, group: Group) -> int:
+        """The most rows of a group's size that one call of the VAE may have."""
+        scale = self._model.facts.vae_scale_factor
+        return rows_that_fit(group.rows * group.columns * scale**2)
 
     def start(self, recipe: Recipe) -> Drawing:
         """Validate a recipe and make its row. No engine call; about 0.1 ms.
@@ -340,7 +346,8 @@ class Runner:
             lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
             num_rows = max(1, sum(count <= self.info.max_batch for count in lanes))
             if leader.stage is not Stage.DENOISE:
-                num_rows = min(num_rows, self.info.max_decode_batch)
+                fitting = self.rows_that_fit(leader.group)
+                num_rows = min(num_rows, self.info.max_decode_batch, fitting)
             calls[leader.stage](alike[:num_rows])
         for drawing in drawings:
             if drawing.failure is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.batching import decode_rows, denoise_rows
+from engines.batching import decode_rows, denoise_rows, rows_that_fit
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,10 @@ def test_rows_by_pixels(device: str, size_px: int, denoise: int, decode: int) ->
 
 def test_a_decode_is_never_of_more_rows_than_a_step() -> None:
     assert decode_rows("cuda", 512, max_batch=3) == 3
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows"), [(512, 512, 8), (768, 768, 3), (1024, 1024, 2), (2048, 2048, 1)]
+)
+def test_large_rows_are_decoded_a_few_at_a_time(width: int, height: int, rows: int) -> None:
+    assert rows_that_fit(width * height) == rows
