@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from engines.backends.adapters import Adapters, read_lora
@@ -53,6 +54,16 @@ class Model:
         if self.target is None:
             return wanted or denoise_rows(self.device, self.facts.default_size_px)
         return min(wanted or self.target.max_batch, self.target.max_batch)
+
+    def tokenize(self, text: str) -> tuple[np.ndarray, int]:
+        """Token ids int64 ``[L]``, padded, and how many did not fit."""
+        facts = self.facts
+        ids = self.tokenizer.encode(text).ids
+        num_lost = max(0, len(ids) - facts.max_tokens)
+        if num_lost:
+            ids = [*ids[: facts.max_tokens - 1], facts.eos_token_id]
+        padding = [facts.pad_token_id] * (facts.max_tokens - len(ids))
+        return np.asarray(ids + padding, np.int64), num_lost
 
 
 def prepare(order: Order, progress: Progress) -> Bundle:

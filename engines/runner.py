@@ -153,7 +153,7 @@ class Runner:
         )
         guided = not facts.time_cond_dim and recipe.guidance_scale > 1
         texts = (recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,)
-        tokens = [self._tokenize(text) for text in texts]
+        tokens = [self._model.tokenize(text) for text in texts]
         loras = self._model.adapters.settle(recipe.loras)
         ids = tuple(row for row, _ in tokens)
         scale = facts.vae_scale_factor
@@ -180,16 +180,6 @@ class Runner:
         return make_schedule(
             self._noise, sampler, num_steps, strength=strength, image_to_image=image, eta=eta
         )
-
-    def _tokenize(self, text: str) -> tuple[np.ndarray, int]:
-        """Token ids int64 ``[L]``, padded, and how many did not fit."""
-        facts = self._model.facts
-        ids = self._model.tokenizer.encode(text).ids
-        num_lost = max(0, len(ids) - facts.max_tokens)
-        if num_lost:
-            ids = [*ids[: facts.max_tokens - 1], facts.eos_token_id]
-        padding = [facts.pad_token_id] * (facts.max_tokens - len(ids))
-        return np.asarray(ids + padding, np.int64), num_lost
 
     def _cached(self, loras: AdapterSet, ids: tuple[np.ndarray, ...]) -> tuple[Tensor, ...] | None:
         with self._prompts_lock:
@@ -285,7 +275,7 @@ class Runner:
     def decode(self, drawings: Sequence[Drawing]) -> None:
         """Rows of one size to pixels: finished ones to their image, others to a preview.
 
-        A row whose latents are no numbers any more gets a ``failure`` instead.
+        A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
         """
         final = [drawing.stage is Stage.DECODE for drawing in drawings]
         latents = [
@@ -295,19 +285,26 @@ class Runner:
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
         sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
         with self._calling():
-            pixels = self._run("vae_decoder", latents=batch)["pixels"].cpu().numpy()  # [B,H,W,3]
+            outputs = self._run("vae_decoder", latents=batch)
+            pixels = outputs["pixels"].cpu().numpy()  # [B, H, W, 3]
         finite = torch.isfinite(sums).tolist()
-        for drawing, done, image, sound in zip(drawings, final, pixels, finite, strict=True):
-            if not sound:
+        drawn = torch.isfinite(outputs.get("pixel_sums", sums)).tolist()  # older bundles have none
+        for index, (drawing, done) in enumerate(zip(drawings, final, strict=True)):
+            if not finite[index]:
                 drawing.failure = (
                     f"after step {drawing.step_index} the latents are not all finite numbers; a "
                     f"checkpoint that overflows in {self._model.precision} needs bf16 or fp32"
                 )
+            elif not drawn[index]:
+                drawing.failure = (
+                    f"the decoder overflowed in {self._model.precision} after step "
+                    f"{drawing.step_index}; this checkpoint's needs bf16 or fp32"
+                )
             elif done:
-                drawing.pixels = image
+                drawing.pixels = pixels[index]
                 drawing.latents = drawing.denoised = None
             else:
-                drawing.previews.append(image)
+                drawing.previews.append(pixels[index])
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
         return self._model.engines[part].run(inputs)
