@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -87,3 +89,16 @@ def spread_previews(num_previews: int, num_steps: int) -> frozenset[int]:
     """Evenly spaced step indices for previews; the last step is the image itself, never one."""
     count = min(num_previews, num_steps - 1)
     return frozenset(round((k + 1) * num_steps / (count + 1)) - 1 for k in range(count))
+
+
+@functools.lru_cache(maxsize=256)  # most requests leave w at the model's default
+def guidance_embedding(w: float, dim: int) -> torch.Tensor:
+    """Sinusoidal embedding of the guidance weight w, float32 ``[dim]``; not to be changed in place.
+
+    Agrees with ``LatentConsistencyModelPipeline.get_guidance_scale_embedding`` (w times 1000).
+    """
+    half = dim // 2
+    freqs = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = torch.tensor(w, dtype=torch.float32) * 1000.0 * freqs
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)])
+    return torch.nn.functional.pad(embedding, (0, dim % 2))

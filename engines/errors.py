@@ -6,7 +6,8 @@ EngineError
  ├─ BundleError          a compiled bundle is missing, damaged or stale
  ├─ BackendUnavailable   a package or a device is absent
  ├─ BuildError           compiling failed
- └─ OutOfMemory          an engine call found no memory; nothing of its rows has changed
+ ├─ OutOfMemory          an engine call found no memory; nothing of its rows has changed
+ └─ DeviceLost           the GPU answers this process no more; only another process can draw
 """
 
 from __future__ import annotations
@@ -43,3 +44,7 @@ class BuildError(EngineError):
 
 class OutOfMemory(EngineError):
     """An engine call found no memory; its rows are as before, and fewer of them may fit."""
+
+
+class DeviceLost(EngineError):
+    """The GPU answers this process no more: every later call would fail, so it must be replaced."""

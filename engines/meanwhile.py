@@ -66,7 +66,8 @@ class BackgroundBuild:
             self._wait_for(self._process)
             if not self._closed.is_set():
                 quiet = lambda what, done, total: None  # noqa: E731 - it was built just now
-                self._ready(load_built(self._order, choose_backend(self._order.backend), quiet))
+                choice = choose_backend(self._order.backend, device=self._order.device)
+                self._ready(load_built(self._order, choice, quiet))
         except Exception as error:  # of any kind: the model that serves goes on
             if not self._closed.is_set():
                 logger.exception("%s is not ready and will not be", self._order.model)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from engines.backends.adapters import Adapters, read_lora
@@ -54,13 +55,23 @@ class Model:
             return wanted or denoise_rows(self.device, self.facts.default_size_px)
         return min(wanted or self.target.max_batch, self.target.max_batch)
 
+    def tokenize(self, text: str) -> tuple[np.ndarray, int]:
+        """Token ids int64 ``[L]``, padded, and how many did not fit."""
+        facts = self.facts
+        ids = self.tokenizer.encode(text).ids
+        num_lost = max(0, len(ids) - facts.max_tokens)
+        if num_lost:
+            ids = [*ids[: facts.max_tokens - 1], facts.eos_token_id]
+        padding = [facts.pad_token_id] * (facts.max_tokens - len(ids))
+        return np.asarray(ids + padding, np.int64), num_lost
+
 
 def prepare(order: Order, progress: Progress) -> Bundle:
     """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
 
     With a TensorRT backend it holds plans for this machine's GPU.
     """
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     folder = resolve(order.model) or download(order.model)
     if not is_bundle(folder):
         return ensure_bundle(_blueprint(order, choice, folder), order.cache_dir, progress)
@@ -77,7 +88,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
 
 def must_be_built(order: Order) -> bool:
     """Whether `load_model` would have to make a bundle first."""
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     folder = resolve(order.model) or download(order.model)
     if choice.backend == "torch" or is_bundle(folder):
         return False
@@ -91,16 +102,13 @@ def _blueprint(order: Order, choice: Choice, folder: Path) -> Blueprint:
 
 
 def _target(order: Order, backend: str) -> PlanTarget:
-    machine = Machine.here()
-    capability = machine.compute_capability
     target = PlanTarget(
         engine=backend,
         sizes_px=(),  # the model's own
         max_batch=order.max_batch or FULL_BATCH,
-        compute_capabilities=(capability,) if backend == "tensorrt-rtx" and capability else (),
         refit=bool(order.loras),
     )
-    return machine.aim(target)
+    return Machine.here().aim(target)
 
 
 def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
@@ -134,7 +142,7 @@ def load_model(order: Order, progress: Progress) -> Model:
     Where ``auto`` chose plans and they cannot be built or loaded, torch draws, or ONNX Runtime
     where there is no checkpoint for torch.
     """
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     if choice.backend == "torch":
         return _load_torch(order, choice)
     try:
@@ -152,7 +160,7 @@ def load_model(order: Order, progress: Progress) -> Model:
 
 def load_interim(order: Order) -> Model:
     """By torch what draws until the order's own bundle is built: same sizes, device and LoRAs."""
-    choice = choose_backend(order.backend)
+    choice = choose_backend(order.backend, device=order.device)
     plans = choice.backend in MODULES
     interim = Choice("torch", f"until {choice.backend} is built")
     model = _load_torch(order, interim, device="cuda" if plans else "cpu")
@@ -179,7 +187,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
         cores = Cores(order.num_threads)
-        found = {name: OnnxRuntimeEngine(bundle.part(name), cores) for name in PARTS}
+        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in PARTS}
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
     tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
@@ -203,7 +211,8 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):
         raise BundleError(f"{folder} is a bundle; --engine torch needs the checkpoint itself")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = order.device != "cpu" and torch.cuda.is_available()
+    device = device or ("cuda" if on_gpu else "cpu")
     precision = order.precision
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "fp32"

@@ -16,7 +16,9 @@ DEFAULT_CACHE_DIR = Path("~/.cache/fourstep").expanduser()
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """``backend`` and ``precision`` may be ``auto``; None leaves a number to the engine."""
+    """``backend``, ``precision`` and ``device`` may be ``auto``; None leaves a number to
+    the engine. The device ``cpu`` draws as if no GPU were here, ``cuda`` only where there is one.
+    """
 
     model: str  # folder, shipped name, hub id or bundle
     backend: str = "auto"
@@ -27,3 +29,4 @@ class Order:
     loras: Mapping[str, Path] = field(default_factory=dict)  # those that a recipe may name
     defaults: Defaults = OWN_DEFAULTS
     serve_meanwhile: bool = False  # draw by torch at once where a bundle must be built first
+    device: str = "auto"

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,11 @@ from torch import Tensor
 
 from engines import transfers
 from engines.backends.adapters import AdapterSet
+from engines.batching import rows_that_fit
 from engines.bundle import Progress
-from engines.drawing import Drawing, Group, Recipe, spread_previews
-from engines.errors import EngineError, OutOfMemory
+from engines.drawing import Drawing, Group, Recipe, guidance_embedding, spread_previews
+from engines.errors import EngineError
+from engines.faults import engine_call
 from engines.info import ModelInfo, check_recipe, describe
 from engines.lanes import Lanes
 from engines.model import Model, load_interim, load_model, must_be_built
@@ -36,6 +37,7 @@ from engines.order import Order
 from engines.samplers import NoiseSchedule, Schedule, make_schedule
 from engines.stage import Stage
 from engines.turnstile import Turnstile
+from engines.warming import draw_every_batch
 
 if TYPE_CHECKING:
     from engines.meanwhile import BackgroundBuild
@@ -122,9 +124,21 @@ class Runner:
         self.info = describe(model, self.info.max_batch, self.info.model_id)
         for engine in old.engines.values():
             engine.close()
+        if old.device == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps, TensorRT cannot use
         logger.info("%s draws from now on, %s did", model.choice.backend, old.choice.backend)
 
     # -- any thread --------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``, of the model that draws now."""
+        return self._model.device
+
+    def rows_that_fit(self, group: Group) -> int:
+        """The most rows of a group's size that one call of the VAE may have."""
+        scale = self._model.facts.vae_scale_factor
+        return rows_that_fit(group.rows * group.columns * scale**2)
 
     def start(self, recipe: Recipe) -> Drawing:
         """Validate a recipe and make its row. No engine call; about 0.1 ms.
@@ -140,7 +154,7 @@ class Runner:
         )
         guided = not facts.time_cond_dim and recipe.guidance_scale > 1
         texts = (recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,)
-        tokens = [self._tokenize(text) for text in texts]
+        tokens = [self._model.tokenize(text) for text in texts]
         loras = self._model.adapters.settle(recipe.loras)
         ids = tuple(row for row, _ in tokens)
         scale = facts.vae_scale_factor
@@ -170,16 +184,6 @@ class Runner:
             self._noise, sampler, num_steps, strength=strength, image_to_image=image, eta=eta
         )
 
-    def _tokenize(self, text: str) -> tuple[np.ndarray, int]:
-        """Token ids int64 ``[L]``, padded, and how many did not fit."""
-        facts = self._model.facts
-        ids = self._model.tokenizer.encode(text).ids
-        num_lost = max(0, len(ids) - facts.max_tokens)
-        if num_lost:
-            ids = [*ids[: facts.max_tokens - 1], facts.eos_token_id]
-        padding = [facts.pad_token_id] * (facts.max_tokens - len(ids))
-        return np.asarray(ids + padding, np.int64), num_lost
-
     def _cached(self, loras: AdapterSet, ids: tuple[np.ndarray, ...]) -> tuple[Tensor, ...] | None:
         with self._prompts_lock:
             found = [self._prompts.get((loras, row.tobytes())) for row in ids]
@@ -191,6 +195,7 @@ class Runner:
 
     # -- the engine threads ------------------------------------------------------------------
 
+    @engine_call("text_encoder")
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
         for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
@@ -206,17 +211,19 @@ class Runner:
             known = {key: self._prompts.get((loras, key)) for key in texts}
         embeds = {key: found for key, found in known.items() if found is not None}
         unknown = [key for key, found in known.items() if found is None]
-        if unknown:
-            input_ids = torch.from_numpy(np.stack([texts[key] for key in unknown]))  # [B, L]
+        for start in range(0, len(unknown), self.info.max_batch):  # a row may have two texts
+            keys = unknown[start : start + self.info.max_batch]
+            input_ids = torch.from_numpy(np.stack([texts[key] for key in keys]))  # [B, L]
             with self._calling(loras):
                 outputs = self._run("text_encoder", input_ids=input_ids)
-            encoded = dict(zip(unknown, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
+            encoded = dict(zip(keys, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
             with self._prompts_lock:
                 self._prompts.update({(loras, key): found for key, found in encoded.items()})
             embeds |= encoded
         for drawing in drawings:
             drawing.prompt_embeds = tuple(embeds[ids.tobytes()] for ids in drawing.token_ids)
 
+    @engine_call("vae_encoder")
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
         images = [drawing.recipe.image for drawing in drawings]
@@ -224,11 +231,13 @@ class Runner:
         with self._calling():
             moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
         for drawing, mean, std in zip(drawings, moments["mean"], moments["std"], strict=True):
+            _restart(drawing)
             latents = mean + std * self._draw_noise(drawing).to(mean.device)
             schedule = drawing.schedule
             noise = self._draw_noise(drawing).to(mean.device)
             drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
 
+    @engine_call("denoiser")
     def denoise(
         self, drawings: Sequence[Drawing], before_run: Callable[[], None] = lambda: None
     ) -> None:
@@ -264,10 +273,11 @@ class Runner:
                 return lanes
         return Lanes(drawings, self._model.device)
 
+    @engine_call("vae_decoder")
     def decode(self, drawings: Sequence[Drawing]) -> None:
         """Rows of one size to pixels: finished ones to their image, others to a preview.
 
-        A row whose latents are no numbers any more gets a ``failure`` instead.
+        A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
         """
         final = [drawing.stage is Stage.DECODE for drawing in drawings]
         latents = [
@@ -277,31 +287,30 @@ class Runner:
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
         sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
         with self._calling():
-            pixels = self._run("vae_decoder", latents=batch)["pixels"]  # [B, H, W, 3]
-            pixels, sums = transfers.fetch(pixels, sums)
-        finite = torch.isfinite(sums).tolist()
-        for drawing, done, image, sound in zip(
-            drawings, final, pixels.numpy(), finite, strict=True
-        ):
-            if not sound:
+            outputs = self._run("vae_decoder", latents=batch)
+            sums_drawn = outputs.get("pixel_sums", sums)  # older bundles have none
+            fetched, sums, sums_drawn = transfers.fetch(outputs["pixels"], sums, sums_drawn)
+        pixels = fetched.numpy()  # [B, H, W, 3]
+        finite, drawn = torch.isfinite(sums).tolist(), torch.isfinite(sums_drawn).tolist()
+        for index, (drawing, done) in enumerate(zip(drawings, final, strict=True)):
+            if not finite[index]:
                 drawing.failure = (
                     f"after step {drawing.step_index} the latents are not all finite numbers; a "
                     f"checkpoint that overflows in {self._model.precision} needs bf16 or fp32"
                 )
+            elif not drawn[index]:
+                drawing.failure = (
+                    f"the decoder overflowed in {self._model.precision} after step "
+                    f"{drawing.step_index}; this checkpoint's needs bf16 or fp32"
+                )
             elif done:
-                drawing.pixels = image
+                drawing.pixels = pixels[index]
                 drawing.latents = drawing.denoised = None
             else:
-                drawing.previews.append(image)
+                drawing.previews.append(pixels[index])
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
-        try:
-            return self._model.engines[part].run(inputs)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if self._model.device == "cuda":
-                torch.cuda.empty_cache()
-            rows = len(next(iter(inputs.values())))
-            raise OutOfMemory(f"no memory for {part} of {rows} rows: {error}") from error
+        return self._model.engines[part].run(inputs)
 
     def _draw_noise(self, drawing: Drawing) -> Tensor:
         """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
@@ -337,7 +346,8 @@ class Runner:
             lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
             num_rows = max(1, sum(count <= self.info.max_batch for count in lanes))
             if leader.stage is not Stage.DENOISE:
-                num_rows = min(num_rows, self.info.max_decode_batch)
+                fitting = self.rows_that_fit(leader.group)
+                num_rows = min(num_rows, self.info.max_decode_batch, fitting)
             calls[leader.stage](alike[:num_rows])
         for drawing in drawings:
             if drawing.failure is not None:
@@ -347,12 +357,10 @@ class Runner:
     def warm_up(self, loras: Mapping[str, float] = MappingProxyType({})) -> None:
         """Run every part once at every batch size, so that no request pays for a first time.
 
-        A CPU prepares nothing for a size: there the smallest and the largest will do.
+        Raises:
+            EngineError: an engine fails, or draws what is no picture.
         """
-        largest = self.info.max_batch
-        for count in {1, largest} if self._model.device == "cpu" else range(1, largest + 1):
-            recipes = [self.default_recipe(seed) for seed in range(count)]
-            self.draw([dataclasses.replace(recipe, loras=loras) for recipe in recipes])
+        draw_every_batch(self, loras)
         self._prompts.clear()
 
     def default_recipe(self, seed: int, prompt: str = "warm-up", num_steps: int = 1) -> Recipe:
@@ -381,14 +389,6 @@ class Runner:
             engine.close()
 
 
-@functools.lru_cache(maxsize=256)  # most requests leave w at the model's default
-def guidance_embedding(w: float, dim: int) -> Tensor:
-    """Sinusoidal embedding of the guidance weight w, float32 ``[dim]``; not to be changed in place.
-
-    Agrees with ``LatentConsistencyModelPipeline.get_guidance_scale_embedding`` (w times 1000).
-    """
-    half = dim // 2
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-    angles = torch.tensor(w, dtype=torch.float32) * 1000.0 * freqs
-    embedding = torch.cat([torch.sin(angles), torch.cos(angles)])
-    return torch.nn.functional.pad(embedding, (0, dim % 2))
+def _restart(drawing: Drawing) -> None:
+    """A row's noise from its first number on: a call that found no memory is made again."""
+    drawing.generator.manual_seed(drawing.recipe.seed)

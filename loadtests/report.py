@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
+from engines.backends.choice import has_driver
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -94,7 +96,7 @@ def machine() -> str:
 
 
 def _gpu() -> str:
-    if not Path("/proc/driver/nvidia/version").exists():
+    if not has_driver():
         return "no GPU"
     import torch
 

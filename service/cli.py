@@ -11,6 +11,7 @@ import typer
 
 from engines.cli import (
     CacheOption,
+    DeviceOption,
     EngineOption,
     GuidanceOption,
     LoraOption,
@@ -29,6 +30,7 @@ def serve(
     model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Engines, one each.")] = 1,
@@ -61,6 +63,7 @@ def serve(
         "model": model,
         "engine": engine,
         "precision": precision,
+        "device": device,
         "cache_dir": str(cache_dir),
         "num_replicas": replicas,
         "api_keys_file": str(api_keys) if api_keys else None,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from engines.drawing import Drawing
-from engines.errors import OutOfMemory
+from engines.errors import DeviceLost, OutOfMemory
 from service.backlog import Backlog
 from service.errors import (
     Cancelled,
@@ -271,6 +271,8 @@ class EngineLoop:
                 return
             logger.exception("%s of %d rows shed", work.kind, len(work.rows))
             self._fail_all(work, _no_memory(error))
+        except DeviceLost:
+            raise  # and end the loop: all that follows would fail, and this replica be healthy
         except Exception as error:
             logger.exception("%s of %d rows failed", work.kind, len(work.rows))
             self._fail_all(work, _engine_failure(work.kind, error))

@@ -105,6 +105,7 @@ class Replica:
             max_decode_batch=settings.max_decode_batch or runner.info.max_decode_batch,
             max_running=max(settings.max_running, runner.info.max_batch),
             patience=settings.patience,
+            rows_that_fit=runner.rows_that_fit,
         )
         self._loop = EngineLoop(
             runner,

@@ -87,12 +87,14 @@ class Limits:
     ``max_decode_batch`` rows share a decode, so that decoding never stalls the others for longer
     than one chunk; ``max_running`` lanes are in flight at once over all sizes. ``patience`` is the
     number of denoise calls that weigh as much as one step left; 0 means strict order of arrival.
+    ``rows_that_fit`` bounds decodes, and encodings of images, of a group whose rows are large.
     """
 
     max_batch: int = 8
     max_decode_batch: int = 4
     max_running: int = 64
     patience: int = 4  # simulated 1–64: beyond 4 the p99 grows faster than the p50 falls
+    rows_that_fit: Callable[[Any], int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_batch < 2 or self.max_decode_batch < 1 or self.max_running < self.max_batch:
@@ -100,6 +102,11 @@ class Limits:
                 "limits: max_batch >= 2 (a guided row takes two lanes), max_decode_batch >= 1, "
                 f"max_running >= max_batch; got {self}"
             )
+
+    def decode_rows(self, group: Any) -> int:
+        """The most rows of a group that share a decode."""
+        fitting = self.rows_that_fit(group) if self.rows_that_fit else self.max_decode_batch
+        return min(self.max_decode_batch, fitting)
 
 
 class Costs(Protocol):
@@ -235,7 +242,7 @@ class Scheduler(Generic[R]):
             rows = _urgent_first(row for row in ready if row.stage is stage)
             if rows:
                 if stage is Stage.ENCODE_IMAGE:
-                    rows = _same_group(rows)
+                    rows = _same_group(rows)[: self.limits.decode_rows(rows[0].group)]
                 return Work(KIND_OF_STAGE[stage], tuple(rows[: self.limits.max_decode_batch]))
         return None
 
@@ -246,7 +253,7 @@ class Scheduler(Generic[R]):
         denoisable = [row for row in ready if row.stage is Stage.DENOISE]
         batch = self._next_batch(denoisable)
         if decodable and not (batch and self._decoded_last):
-            chunk = _same_group(decodable)[: self.limits.max_decode_batch]
+            chunk = _same_group(decodable)[: self.limits.decode_rows(decodable[0].group)]
             if not self._pays_to_wait(chunk, batch):
                 return Work(WorkKind.DECODE, tuple(chunk))
             self._num_decodes_put_off += 1
@@ -277,7 +284,7 @@ class Scheduler(Generic[R]):
         if (
             self._costs is None
             or not last_steps
-            or num_rows > self.limits.max_decode_batch
+            or num_rows > self.limits.decode_rows(first.group)
             or self._num_decodes_put_off >= self.limits.max_decode_batch
             or first.priority > min(row.priority for row in last_steps)
         ):

@@ -97,7 +97,8 @@ def _prepare_model(settings: Settings) -> None:
     from engines.checkpoint import download, resolve
     from engines.model import prepare
 
-    if choose_backend(settings.engine).backend != "torch" and not settings.serve_meanwhile:
+    backend = choose_backend(settings.engine, device=settings.device).backend
+    if backend != "torch" and not settings.serve_meanwhile:
         try:
             prepare(settings.order, show_progress)
         except BuildError as error:

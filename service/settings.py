@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     )
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cpu: as if without a GPU")
     cache_dir: Path = Field(DEFAULT_CACHE_DIR, description="where built bundles are kept")
     serve_meanwhile: bool = Field(
         False, description="draw by torch at once where the engine's bundle must be built first"
@@ -145,6 +146,7 @@ class Settings(BaseSettings):
             max_batch=self.max_batch or None,
             loras=self.loras,
             serve_meanwhile=self.serve_meanwhile,
+            device=self.device,
             defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
         )
 

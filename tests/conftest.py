@@ -1,23 +1,40 @@
-"""Fixtures that several test packages share: a tiny checkpoint, bundles, replicas, a Prometheus."""
+"""Fixtures that several test packages share: a tiny checkpoint, bundles, replicas, a Prometheus.
+
+What they need is imported when they are asked for, so that the GPU's tests can be collected where
+there is torch and diffusers and no more.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from engines.model import prepare
 from engines.order import Order
-from tests.engines.checkpoints import make_checkpoint
-from tests.monitoring import Prometheus, run_prometheus, send_traffic, wait_for
-from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
+
+if TYPE_CHECKING:
+    from tests.monitoring import Prometheus
+    from tests.replicas import ReplicaProcess
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without a test that wants the GPU none is there: `auto` would draw by it, and in halves.
+
+    The processes that tests start inherit it. Nothing has asked CUDA for its devices by then.
+    """
+    if not any(item.get_closest_marker("gpu") for item in session.items):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
 def lcm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LCM with a guidance embedding, 64 px."""
+    from tests.engines.checkpoints import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny-lcm", lcm=True)
 
 
@@ -30,6 +47,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]:
     """For replicas that shed after a few images and draw for long where asked to."""
+    from engines.model import prepare
+
     prepare(Order(str(lcm_checkpoint), "onnxruntime", cache_dir=cache_dir), lambda *_: None)
     return {
         "model": lcm_checkpoint,
@@ -47,6 +66,8 @@ def two_nodes(
     tmp_path_factory: pytest.TempPathFactory, replica_settings: dict[str, object]
 ) -> Iterator[list[ReplicaProcess]]:
     """Two nodes of one replica each, serving."""
+    from tests.replicas import replica_process, wait_until_ready
+
     with contextlib.ExitStack() as stack:
         folders = [tmp_path_factory.mktemp("node") for _ in range(2)]
         nodes = [
@@ -62,6 +83,8 @@ def prometheus(
     tmp_path_factory: pytest.TempPathFactory, two_nodes: list[ReplicaProcess]
 ) -> Iterator[Prometheus]:
     """It watches two nodes that have had traffic of every kind."""
+    from tests.monitoring import run_prometheus, send_traffic, wait_for
+
     folder = tmp_path_factory.mktemp("prometheus")
     targets = [node.url.removeprefix("http://") for node in two_nodes]
     with run_prometheus(folder, targets) as prometheus:

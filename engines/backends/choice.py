@@ -11,9 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import BackendUnavailable
-from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
+from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget, can_be_named
 
+# Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
+DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
+DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+
+
+def has_driver() -> bool:
+    """Whether there may be an NVIDIA GPU here: cheap, so that torch is imported only then."""
+    return any(sign.exists() for sign in DRIVER_SIGNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,7 @@ class Machine:
         """Look; torch, which takes seconds to import, is asked only where there is a driver."""
         needed = ("onnxruntime", "torch", *MODULES.values())
         packages = frozenset(name for name in needed if importlib.util.find_spec(name))
-        if not Path("/proc/driver/nvidia/version").exists():
+        if not has_driver():
             return cls(None, packages)
         import torch
 
@@ -38,8 +46,32 @@ class Machine:
         major, minor = torch.cuda.get_device_capability()
         return cls(10 * major + minor, packages, torch.cuda.get_device_name())
 
+    def only(self, device: str) -> Machine:
+        """What is left of it for drawing on ``device``, one of `DEVICES`.
+
+        Raises:
+            BackendUnavailable: there is none of that name, or no GPU.
+        """
+        if device not in DEVICES:
+            raise BackendUnavailable(
+                f"device {device!r} is unknown; known are {', '.join(DEVICES)}"
+            )
+        if device == "cuda" and self.compute_capability is None:
+            raise BackendUnavailable(
+                "device 'cuda' needs an NVIDIA GPU and its driver, none is here: choose --device "
+                "cpu, or auto"
+            )
+        return Machine(None, self.packages) if device == "cpu" else self
+
     def aim(self, target: PlanTarget) -> PlanTarget:
-        """The target of plans that are built here, named after this GPU if no other runs them."""
+        """The target of plans that are built here, named after this GPU if no other runs them.
+
+        `tensorrt-rtx` is asked for this GPU's compute capability where it can be.
+        """
+        capability = self.compute_capability
+        if target.engine == "tensorrt-rtx" and not target.compute_capabilities and capability:
+            named = (capability,) if can_be_named(capability) else ()
+            target = dataclasses.replace(target, compute_capabilities=named)
         portable = target.compute_capabilities or target.hardware_compatibility != "none"
         return target if portable else dataclasses.replace(target, gpu=self.gpu)
 
@@ -52,25 +84,31 @@ class Choice:
     reason: str
 
 
-def choose_backend(backend: str, machine: Machine | None = None) -> Choice:
-    """Resolve ``auto``, or check that the named backend can run here.
+def choose_backend(backend: str, machine: Machine | None = None, *, device: str = "auto") -> Choice:
+    """Resolve ``auto``, or check that the named backend can run here, on that device.
 
     Raises:
         BackendUnavailable: it cannot; the message says what is missing.
     """
     if backend not in BACKENDS:
         raise BackendUnavailable(f"engine {backend!r} is unknown; known are {', '.join(BACKENDS)}")
-    machine = machine or Machine.here()
+    machine = (machine or Machine.here()).only(device)
+    if (backend, device) == ("onnxruntime", "cuda"):
+        raise BackendUnavailable(
+            "engine 'onnxruntime' draws on the CPU: choose --engine torch, or --device cpu"
+        )
     if backend != "auto":
         missing = _missing(backend, machine)
         if missing:
             raise BackendUnavailable(f"engine {backend!r} {missing}")
-        return Choice(backend, "asked for")
+        odd = _unnamed(backend, machine)
+        return Choice(backend, f"asked for, although it {odd}: an attempt" if odd else "asked for")
     if machine.compute_capability is None:
-        return Choice("onnxruntime", "no NVIDIA GPU here")
+        reason = "device 'cpu' was asked for" if device == "cpu" else "no NVIDIA GPU here"
+        return Choice("onnxruntime", reason)
     passed_over: list[str] = []
     for candidate in ("tensorrt", "tensorrt-rtx"):
-        missing = _missing(candidate, machine)
+        missing = _missing(candidate, machine) or _unnamed(candidate, machine)
         if not missing:
             return Choice(candidate, "; ".join([*passed_over, "an NVIDIA GPU and the package"]))
         passed_over.append(f"{candidate} {missing.split(':')[0]}")
@@ -92,7 +130,12 @@ def _missing(backend: str, machine: Machine) -> str:
             "needs an NVIDIA GPU and its driver, none is here: choose --engine onnxruntime (plans "
             "can be built without one: fourstep build)"
         )
-    if backend == "tensorrt-rtx" and capability not in RTX_CAPABILITY_BITS:
-        known = ", ".join(str(value) for value in RTX_CAPABILITY_BITS)
-        return f"has no compute capability {capability}: it has {known}; use --engine torch"
     return ""
+
+
+def _unnamed(backend: str, machine: Machine) -> str:
+    """Why plans can be built for this GPU by no name, so that nobody knows whether they run."""
+    if backend != "tensorrt-rtx" or can_be_named(machine.compute_capability):
+        return ""
+    known = ", ".join(map(str, RTX_CAPABILITY_BITS))
+    return f"names no compute capability {machine.compute_capability} (it has {known})"

@@ -9,6 +9,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -35,5 +36,7 @@ class OnnxWeights:
     def __getitem__(self, name: str) -> Tensor:
         import onnx.numpy_helper
 
-        array = onnx.numpy_helper.to_array(self._initializers[name], str(self._path.parent))
-        return torch.from_numpy(array.copy())
+        array = onnx.numpy_helper.to_array(self._initializers[name], str(self._path.parent)).copy()
+        if array.dtype.name == "bfloat16":  # of ml_dtypes, which torch does not know
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)

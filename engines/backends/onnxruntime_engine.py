@@ -75,11 +75,13 @@ class OnnxRuntimeEngine:
     model of gigabytes, whose operators are long, does without.
     """
 
-    def __init__(self, path: Path, cores: Cores) -> None:
+    def __init__(self, path: Path, cores: Cores, device: str = "auto") -> None:
+        """``device``: as of an order; on any but ``cpu`` a GPU build of the package uses a GPU."""
         self._path, self._cores = path, cores
         self._weights = OnnxWeights(path)
         available = onnxruntime.get_available_providers()  # CUDA where it is a GPU build
-        self._providers = [name for name in PROVIDERS if name in available]
+        wanted = PROVIDERS[-1:] if device == "cpu" else PROVIDERS
+        self._providers = [name for name in wanted if name in available]
         num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
         alone = len(self._providers) > 1 or 2 * num_bytes > KEPT_BYTES
         self.max_calls = 1 if alone else min(MAX_CALLS, cores.num_threads)

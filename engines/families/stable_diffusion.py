@@ -78,17 +78,22 @@ class Denoiser(torch.nn.Module):
 
 
 class VaeDecoder(torch.nn.Module):
-    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``."""
+    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``.
+
+    ``pixel_sums`` float32 ``[B]`` are those of the decoded images before they are clamped: finite
+    where all values are. A decoder that overflows would else answer with a black picture.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         scaled = latents / self.vae.config.scaling_factor
         image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
+        sums = image.sum(dim=(1, 2, 3))  # [B]
         image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return (image * 255).round().to(torch.uint8)  # type: ignore[no-any-return]
+        return (image * 255).round().to(torch.uint8), sums
 
 
 class VaeEncoder(torch.nn.Module):
@@ -177,7 +182,7 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
         Part("text_encoder", TextEncoder(pipeline.text_encoder), {"input_ids": ids},
              {"input_ids": [batch, None]}, ("prompt_embeds",)),
         Part("vae_decoder", VaeDecoder(pipeline.vae), {"latents": latents},
-             {"latents": latent_dims}, ("pixels",)),
+             {"latents": latent_dims}, ("pixels", "pixel_sums")),
         Part("vae_encoder", VaeEncoder(pipeline.vae), {"pixels": pixels.to(torch.uint8)},
              {"pixels": pixel_dims}, ("mean", "std")),
         Part("denoiser", Denoiser(unet), denoiser, dims, ("next_sample", "denoised")),

@@ -15,8 +15,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 16
@@ -88,6 +86,9 @@ def make_lora(
     checkpoint: Path, folder: Path, targets: list[str], *, text_encoder: bool = False, rank: int = 4
 ) -> Path:
     """Write random pairs for the UNet's ``targets``, by diffusers' own `save_lora_weights`."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
     torch.manual_seed(len(targets))
     pipeline = DiffusionPipeline.from_pretrained(checkpoint)
     models = {"unet": (pipeline.unet, targets)}

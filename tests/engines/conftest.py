@@ -10,7 +10,6 @@ import torch
 
 from engines.order import Order
 from engines.runner import Runner
-from tests.engines.checkpoints import make_checkpoint
 
 BACKENDS = ("torch", "onnxruntime")
 COMBINATIONS = [
@@ -30,6 +29,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     ``tiny-demo`` is built as the demo model is: three levels, guidance embedding, v prediction.
     """
+    from tests.engines.checkpoints import make_checkpoint
+
     folder = tmp_path_factory.mktemp("checkpoints")
     make_checkpoint(folder / "tiny-lcm", lcm=True)
     make_checkpoint(folder / "tiny-sd", lcm=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.batching import bucket_of, decode_rows, denoise_rows
+from engines.batching import bucket_of, decode_rows, denoise_rows, rows_that_fit
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from engines.batching import bucket_of, decode_rows, denoise_rows
         ("cpu", 256, 4, 2),
         ("cpu", 512, 2, 1),  # SD 1.5: gigabytes and seconds a row
         ("cpu", 1024, 2, 1),
-        ("cuda", 512, 8, 8),
+        ("cuda", 512, 8, 4),
         ("cuda", 1024, 8, 2),  # SDXL
         ("cuda", 2048, 8, 1),
     ],
@@ -36,3 +36,10 @@ def test_buckets_are_exact_where_batches_are_small_and_few_where_they_are_large(
     for rows in range(1, 129):
         assert rows <= bucket_of(rows) <= rows * 5 / 4
     assert len({bucket_of(rows) for rows in range(1, 65)}) == 20
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows"), [(512, 512, 8), (768, 768, 3), (1024, 1024, 2), (2048, 2048, 1)]
+)
+def test_large_rows_are_decoded_a_few_at_a_time(width: int, height: int, rows: int) -> None:
+    assert rows_that_fit(width * height) == rows

@@ -43,6 +43,16 @@ def bundle(checkpoints: Path, cache_dir: Path) -> Path:
     ).folder
 
 
+def test_a_device_that_is_not_here_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "x", "-o", tmp_path / "x.png", "--model", bundle)
+    for device, message in (("cuda", "needs an NVIDIA GPU"), ("tpu", "known are auto, cpu, cuda")):
+        done = _fourstep(*arguments, FOURSTEP_DEVICE=device)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: device")
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_generate_from_a_bundle_needs_no_diffusers(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     arguments = ("generate", "a red cube", "-o", out, "--model", bundle, "--size", "96x64")

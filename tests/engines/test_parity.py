@@ -19,7 +19,7 @@ from engines.parity import Parity, compare
 
 OUTPUTS = {
     "text_encoder.prompt_embeds", "denoiser.next_sample", "denoiser.denoised",
-    "vae_decoder.pixels", "vae_encoder.mean", "vae_encoder.std",
+    "vae_decoder.pixels", "vae_decoder.pixel_sums", "vae_encoder.mean", "vae_encoder.std",
 }  # fmt: skip
 
 

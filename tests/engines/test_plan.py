@@ -179,6 +179,17 @@ def test_a_gpu_it_cannot_compile_for(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gpu_that_cannot_be_named_is_tried_with_none(
+    built: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = dataclasses.replace(TARGET, compute_capabilities=(), gpu="NVIDIA H200")
+    profile = {"input_ids": ((1, 32), (4, 32), (4, 32))}
+    plan = tmp_path / "x.plan"
+    compile_plan(built.part("text_encoder"), plan, [profile], target)
+    assert RtxHeader.read(plan).compute_capabilities == (80, 86, 89, 120, 121)
+    assert "cannot be asked for plans for NVIDIA H200" in caplog.text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU it asks for")
 @pytest.mark.parametrize("change", [{"refit": True}, {"compute_capabilities": ()}])
 def test_what_needs_a_gpu_says_so(change: dict[str, Any], built: Bundle, tmp_path: Path) -> None:

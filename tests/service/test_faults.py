@@ -187,6 +187,25 @@ def test_the_error_says_what_would_help(service: Service) -> None:
         runner.draw([runner.default_recipe(0)])
 
 
+def test_a_decoder_that_overflows_is_no_black_picture(service: Service) -> None:
+    _, expected = service.draw(n=2)
+    service.decoder.damage = lambda outputs: outputs.update(
+        pixels=torch.zeros_like(outputs["pixels"]),
+        pixel_sums=torch.full_like(outputs["pixel_sums"], torch.inf),
+    )
+    status, body = service.draw()
+    assert status == 500
+    error = body["error"]
+    assert isinstance(error, dict)
+    assert error["code"] == "not_finite"
+    assert "the decoder overflowed in fp32" in error["message"]
+    assert "bf16 or fp32" in error["message"]
+    service.decoder.damage = lambda outputs: outputs.__delitem__("pixel_sums")  # an older bundle
+    status, drawn = service.draw(n=2)
+    assert status == 200
+    assert _images(drawn) == _images(expected)
+
+
 def test_a_wedged_engine_turns_health_red_and_leaves_nobody_waiting(service: Service) -> None:
     release = threading.Event()
     service.denoiser.fault = lambda inputs: release.wait(30) and None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engines.drawing import Drawing
+from engines.errors import DeviceLost
 from engines.order import Order
 from engines.runner import Runner
 from service.errors import DeadlineExceeded, EngineFailure, NotReady, Overloaded
@@ -29,6 +30,7 @@ class Gate:
         self.entered = threading.Semaphore(0)  # released at every denoise call
         self.open = False
         self.poison: str | None = None
+        self.lost: str | None = None  # the prompt at which the whole GPU goes
         self.clock = 0.0  # seconds; every denoise call takes one
 
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
@@ -44,6 +46,8 @@ class Gate:
             self.passes.acquire()
         if any(drawing.recipe.prompt == self.poison for drawing in drawings):
             raise RuntimeError("device lost")
+        if any(drawing.recipe.prompt == self.lost for drawing in drawings):
+            raise DeviceLost("the GPU is lost")
         self._runner.denoise(drawings)
         self.clock += 1.0
 
@@ -233,6 +237,30 @@ def test_close_drains_then_refuses(gate: Gate, runner: Runner) -> None:
     late, _ = make_request(loop, runner, "late")
     with pytest.raises(NotReady):
         loop.submit(late)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_lost_device_ends_the_loop_and_answers_everyone(
+    num_threads: int, gate: Gate, runner: Runner
+) -> None:
+    """Not the one batch alone: all that follow would fail, in a replica that seems healthy."""
+    loop = EngineLoop(gate, Limits(max_batch=2), Metrics("test"), num_threads=num_threads)
+    loop.start()
+    gate.open, gate.lost = True, "x"
+    both = [make_request(loop, runner, prompt, num_images=3) for prompt in ("a", "x")]
+    with loop._wakeup:  # both are there before the first call
+        for request, _ in both:
+            loop.submit(request)
+    events = both[1][1]
+    assert isinstance(last(events).error, EngineFailure)
+    for thread in loop._threads:
+        thread.join(30)
+    assert last(both[0][1]) is not None
+    assert not loop.healthy
+    assert loop.num_open == 0
+    with pytest.raises(NotReady):
+        loop.submit(make_request(loop, runner, "later")[0])
+    loop.close()
 
 
 def test_a_dead_loop_resolves_everyone(gate: Gate, runner: Runner) -> None:

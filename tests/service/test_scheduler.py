@@ -80,6 +80,7 @@ limits = st.builds(
     max_decode_batch=st.integers(1, 4),
     max_running=st.integers(8, 24),
     patience=st.integers(0, 8),
+    rows_that_fit=st.sampled_from([None, lambda group: 1 if group[0] == 96 else 3]),
 )
 
 
@@ -90,8 +91,10 @@ def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
         assert len({row.group for row in work.rows}) == 1
     if work.kind is WorkKind.DENOISE:
         assert sum(row.num_lanes for row in work.rows) <= scheduler.limits.max_batch
-    else:
+    elif work.kind is WorkKind.ENCODE_TEXT:
         assert len(work.rows) <= scheduler.limits.max_decode_batch
+    else:
+        assert len(work.rows) <= scheduler.limits.decode_rows(work.rows[0].group)
     assert sum(row.num_lanes for row in scheduler.running) <= scheduler.limits.max_running
     wanted = {
         WorkKind.ENCODE_TEXT: Stage.ENCODE_TEXT,
@@ -338,6 +341,16 @@ def test_the_wait_for_company_is_bounded(
             row.cancelled = True
         scheduler.sweep(0.0)
     raise AssertionError("never decoded")
+
+
+def test_large_rows_are_decoded_a_few_at_a_time() -> None:
+    """The default size bounds calls of small rows; large ones do not fit as many."""
+    limits = Limits(8, 8, rows_that_fit=lambda group: 2 if group[0] == 96 else 8)
+    for size, counts in ((96, [2, 2, 1]), (64, [5])):
+        scheduler: Scheduler[FakeRow] = Scheduler(limits)
+        scheduler.add([FakeRow(num_steps=1, size=size, stage=Stage.DECODE) for _ in range(5)])
+        assert [len(_step(scheduler).rows) for _ in counts] == counts
+        assert scheduler.idle
 
 
 def test_limits_that_cannot_work_are_refused() -> None:

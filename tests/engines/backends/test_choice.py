@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from engines.backends import choice as choices
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
 from engines.bundle import Bundle
@@ -28,7 +30,11 @@ RTX_ALONE = WITHOUT_TENSORRT | {"tensorrt_rtx"}
         (Machine(None, EVERYTHING), "onnxruntime", "no NVIDIA GPU here"),
         (Machine(90, EVERYTHING), "tensorrt", "an NVIDIA GPU and the package"),
         (Machine(89, RTX_ALONE), "tensorrt-rtx", "tensorrt needs a package; an NVIDIA GPU"),
-        (Machine(90, RTX_ALONE), "torch", "tensorrt-rtx has no compute capability 90"),
+        (
+            Machine(90, RTX_ALONE),
+            "torch",
+            "tensorrt-rtx names no compute capability 90 (it has 75, 80",
+        ),
         (Machine(89, WITHOUT_TENSORRT), "torch", "tensorrt-rtx needs a package"),
     ],
 )
@@ -43,7 +49,6 @@ def test_auto_takes_the_best_there_is(machine: Machine, backend: str, reason: st
     [
         ("tensorrt", Machine(89, RTX_ALONE), "pip install tensorrt"),
         ("tensorrt", Machine(None, EVERYTHING), "an NVIDIA GPU and its driver.*onnxruntime"),
-        ("tensorrt-rtx", Machine(90, EVERYTHING), "no compute capability 90: it has 75, 80"),
         ("onnxruntime", Machine(None, frozenset()), "pip install onnxruntime"),
         ("tensort", Machine(89, EVERYTHING), "unknown; known are auto, onnxruntime, tensorrt"),
     ],
@@ -53,8 +58,41 @@ def test_what_cannot_run_says_why(backend: str, machine: Machine, message: str) 
         choose_backend(backend, machine)
 
 
+def test_a_device_that_is_asked_for_is_the_one_that_draws() -> None:
+    gpu, none = Machine(89, EVERYTHING), Machine(None, EVERYTHING)
+    cpu = choose_backend("auto", gpu, device="cpu")
+    assert cpu == Choice("onnxruntime", "device 'cpu' was asked for")
+    assert choose_backend("torch", gpu, device="cpu").backend == "torch"
+    assert choose_backend("auto", gpu, device="cuda").backend == "tensorrt"
+    for backend, machine, device, message in (
+        ("tensorrt", gpu, "cpu", "needs an NVIDIA GPU"),
+        ("torch", none, "cuda", "device 'cuda' needs an NVIDIA GPU.*--device cpu"),
+        ("onnxruntime", gpu, "cuda", "draws on the CPU: choose --engine torch"),
+        ("auto", gpu, "mps", "'mps' is unknown; known are auto, cpu, cuda"),
+    ):
+        with pytest.raises(BackendUnavailable, match=message):
+            choose_backend(backend, machine, device=device)
+
+
+@pytest.mark.parametrize("sign", ["proc", "nvidiactl", "dxg"])
+def test_a_driver_is_known_by_any_of_its_signs(
+    sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may have the device and not the driver's page in /proc."""
+    signs = [tmp_path / name for name in ("proc", "nvidiactl", "dxg")]
+    monkeypatch.setattr(choices, "DRIVER_SIGNS", signs)
+    assert not choices.has_driver()
+    (tmp_path / sign).touch()
+    assert choices.has_driver()
+
+
 def test_what_was_asked_for_is_kept() -> None:
     assert choose_backend("torch", Machine(None, EVERYTHING)) == Choice("torch", "asked for")
+    assert choose_backend("tensorrt-rtx", Machine(89, EVERYTHING)).reason == "asked for"
+    attempt = choose_backend("tensorrt-rtx", Machine(90, EVERYTHING))
+    assert attempt.backend == "tensorrt-rtx"
+    assert "names no compute capability 90" in attempt.reason
+    assert attempt.reason.endswith("an attempt")
 
 
 def _bundle(target: PlanTarget | None, version: str) -> Bundle:
@@ -83,16 +121,26 @@ def test_plans_for_another_gpu_or_version_are_refused() -> None:
 
 def test_plans_that_one_gpu_runs_alone_are_refused_on_another() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="wheels for Linux x86-64 only")
-    small, large = Machine(89, EVERYTHING, "NVIDIA L4"), Machine(89, EVERYTHING, "NVIDIA L40S")
+    small, large = Machine(90, EVERYTHING, "NVIDIA H100"), Machine(90, EVERYTHING, "NVIDIA H200")
     own = small.aim(PlanTarget("tensorrt-rtx", ((64, 64),), 4))
     check_plans(_bundle(own, trt.__version__), "tensorrt-rtx", small)
-    with pytest.raises(BundleError, match=r"built on NVIDIA L4, .*this GPU is NVIDIA L40S"):
+    with pytest.raises(BundleError, match=r"built on NVIDIA H100, .*this GPU is NVIDIA H200"):
         check_plans(_bundle(own, trt.__version__), "tensorrt-rtx", large)
     for portable in (
         PlanTarget("tensorrt-rtx", ((64, 64),), 4, (89,)),
         PlanTarget("tensorrt", ((64, 64),), 4, hardware_compatibility="ampere_plus"),
     ):
         assert small.aim(portable) == portable
+
+
+def test_plans_are_aimed_by_compute_capability_where_it_can_be_named() -> None:
+    plain = PlanTarget("tensorrt-rtx", ((64, 64),), 4)
+    known = Machine(89, EVERYTHING, "NVIDIA L4").aim(plain)
+    assert (known.compute_capabilities, known.gpu) == ((89,), "")
+    unknown = Machine(90, EVERYTHING, "NVIDIA H200").aim(plain)
+    assert (unknown.compute_capabilities, unknown.gpu) == ((), "NVIDIA H200")
+    own = Machine(89, EVERYTHING, "NVIDIA L4").aim(dataclasses.replace(plain, engine="tensorrt"))
+    assert (own.compute_capabilities, own.gpu) == ((), "NVIDIA L4")
 
 
 def test_batches_are_no_larger_than_plans_take() -> None:

@@ -1,0 +1,123 @@
+"""What a failing engine call is called, and what becomes of its rows. A GPU's calls are faked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engines.errors import BackendUnavailable, DeviceLost, OutOfMemory
+from engines.faults import faults_of
+from engines.model import load_model
+from engines.order import Order
+from engines.runner import Runner
+from tests.engines.peers import recipe
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_no_memory_is_one_error(error: Exception) -> None:
+    with pytest.raises(OutOfMemory, match="no memory for denoiser of 3 rows"):  # noqa: SIM117
+        with faults_of("denoiser", 3, "cpu"):
+            raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), BackendUnavailable("no profile")])
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)), faults_of("denoiser", 1, "cpu"):
+        raise error
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a GPU is asked to do, by name; it does nothing."""
+    calls: list[str] = []
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    return calls
+
+
+def test_a_gpu_without_memory_gives_back_what_it_keeps(cuda: list[str]) -> None:
+    with pytest.raises(OutOfMemory), faults_of("denoiser", 1, "cuda"):
+        raise torch.OutOfMemoryError
+    assert cuda == ["synchronize", "empty_cache"]
+
+
+def test_a_gpu_that_still_answers_is_not_lost(cuda: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="shape"), faults_of("denoiser", 1, "cuda"):
+        raise RuntimeError("shape")
+    assert cuda == ["synchronize"]
+
+
+def test_a_gpu_that_answers_no_more_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    sticky = "CUDA error: an illegal memory access was encountered"
+
+    def answer() -> None:
+        raise RuntimeError(sticky)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", answer)
+    with pytest.raises(DeviceLost, match=rf"vae_decoder of 2 rows.*{sticky}") as caught:  # noqa: SIM117
+        with faults_of("vae_decoder", 2, "cuda"):
+            raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+    assert isinstance(caught.value.__context__, RuntimeError)
+
+
+@pytest.fixture
+def runner(lcm_checkpoint: Path) -> Runner:
+    return Runner(load_model(Order(str(lcm_checkpoint), "torch"), lambda *_: None), max_batch=4)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_memory_is_missed_outside_the_engine_too_and_the_picture_is_the_same(
+    image: bool, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second row's noise finds no memory on its way to the device; then there is some."""
+    picture = np.full((64, 64, 3), 90, np.uint8) if image else None
+    wanted = [recipe(seed=seed, image=picture, sampler="lcm") for seed in range(2)]
+    expected = [drawing.pixels for drawing in runner.draw(wanted)]
+    rows = [runner.start(each) for each in wanted]
+    runner.encode_text(rows)
+    first = runner.encode_image if image else runner.denoise
+    draw, moved = runner._draw_noise, []
+
+    def draw_once(drawing: object) -> Tensor:
+        moved.append(drawing)
+        noise = draw(drawing)  # type: ignore[arg-type]
+        if drawing is rows[1] and moved.count(drawing) == 1:
+            raise torch.OutOfMemoryError
+        return noise
+
+    monkeypatch.setattr(runner, "_draw_noise", draw_once)
+    with pytest.raises(OutOfMemory, match="of 2 rows"):
+        first(rows)
+    first(rows)
+    while rows[0].step_index < rows[0].num_steps:
+        runner.denoise(rows)
+    runner.decode(rows)
+    for row, pixels in zip(rows, expected, strict=True):
+        np.testing.assert_array_equal(row.pixels, pixels)
+
+
+def test_a_successor_finds_the_memory_of_the_one_before(runner: Runner, cuda: list[str]) -> None:
+    """torch keeps what a closed engine held, and TensorRT takes its own from what is left."""
+    old = dataclasses.replace(runner._model, device="cuda")
+    runner._model, runner._successor = old, runner._model
+    for engine in old.engines.values():
+        engine.close = lambda: cuda.append("close")  # type: ignore[method-assign]
+    runner._take_up()
+    assert cuda == [*["close"] * len(old.engines), "empty_cache"]

@@ -1,0 +1,30 @@
+"""The GPU's tests are collected on a machine that has torch and diffusers and little else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What the service, the builds and the other tests need; None in sys.modules fails their import.
+ABSENT = ("fastapi", "httpx", "onnx", "onnxruntime", "openai", "peft", "prometheus_client", "ray")
+COLLECT = (
+    f"import sys, pytest; sys.modules.update(dict.fromkeys({ABSENT!r})); "
+    "sys.exit(pytest.main(['-q', '-m', 'gpu', '--collect-only', '-p', 'no:schemathesis', "
+    "'tests/engines/backends/test_gpu.py']))"
+)
+
+
+def test_the_gpu_tests_need_no_service() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "test_gpu.py" in found.stdout
+
+
+def test_where_no_test_wants_a_gpu_none_is_seen() -> None:
+    import torch
+
+    assert not torch.cuda.is_available()
