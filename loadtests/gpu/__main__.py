@@ -16,7 +16,6 @@ import typer
 from loadtests.gpu.command import OUT_OF_TIME
 from loadtests.gpu.findings import Findings
 from loadtests.gpu.section import Section
-from loadtests.peak import plain_fp32
 
 
 def run_section(
@@ -27,7 +26,6 @@ def run_section(
     seconds: Annotated[float, typer.Option()],
 ) -> None:
     ends_at = time.monotonic() + seconds
-    plain_fp32()
     module, _, function = target.partition(":")
     section = Section(name, device, Findings(findings), ends_at)
     getattr(importlib.import_module(module), function)(section)

@@ -13,7 +13,7 @@ from engines.versions import version_of
 from loadtests.gpu.clocks import device_ms, wall_ms
 from loadtests.gpu.models import shape_for
 from loadtests.gpu.section import Section
-from loadtests.peak import DTYPES, matrix_peak
+from loadtests.peak import DTYPES, matrix_peak, plain_fp32
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "numpy", "fourstep", "ray")
 DRIVER = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
@@ -23,6 +23,7 @@ TINY_SIDE = 256
 
 def measure(section: Section) -> None:
     """Identity, matrix peaks, copies, and the noise that the host draws."""
+    plain_fp32()
     facts(section)
     for precision in DTYPES:
         with section.attempt(f"matrix peak, {precision}"):
@@ -36,7 +37,7 @@ def measure(section: Section) -> None:
 def facts(section: Section) -> None:
     found: dict[str, object] = {name: version_of(name) for name in PACKAGES}
     found |= {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-    found["fp32 products and convolutions"] = "without TF32, in all sections"
+    found["fp32 products and convolutions"] = "without TF32, as in `speed`"
     if section.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {

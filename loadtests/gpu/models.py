@@ -153,7 +153,8 @@ class Counts(NamedTuple):
     decode: int
 
     def image(self, num_steps: int) -> int:
-        return self.text + num_steps * self.step + self.decode
+        """Without its text, whose embedding is cached."""
+        return num_steps * self.step + self.decode
 
 
 def count_shape(shape: Shape) -> Counts:

@@ -47,8 +47,11 @@ def _table(report: Report, title: str, rows: list[dict[str, Any]]) -> None:
 def _heading(name: str) -> str:
     """`step_ms` → `step, ms`; the unit is the last word of a name."""
     words, _, unit = name.rpartition("_")
-    if unit in ("ms", "s", "mib"):
-        return f"{words.replace('_', ' ')}, {unit.replace('mib', 'MiB')}"
+    words = words.replace("_", " ")
+    if words.endswith(" per"):
+        return f"{words.removesuffix(' per')}/{unit}"
+    if words and unit in ("ms", "s", "mib"):
+        return f"{words}, {unit.replace('mib', 'MiB')}"
     return name.replace("_", " ")
 
 

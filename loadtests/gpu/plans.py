@@ -61,10 +61,8 @@ def try_ways(section: Section) -> None:
 
 def ways(engine: str, device: str) -> list[str]:
     """`none`: no capability is named; `CURRENT`; and the card's own, as `SM90`."""
-    if engine == "tensorrt":
+    if engine == "tensorrt" or device != "cuda":
         return ["none"]
-    if device != "cuda":
-        return ["none", "SM80"]
     return ["none", "CURRENT", "SM{}{}".format(*torch.cuda.get_device_capability())]
 
 

@@ -97,6 +97,6 @@ def measure(section: Section) -> None:
             ms = device_ms(lambda: graph.run(given), device, 0.3 if device == "cuda" else 0.02)  # noqa: B023
             rate = batch * flops / (ms / 1e3)
             section.row(
-                "SDXL's UNet, one graph", size_px=8 * config["sample_size"], batch=batch,
+                "SDXL's UNet, one graph", size=f"{8 * config['sample_size']} px", batch=batch,
                 step_ms=ms, tflop=batch * flops / 1e12, share=rate / peak, capture_s=graph.seconds,
             )  # fmt: skip

@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from loadtests.gpu.findings import Findings
 
 
@@ -59,12 +57,21 @@ class Section:
                 raise DeviceLost(f"{what}: {error}") from error
         finally:
             gc.collect()
-            if self.device == "cuda" and torch.cuda.is_initialized():
-                with contextlib.suppress(RuntimeError):
-                    torch.cuda.empty_cache()
+            if self.device == "cuda":
+                _free()
+
+
+def _free() -> None:
+    import torch  # here: a section that asks no GPU anything need not wait for it
+
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def _is_lost() -> bool:
+    import torch
+
     try:
         torch.cuda.synchronize()
     except RuntimeError:

@@ -35,7 +35,8 @@ NUM_STEPS = 4
 FORMATS = ("png", "jpeg", "webp")
 GOAL_FIRST_IMAGE_S = 20.0
 CLIENTS = {"cuda": 32, "cpu": 2}
-BATCHES = {"cuda": 12, "cpu": 1}  # full ones of the bare engine, a round
+MAX_BATCH = {"cuda": 8, "cpu": 2}
+BATCHES = {"cuda": 12, "cpu": 2}  # full ones of the bare engine, a round
 ALONE = {"cuda": 30, "cpu": 2}  # images of one client after the other
 ROUND_S = {"cuda": 12.0, "cpu": 2.0}  # a format's, about
 
@@ -60,7 +61,7 @@ def measure(section: Section) -> None:
                 "start", what="process start to first image", seconds=first_s,
                 goal=f"≤ {GOAL_FIRST_IMAGE_S:.0f} s",
             )  # fmt: skip
-            bare = Runner.open(Order(model, "torch", cache_dir=Path(folder)))
+            bare = Runner.open(Order(model, "torch", max_batch=MAX_BATCH[device]))
             bare.warm_up()
             _alone(section, service, bare, size_px)
             for encoding in FORMATS:
@@ -87,6 +88,7 @@ def _service(model: str, device: str, folder: Path) -> Iterator[Service]:
     command += ["--port", str(port), "--log-level", "warning"]
     environment = {
         "FOURSTEP_MODEL": model, "FOURSTEP_ENGINE": "torch", "FOURSTEP_CACHE_DIR": str(folder),
+        "FOURSTEP_MAX_BATCH": str(MAX_BATCH[device]),
         "FOURSTEP_MAX_WAITING": str(8 * CLIENTS[device]),
     }  # fmt: skip
     with running(command, port, "/readyz", environment) as service:
