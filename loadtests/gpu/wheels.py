@@ -48,7 +48,7 @@ for part in */*.part00; do
   cat $(ls */"$name".part* | sort -t/ -k2) > "$joined/$name"
 done
 cp */*.whl "$joined"
-(cd "$joined" && sha256sum --check --quiet "$OLDPWD/{first}/SHA256SUMS")
+(cd "$joined" && sha256sum --check --quiet --ignore-missing "$OLDPWD/{first}/SHA256SUMS")
 python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$joined"/*.whl
 rm -r "$joined"
 """
@@ -56,7 +56,8 @@ README = """\
 # What a bare GPU machine needs to run `python -m loadtests gpu`
 
 Made for Python 3.12 on x86-64 Linux with torch installed. Copy the repository there, and the
-numbered folders side by side (in as many transfers as it takes), then in the repository:
+numbered folders side by side (in as many transfers as it takes; `01` alone will do without the
+extras), then in the repository:
 
 ```sh
 bash WHEELS/{first}/install.sh /tmp/site
@@ -123,6 +124,8 @@ def _pip(arguments: list[str]) -> None:
 def pack(files: Sequence[Path], out: Path, max_bytes: int) -> None:
     """Files into ``out/01``, ``out/02`` …, none above ``max_bytes``; larger files in parts.
 
+    The smallest come first: the first folder alone has all that is needed.
+
     Raises:
         ValueError: the limit leaves no room for the scripts.
     """
@@ -132,7 +135,7 @@ def pack(files: Sequence[Path], out: Path, max_bytes: int) -> None:
     if room <= 0:
         raise ValueError(f"{max_bytes} bytes a folder leave no room for the scripts")
     sizes: list[int] = []  # of the folders so far
-    for file in sorted(files, key=lambda file: -file.stat().st_size):
+    for file in sorted(files, key=lambda file: file.stat().st_size):
         with file.open("rb") as source:
             size = file.stat().st_size
             for index in range(-(-size // room)):
