@@ -13,9 +13,8 @@ from typing import Annotated
 
 import typer
 
-from loadtests.gpu.command import OUT_OF_TIME
 from loadtests.gpu.findings import Findings
-from loadtests.gpu.section import Section
+from loadtests.gpu.section import OUT_OF_TIME, Section
 
 
 def run_section(

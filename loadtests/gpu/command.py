@@ -17,9 +17,9 @@ import typer
 
 from loadtests.gpu.findings import FINISHED, Findings
 from loadtests.gpu.page import write_page
+from loadtests.gpu.section import OUT_OF_TIME
 from loadtests.report import RESULTS, ROOT, OutOption, machine, sources
 
-OUT_OF_TIME = 3  # exit code of a section that left something out
 LEAST_S = 10.0  # a section needs as much to import torch and to say anything
 NOTICE = 0.15  # of a section's limit, by which it should be done of itself
 

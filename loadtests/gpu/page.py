@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.gpu.findings import Chapter
+from loadtests.gpu.goals import verdicts
 from loadtests.report import Report
 
 TITLES = {
@@ -26,6 +27,8 @@ def write_page(chapters: Mapping[str, Chapter], run: Mapping[str, str], out: Pat
         report.text(
             "**Tiny shapes on a CPU, to try the command itself: no figure here means a GPU.**"
         )
+    elif reached := verdicts(chapters):
+        report.table(["goal", "", "found, the worst", "reached"], reached)
     report.data |= {"run": dict(run), "sections": {}}
     for name, chapter in chapters.items():
         report.data["sections"][name] = dataclasses.asdict(chapter)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from loadtests.gpu.findings import Findings
 
+OUT_OF_TIME = 3  # exit code of a section that left something out
+
 
 class DeviceLost(RuntimeError):
     """After this CUDA error nothing of the process works any more; others are not touched."""

@@ -1,4 +1,4 @@
-"""The whole service through HTTP, by its own ASGI application: a lent machine may have no Ray.
+"""The whole service through HTTP, by its own ASGI application: a bare machine has no Ray.
 
 One replica under uvicorn, and the bare engine of the same model in this process, in turns with it.
 What Ray Serve and HAProxy add is for `overhead` to say, where they are installed.

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from loadtests.__main__ import app
 from loadtests.gpu import command
 from loadtests.gpu.command import PARTS, Part, run_parts
-from loadtests.gpu.findings import Findings
+from loadtests.gpu.findings import Chapter, Findings
+from loadtests.gpu.models import SD15
+from loadtests.gpu.page import write_page
 from loadtests.gpu.wheels import NEEDED, RAY, RTX, RTX_SOURCES, pack, pinned
 from loadtests.report import ROOT
 
@@ -91,6 +93,24 @@ def test_findings_of_another_machine_do_not_count(tmp_path: Path) -> None:
     findings.end("speed", "finished", 1.0)
     assert findings.chapters(here)["speed"].tables == {"rates": [{"rate": "nan"}]}
     assert findings.chapters(there) == {}
+
+
+def test_the_page_of_a_gpu_says_which_goals_are_reached(tmp_path: Path) -> None:
+    rows = [
+        {
+            "engine": "product",
+            "batch": batch,
+            "images_share": share,
+            "images_ms": ms,
+            "host_ms": 0.2,
+        }
+        for batch, share, ms in ((1, 0.2, 24.0), (8, 0.6, 110.0), (16, 0.5, 250.0))
+    ]
+    speed = Chapter({SD15.name: rows}, "finished", 100.0)
+    page = write_page({"speed": speed}, {"device": "cuda", "machine": "an H100"}, tmp_path)
+    assert "batch ≥ 8 | ≥ 0.55 | 0.5 | no |" in page
+    assert "| one image, ms | ≤ 25 | 24 | yes |" in page
+    assert "HTTP" not in page.split("## ")[0]
 
 
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
