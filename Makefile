@@ -1,11 +1,11 @@
-# The whole vocabulary of the project: make serve, make test, make lint, make bench, make audit.
+# The whole vocabulary of the project: make serve, make test, make lint, make bench, make gpu, make audit.
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test lint bench audit
+.PHONY: serve test lint bench gpu audit
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -21,6 +21,9 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test
 	@$(BIN)/python -m loadtests $(ARGS)
+
+gpu: $(VENV)/.test
+	@$(BIN)/python -m loadtests gpu $(ARGS)
 
 # Its outcome changes while the code does not, so it is part of neither lint nor test.
 audit: $(VENV)/.audit

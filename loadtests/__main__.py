@@ -7,6 +7,7 @@ import typer
 from loadtests.capacity import capacity
 from loadtests.encoding import encoding
 from loadtests.engine import engine
+from loadtests.gpu.command import gpu
 from loadtests.overhead import overhead
 from loadtests.overload import overload
 from loadtests.peers.command import peers
@@ -19,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(capacity)
 app.command()(encoding)
 app.command()(engine)
+app.command()(gpu)
 app.command()(overhead)
 app.command()(overload)
 app.command()(peers)

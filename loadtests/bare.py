@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from engines.drawing import Recipe
     from engines.runner import Runner
 
-PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product stands for the peak
 SECONDS = 0.6  # of each measurement, and at least five calls
 MIB = 2**20
 
@@ -69,30 +68,32 @@ def measure(task: Task) -> list[Point]:
 
 
 def _measure(task: Task) -> list[Point]:
+    import torch
+
     from engines.batching import decode_rows, denoise_rows
-    from engines.model import prepare
     from engines.order import Order
     from engines.runner import Runner
-    from loadtests.flops import count_flops
+    from loadtests.peak import matrix_peak, plain_fp32
 
+    plain_fp32()
+    if task.num_threads:
+        torch.set_num_threads(task.num_threads)
     order = Order(
         task.model, task.backend, task.precision, task.cache_dir,
         num_threads=task.num_threads or None, max_batch=max(task.batches),
     )  # fmt: skip
     runner = Runner.open(order)
-    graph = prepare(Order(task.model, "onnxruntime", cache_dir=task.cache_dir), _no_progress)
-    peak = _peak_flops_per_s(runner.info.precision, task.num_threads)
+    step_flops = _step_flops(task)
+    peak = matrix_peak(runner.info.precision, _device())
     served = denoise_rows(_device(), runner.info.default_width)
     decoded = decode_rows(_device(), runner.info.default_width, served)
     points = []
     for size_px in task.sizes_px:
         for batch in task.batches:
             step_ms, decode_ms = call_times(runner, batch, size_px, task.seconds)
-            side = size_px // graph.facts.vae_scale_factor
-            sizes = {"batch": batch, "rows": side, "columns": side}
-            flops = count_flops(graph.part("denoiser"), sizes)
+            flops = step_flops(batch, size_px)
             for num_steps in task.steps:
-                recipes = _recipes(runner, batch, size_px, num_steps)
+                recipes = recipes_of(runner, batch, size_px, num_steps)
                 seconds = _median_s(lambda: runner.draw(recipes), task.seconds)  # noqa: B023
                 points.append(
                     Point(
@@ -104,14 +105,38 @@ def _measure(task: Task) -> list[Point]:
     return points
 
 
-def _recipes(runner: Runner, batch: int, size_px: int, num_steps: int) -> list[Recipe]:
+def _step_flops(task: Task) -> Callable[[int, int], int]:
+    """A count of one denoise call by batch and size: torch's own, or of the graph that runs."""
+    from engines.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+    from engines.families import family_of
+    from engines.model import prepare
+    from engines.order import Order
+    from loadtests.flops import count_flops
+    from loadtests.torch_flops import count_part_flops
+
+    def sizes(batch: int, side: int) -> dict[str, int]:
+        return {"batch": batch, "rows": side, "columns": side}
+
+    if task.backend == "torch" and (folder := resolve(task.model)):
+        pipeline = load_pipeline(folder, task.precision)
+        facts = load_facts(folder, pipeline)
+        parts = family_of(pipeline_class(folder)).parts(pipeline, facts)
+        (denoiser,) = (part for part in parts if part.name == "denoiser")
+        scale = facts.vae_scale_factor
+        return lambda batch, size_px: count_part_flops(denoiser, sizes(batch, size_px // scale))
+    bundle = prepare(Order(task.model, "onnxruntime", cache_dir=task.cache_dir), _no_progress)
+    graph, scale = bundle.part("denoiser"), bundle.facts.vae_scale_factor
+    return lambda batch, size_px: count_flops(graph, sizes(batch, size_px // scale))
+
+
+def recipes_of(runner: Runner, batch: int, size_px: int, num_steps: int) -> list[Recipe]:
     plain = (runner.default_recipe(seed, num_steps=num_steps) for seed in range(batch))
     return [dataclasses.replace(each, width_px=size_px, height_px=size_px) for each in plain]
 
 
 def call_times(runner: Runner, batch: int, size_px: int, seconds: float) -> tuple[float, float]:
     """Milliseconds of a denoise call and of a decode call."""
-    rows = [runner.start(recipe) for recipe in _recipes(runner, batch, size_px, 50)]
+    rows = [runner.start(recipe) for recipe in recipes_of(runner, batch, size_px, 50)]
     runner.encode_text(rows)
 
     def step() -> None:
@@ -147,26 +172,6 @@ def _wait_for_gpu() -> None:
 
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _peak_flops_per_s(precision: str, num_threads: int) -> float:
-    """What a large matrix product reaches here, in the engine's own precision; the best of many."""
-    import torch
-
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    device = _device()
-    side = PEAK_SIDE[device]
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    a = torch.ones(side, side, dtype=dtype, device=device)
-    found = []
-    for _ in range(8):
-        _wait_for_gpu()
-        begun = time.perf_counter()
-        torch.mm(a, a)
-        _wait_for_gpu()
-        found.append(time.perf_counter() - begun)
-    return 2 * side**3 / min(found)
 
 
 def _device() -> str:

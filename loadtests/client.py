@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import aiohttp
 import typer
-from hdrh.histogram import HdrHistogram
 
 from loadtests.traffic import Ask
 from service.machine import is_loopback
@@ -77,6 +76,8 @@ class Latencies:
     """An HDR histogram of seconds: 10 µs to 10 minutes, three significant digits."""
 
     def __init__(self, seconds: Iterable[float]) -> None:
+        from hdrh.histogram import HdrHistogram  # here: `loadtests gpu` does without
+
         self._histogram = HdrHistogram(1, 60_000_000, 3)  # units of 10 µs
         for value in seconds:
             self._histogram.record_value(max(1, round(value * 1e5)))
@@ -111,8 +112,14 @@ def summarise(answers: Sequence[Answer]) -> dict[str, float]:
 class Client:
     """Posts to one URL. ``body`` turns an ask into what that server reads."""
 
-    def __init__(self, url: str, path: str = PATH, body: Callable[[Ask], Any] = Ask.body) -> None:
-        self._url, self._body = url + path, body
+    def __init__(
+        self,
+        url: str,
+        path: str = PATH,
+        body: Callable[[Ask], Any] = Ask.body,
+        accept: str = "image/png",
+    ) -> None:
+        self._url, self._body, self._accept = url + path, body, accept
 
     def open_loop(
         self, asks: Sequence[Ask], due_s: Sequence[float], done: Callable[[], Any] = lambda: None
@@ -165,7 +172,7 @@ class Client:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-            headers={"accept": "image/png"},
+            headers={"accept": self._accept},
         )
 
     async def _post(

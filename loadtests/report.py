@@ -6,6 +6,7 @@ Every report names the machine, the commit and the command; figures without them
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +14,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ import psutil
 import typer
 
 from engines.backends.choice import has_driver
+from engines.versions import version_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +59,11 @@ class Report:
 
     def write(self, out: Path) -> None:
         """Write the files and show the page."""
+        typer.echo(self.save(out))
+        typer.echo(f"written to {out}/{self.name}.*", err=True)
+
+    def save(self, out: Path) -> str:
+        """Write the files; returns the page."""
         out.mkdir(parents=True, exist_ok=True)
         where = self.data["about"]
         self.text(
@@ -68,13 +74,12 @@ class Report:
         (out / f"{self.name}.md").write_text(page)
         for file, figure in self._figures.items():
             figure.savefig(out / file)
-        typer.echo(page)
-        typer.echo(f"written to {out}/{self.name}.*", err=True)
+        return page
 
 
 def about() -> dict[str, Any]:
     """Machine, commit and command of this run."""
-    versions = {name: version(name) for name in ("torch", "onnxruntime", "ray")}
+    versions = {name: version_of(name) for name in ("torch", "onnxruntime", "ray")}
     return {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
@@ -104,13 +109,22 @@ def _gpu() -> str:
 
 
 def commit() -> str:
-    """The tree's commit, marked where files differ from it; `unknown` outside a repository."""
+    """The tree's commit, marked where files differ from it; outside a repository its sources'."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"none, sources {sources()}"
     return found.stdout.strip()
+
+
+def sources() -> str:
+    """A digest of the code that is measured and measures: equal digests, comparable figures."""
+    digest = hashlib.sha256()
+    for package in ("engines", "service", "loadtests"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:7]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engines.versions import version_of
 from service.api import build_router
 from service.errors import (
     BadRequest,
@@ -50,7 +50,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
 
     app = FastAPIOffline(
         title="Fourstep",
-        version=importlib.metadata.version("fourstep"),
+        version=version_of("fourstep"),
         description="Few-step diffusion over an OpenAI-compatible Images API.",
         lifespan=lifespan,
         docs_url=None,

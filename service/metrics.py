@@ -7,11 +7,11 @@ them shows the node's total: counters of all processes there have been, gauges o
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from engines.versions import version_of
 from service.liveness import declare_alive, find_dead
 from service.scheduler import WorkKind
 from service.settings import share_metrics
@@ -220,7 +220,7 @@ class Metrics:
         self._load.set(load_s)
         self._engine.labels(
             info.model_id, info.family, info.backend, info.precision,
-            _version(info.backend), _version("fourstep"),
+            version_of(info.backend), version_of("fourstep"),
         ).set(1)  # fmt: skip
 
     def ready(self, ready: bool) -> None:
@@ -264,13 +264,6 @@ def node_registry(folder: Path) -> CollectorRegistry:
 def _is_gauge_of(pids: set[int], file: Path) -> bool:
     """Of files as prometheus_client names them: ``gauge_livesum_PID.db``."""
     return file.name.startswith("gauge_live") and int(file.stem.rpartition("_")[2]) in pids
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # TensorRT's has a name for each CUDA version
-        return "unknown"
 
 
 def export(folder: Path, port: int) -> None:

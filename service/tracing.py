@@ -19,7 +19,6 @@ Endpoint, headers, sampling and the like are the standard ``OTEL_*`` variables, 
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from engines.versions import version_of
 from service.request import Request, StageRecord, Status
 
 # Names of OpenTelemetry's semantic conventions (HTTP 1.23, GenAI); ours begin with `fourstep.`.
@@ -42,7 +42,7 @@ class Tracing:
     """Makes a trace of each request and sends it in the background."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
-        version = importlib.metadata.version("fourstep")
+        version = version_of("fourstep")
         own = Resource.create(
             {
                 "service.name": "fourstep",

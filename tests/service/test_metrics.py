@@ -71,7 +71,7 @@ def test_what_is_loaded_stands_there_from_the_start(node: ReplicaProcess) -> Non
     (info,) = [series for series in metrics if series.startswith("fourstep_engine_info{")]
     assert 'backend="onnxruntime"' in info
     assert 'precision="fp32"' in info
-    assert 'engine_version="unknown"' not in info
+    assert 'engine_version="absent"' not in info
     assert metrics[info] == 1
     of_model = '{model="tiny-lcm"}'
     assert metrics[f"fourstep_load_seconds{of_model}"] > 0

@@ -1,0 +1,48 @@
+"""What a large matrix product reaches here: the peak that engines are held against.
+
+Operands are random: a GPU draws less power on zeros and ones, clocks higher and shows a tenth more
+than any model can reach (894 against 788 TFLOP/s on an H200, 8192 square, bf16).
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+REPEATS = 8
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def plain_fp32() -> None:
+    """One policy for all that is measured: fp32 is fp32, in products and in convolutions.
+
+    By default torch lets cuDNN round to TF32 and cuBLAS not, so that an engine in fp32 would be
+    held against the peak of another arithmetic.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def matrix_peak(precision: str, device: str, side: int | None = None) -> float:
+    """FLOP/s of the best of eight products of two random square matrices."""
+    side = side or SIDE[device]
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(side, side, generator=generator, device=device).to(DTYPES[precision])
+        for _ in range(2)
+    )
+    found = []
+    for _ in range(REPEATS):
+        _wait(device)
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        found.append(time.perf_counter() - begun)
+    return 2 * side**3 / min(found)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
