@@ -1,4 +1,7 @@
-"""SDXL's UNet by its shape alone, as one plain graph: the product does not serve it yet."""
+"""SDXL's UNet by its shape alone, as one graph: diffusers' own forward, and the fused form of it.
+
+The product does not serve SDXL yet; it can fuse its UNet already.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.backends.fused import fuse
 from loadtests.gpu.clocks import device_ms
 from loadtests.gpu.plain import Graph
 from loadtests.gpu.section import Section
@@ -89,14 +93,19 @@ def measure(section: Section) -> None:
         flops = count_module_flops(make(config, dtype, "meta"), row)
         peak = matrix_peak(precision, device, None if device == "cuda" else 256)
         unet = make(config, dtype, device).to(memory_format=torch.channels_last)
-        for batch in BATCHES[device]:
-            if not section.has_time(f"SDXL, batch {batch}", 3 if device == "cuda" else 0):
-                return
-            given = inputs(config, batch, dtype, device)
-            graph = Graph(unet, given)
-            ms = device_ms(lambda: graph.run(given), device, 0.3 if device == "cuda" else 0.02)  # noqa: B023
-            rate = batch * flops / (ms / 1e3)
-            section.row(
-                "SDXL's UNet, one graph", size=f"{8 * config['sample_size']} px", batch=batch,
-                step_ms=ms, tflop=batch * flops / 1e12, share=rate / peak, capture_s=graph.seconds,
-            )  # fmt: skip
+        for form in ("diffusers, channels-last", "fused"):
+            if form == "fused":
+                with torch.no_grad():
+                    fuse(unet)
+            for batch in BATCHES[device]:
+                if not section.has_time(f"SDXL, batch {batch}", 3 if device == "cuda" else 0):
+                    return
+                given = inputs(config, batch, dtype, device)
+                graph = Graph(unet, given)
+                ms = device_ms(lambda: graph.run(given), device, 0.3 if device == "cuda" else 0.02)  # noqa: B023
+                rate = batch * flops / (ms / 1e3)
+                section.row(
+                    "SDXL's UNet, one graph", form=form, size=f"{8 * config['sample_size']} px",
+                    batch=batch, step_ms=ms, tflop=batch * flops / 1e12, share=rate / peak,
+                    capture_s=graph.seconds,
+                )  # fmt: skip
