@@ -19,10 +19,12 @@ from typing import Any
 import psutil
 import typer
 
+from engines.backends.choice import Machine
 from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.keys import KeyRing
 from service.machine import ServeError, check_disk, check_memory, check_port, is_loopback
+from service.placement import place
 from service.ray_environment import haproxy_available, own_ports, ray_environment
 from service.serve_config import ServeConfig
 from service.settings import Settings, SettingsError
@@ -44,8 +46,10 @@ def serve_here(
         try:
             check_port(host, port)
             config = ServeConfig.from_file(what) if isinstance(what, Path) else what
+            machine = Machine.here()
+            config = place(config, machine)
             _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
-            return _run(config, host, port)
+            return _run(config, host, port, machine.num_gpus)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
             return 1
@@ -118,7 +122,7 @@ def _on_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _run(config: ServeConfig, host: str, port: int) -> int:
+def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
     if not haproxy_available():
         typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
     import ray
@@ -128,7 +132,7 @@ def _run(config: ServeConfig, host: str, port: int) -> int:
     num_replicas = sum(app.max_replicas for app in config.applications)
     serving = False
     try:
-        _start_ray(max(os.cpu_count() or 1, num_replicas + 1))
+        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus)
         _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
@@ -163,13 +167,14 @@ def _run(config: ServeConfig, host: str, port: int) -> int:
         _end(descendants)
 
 
-def _start_ray(num_cpus: int) -> None:
+def _start_ray(num_cpus: int, num_gpus: int) -> None:
     import ray
 
     try:
         ray.init(
             address="local",  # never a cluster that RAY_ADDRESS names: this command is one machine
             num_cpus=num_cpus,
+            num_gpus=num_gpus,  # those that torch sees: what Ray looks for, a container may lack
             include_dashboard=False,
             logging_level="ERROR",
             configure_logging=True,

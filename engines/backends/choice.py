@@ -30,7 +30,8 @@ class Machine:
 
     compute_capability: int | None
     packages: frozenset[str]  # of those that backends need
-    gpu: str = ""  # its name, "NVIDIA L4" say
+    gpu: str = ""  # the first one's name, "NVIDIA L4" say
+    num_gpus: int = 0
 
     @classmethod
     def here(cls) -> Machine:
@@ -44,7 +45,8 @@ class Machine:
         if not torch.cuda.is_available():
             return cls(None, packages)
         major, minor = torch.cuda.get_device_capability()
-        return cls(10 * major + minor, packages, torch.cuda.get_device_name())
+        name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
+        return cls(10 * major + minor, packages, name, count)
 
     def only(self, device: str) -> Machine:
         """What is left of it for drawing on ``device``, one of `DEVICES`.
@@ -113,6 +115,12 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
             return Choice(candidate, "; ".join([*passed_over, "an NVIDIA GPU and the package"]))
         passed_over.append(f"{candidate} {missing.split(':')[0]}")
     return Choice("torch", "; ".join(passed_over))
+
+
+def draws_on_gpu(backend: str, machine: Machine, device: str = "auto") -> bool:
+    """Whether a backend that was chosen takes a GPU: plans do, and torch where there is one."""
+    on_gpu = machine.only(device).compute_capability is not None
+    return backend in MODULES or (backend == "torch" and on_gpu)
 
 
 def _missing(backend: str, machine: Machine) -> str:

@@ -8,7 +8,6 @@ buffers on the device and replays the graph; latents never pass through the host
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.backends.captures import capturing
+from engines.backends.contexts import Contexts
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
 from engines.errors import BackendUnavailable, InvalidInput
@@ -58,7 +59,7 @@ class TensorRtEngine:
         self._slots: dict[Shapes, _Slot] = {}
         self._weights = OnnxWeights(plan.with_suffix(".onnx"))
         self._replaced: set[str] = set()
-        self._cache = _RuntimeCache(trt, self._engine, plan.with_suffix(".runtime-cache"))
+        self._contexts = Contexts(trt, self._engine, plan.with_suffix(".runtime-cache"))
         self.num_rows = self.num_padded_rows = 0  # since the engine was made; their ratio is waste
 
     def _fill(self, onnx: Path) -> None:
@@ -86,15 +87,15 @@ class TensorRtEngine:
             slot.launch()
             if shapes not in self._slots:  # after it ran: one that found no memory is made anew
                 self._slots[shapes] = slot
-                self._cache.keep()
+                self._contexts.keep()
             # Copies, because the next run writes into the same buffers.
             outputs = {name: slot.buffers[name][:rows].clone() for name in self._outputs}
         torch.cuda.default_stream().wait_stream(self._stream)
         return outputs
 
     def _make_slot(self, shapes: Shapes) -> _Slot:
-        context = self._cache.context()
-        if context is None:  # the binding's answer where its scratch memory does not fit
+        context = self._contexts.make()
+        if context is None:  # the binding's answer where it finds no memory
             raise _failure("TensorRT made no execution context", self._log)
         handle = self._stream.cuda_stream
         if not context.set_optimization_profile_async(self._profile_for(shapes), handle):
@@ -164,8 +165,8 @@ class TensorRtEngine:
             slot.forget_graph()
 
     def close(self) -> None:
-        self._cache.keep()
         self._slots.clear()
+        self._contexts.close()
         self._engine = self._runtime = None
 
 
@@ -182,10 +183,13 @@ class _Slot:
     ) -> None:
         self._context, self.buffers, self._stream, self._log = context, buffers, stream, log
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._to_capture = True
+        self._to_capture = self._capturable = True
 
     def launch(self) -> None:
-        """Run on the current stream; the first time eagerly, then as a graph where that can be."""
+        """Run on the current stream; the first time eagerly, then as a graph where that can be.
+
+        Where a capture fails it stays eager, for good: the work itself has been done by then.
+        """
         if self._graph is not None:
             self._graph.replay()
             return
@@ -197,54 +201,23 @@ class _Slot:
         capturable = getattr(self._context, "is_stream_capturable", lambda handle: True)
         if capturable(self._stream.cuda_stream):
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile; only this one's work is captured.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._execute()
-            self._graph = graph
+            try:
+                with capturing(graph, self._stream):
+                    self._execute()
+                self._graph = graph
+            except Exception as error:  # of the driver, TensorRT or torch, in many kinds
+                self._capturable = False
+                shapes = {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
+                logger.warning("no CUDA graph of %s, which runs without: %s", shapes, error)
 
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise _failure("TensorRT did not run", self._log)
 
     def forget_graph(self) -> None:
-        self._graph, self._to_capture = None, True
+        self._graph, self._to_capture = None, self._capturable
 
 
 def _failure(what: str, log: Any) -> Exception:
     kind = torch.OutOfMemoryError if "memory" in log.last_error.lower() else RuntimeError
     return kind(f"{what}: {log.last_error or 'no reason given'}")
-
-
-class _RuntimeCache:
-    """Makes contexts; with TensorRT-RTX from kernels that earlier processes compiled."""
-
-    def __init__(self, trt: Any, engine: Any, file: Path) -> None:
-        self._engine, self._file, self._cache = engine, file, None
-        self._config = None
-        if not hasattr(trt, "ComputeCapability"):
-            return
-        self._config = engine.create_runtime_config()
-        strategies = trt.DynamicShapesKernelSpecializationStrategy
-        self._config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        self._cache = self._config.create_runtime_cache()
-        if file.is_file():
-            self._cache.deserialize(file.read_bytes())  # of another driver or GPU: left unused
-        self._config.set_runtime_cache(self._cache)
-
-    def context(self) -> Any:
-        if self._config is None:
-            return self._engine.create_execution_context()
-        return self._engine.create_execution_context(self._config)
-
-    def keep(self) -> None:
-        """Write what was compiled so far, for the next process; where it may: a bundle may be on
-        a read-only file system, or shared by replicas that write at the same time.
-        """
-        if self._cache is None:
-            return
-        partial = self._file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            partial.write_bytes(self._cache.serialize())
-            partial.replace(self._file)
-        except OSError as error:
-            logger.warning("kernels that TensorRT-RTX compiled are not kept: %s", error)
