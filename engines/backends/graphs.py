@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.backends.captures import capturing
+
 logger = logging.getLogger("fourstep.graphs")
 MAX_GRAPHS = 64  # least recently used ones are dropped; the sizes that are warmed up are 8 to 20
 Call = Callable[..., tuple[Tensor, ...]]
@@ -67,8 +69,7 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()  # one whose last graph died is gone
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate meanwhile; only this one's work is captured.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with capturing(graph, torch.cuda.Stream(), self._pool):  # type: ignore[no-untyped-call]
                 captured.outputs = self._call(**captured.inputs)
         except torch.OutOfMemoryError:
             raise
