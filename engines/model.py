@@ -47,7 +47,7 @@ class Model:
     precision: str
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
-    max_calls: int = 1  # engine calls that run side by side
+    max_calls: int = 1  # engine calls that run side by side; on a GPU of different parts
 
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""

@@ -193,7 +193,8 @@ class EngineLoop:
     def _run(self) -> None:
         error: ServiceError = NotReady("this replica is shutting down; try again", retry_after_s=1)
         try:
-            while (work := self._next_work()) is not None:
+            work = None
+            while (work := self._next_work(after=work)) is not None:
                 self._call(work, may_split=True)
         except BaseException:
             logger.exception("the engine loop died; every open request fails")
@@ -206,10 +207,13 @@ class EngineLoop:
                     self._resolve(request, Status.FAILED, error)
             self._send_out()
 
-    def _next_work(self) -> Work[Row] | None:
+    def _next_work(self, after: Work[Row] | None) -> Work[Row] | None:
         """The next call, slept for where there is none yet. None: the loop stops."""
         while True:
             with self._wakeup:
+                if after is not None:
+                    self._scheduler.release(after)
+                    after = None
                 work = None if self._stopping else self._choose()
                 if work is not None or self._stopping:
                     return work

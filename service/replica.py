@@ -106,6 +106,7 @@ class Replica:
             max_running=max(settings.max_running, runner.info.max_batch),
             patience=settings.patience,
             rows_that_fit=runner.rows_that_fit,
+            one_of_a_kind=runner.device != "cpu",
         )
         self._loop = EngineLoop(
             runner,

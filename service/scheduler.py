@@ -88,6 +88,8 @@ class Limits:
     than one chunk; ``max_running`` lanes are in flight at once over all sizes. ``patience`` is the
     number of denoise calls that weigh as much as one step left; 0 means strict order of arrival.
     ``rows_that_fit`` bounds decodes, and encodings of images, of a group whose rows are large.
+    With ``one_of_a_kind`` calls side by side are of different kinds: those of one kind would stand
+    in one line before a GPU, where a larger batch is better off.
     """
 
     max_batch: int = 8
@@ -95,6 +97,7 @@ class Limits:
     max_running: int = 64
     patience: int = 4  # simulated 1–64: beyond 4 the p99 grows faster than the p50 falls
     rows_that_fit: Callable[[Any], int] | None = None
+    one_of_a_kind: bool = False
 
     def __post_init__(self) -> None:
         if self.max_batch < 2 or self.max_decode_batch < 1 or self.max_running < self.max_batch:
@@ -124,8 +127,9 @@ class Costs(Protocol):
 class Scheduler(Generic[R]):
     """Step-level continuous batching over one engine. Without ``costs`` no decode ever waits.
 
-    Every `Work` comes back by `update` when its call is over. Until then its rows are not ready,
-    and a further `schedule` is about the others, for a call beside it.
+    What a call has done to rows comes back by `update`, and every `Work` by `release` when nothing
+    of it is under way any more. Until then its rows are not ready, and a further `schedule` is
+    about the others, for a call beside it.
     """
 
     def __init__(self, limits: Limits, costs: Costs | None = None) -> None:
@@ -134,6 +138,7 @@ class Scheduler(Generic[R]):
         self.waiting: list[R] = []  # in order of arrival
         self.running: list[R] = []  # in order of admission
         self._in_call: set[R] = set()
+        self._calls: Counter[WorkKind] = Counter()  # under way
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
         self._served: Counter[str] = Counter()  # tenant with rows here → lanes stepped, see _join
         self._num_denoise_calls = 0
@@ -149,7 +154,7 @@ class Scheduler(Generic[R]):
     @property
     def has_more(self) -> bool:
         """Whether the last `schedule` left rows for another call beside that one."""
-        return len(self.running) > len(self._in_call)
+        return any(self._may_start(KIND_OF_STAGE[row.stage]) for row in self._ready())
 
     def add(self, rows: Iterable[R]) -> None:
         """Put rows at the end of the line."""
@@ -197,12 +202,13 @@ class Scheduler(Generic[R]):
         the wait, see `_pays_to_wait`.
         """
         self._admit()
-        ready = self._ready()
+        ready = [row for row in self._ready() if self._may_start(KIND_OF_STAGE[row.stage])]
         choices = (self._encode, self._decode_or_denoise)
         work = None
         for choose in reversed(choices) if self._encoded_last else choices:
             work = work or choose(ready)
         if work is not None:
+            self._calls[work.kind] += 1
             self._in_call.update(work.rows)
             self._encoded_last = work.kind in (WorkKind.ENCODE_TEXT, WorkKind.ENCODE_IMAGE)
             if not self._encoded_last:
@@ -217,6 +223,13 @@ class Scheduler(Generic[R]):
         done = [row for row in work.rows if row.stage is Stage.DONE and row in self._arrivals]
         self.remove(done)
         return done
+
+    def release(self, work: Work[R]) -> None:
+        """What `schedule` gave is over, however it went: another call of its kind may start."""
+        self._calls[work.kind] -= 1
+
+    def _may_start(self, kind: WorkKind) -> bool:
+        return not (self.limits.one_of_a_kind and self._calls[kind])
 
     def _ready(self) -> list[R]:
         """The running rows that are in no call."""
