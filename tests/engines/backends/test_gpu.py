@@ -52,9 +52,18 @@ def _assert_near(
     assert min(found) >= limit, found
 
 
+def _require(backend: str) -> None:
+    """Skip where the backend cannot draw on a GPU here."""
+    try:
+        choose_backend(backend, Machine.here(), device="cuda")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module")
 def reference() -> Iterator[Runner]:
     """torch on this GPU, in fp32."""
+    _require("torch")
     runner = Runner.open(Order("demo-lcm", "torch", "fp32", max_batch=8, device="cuda"))
     yield runner
     runner.close()
@@ -63,10 +72,7 @@ def reference() -> Iterator[Runner]:
 @pytest.fixture(scope="module", params=[*sorted(MODULES), "torch"])
 def open_(request: pytest.FixtureRequest, cache_dir: Path) -> Opener:
     """Opens the demo model on one backend, in fp16; plans are built here and now."""
-    try:
-        choose_backend(request.param, Machine.here(), device="cuda")
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
+    _require(request.param)
     plain = Order("demo-lcm", request.param, "fp16", cache_dir, max_batch=8, device="cuda")
     return lambda **changes: Runner.open(dataclasses.replace(plain, **changes))
 
