@@ -32,6 +32,9 @@ from engines.order import Order
 from engines.plan import MODULES, PlanTarget, import_tensorrt
 
 logger = logging.getLogger("fourstep.model")
+# A decode beside a denoise call: they run one after the other, but the GPU has always one to go on
+# with while the host looks after the other.
+GPU_CALLS = 2
 PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
 
@@ -173,7 +176,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
     engines: dict[str, Engine] = {}
-    target, max_calls = None, 1
+    target, max_calls = None, GPU_CALLS
     if choice.backend in MODULES:
         from engines.backends.tensorrt_engine import TensorRtEngine
 
@@ -222,4 +225,7 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     engines = {part.name: TorchEngine(part, device) for part in parts}
     tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
     adapters = _load_adapters(order.loras, engines)
-    return Model(facts, tokenizer, engines, adapters, choice, precision, device)
+    max_calls = 1 if device == "cpu" else GPU_CALLS
+    return Model(
+        facts, tokenizer, engines, adapters, choice, precision, device, max_calls=max_calls
+    )

