@@ -208,6 +208,7 @@ def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> 
 def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     import torch
 
+    from engines.backends.fused.ops import keep_kernels
     from engines.backends.torch_engine import TorchEngine
     from engines.families import family_of
 
@@ -219,6 +220,8 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     precision = order.precision
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "fp32"
+    if device != "cpu":
+        keep_kernels(order.cache_dir / "kernels")
     pipeline = load_pipeline(folder, precision)
     facts = load_facts(folder, pipeline).with_defaults(order.defaults)
     parts = family_of(pipeline_class(folder)).parts(pipeline, facts)

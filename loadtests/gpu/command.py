@@ -35,10 +35,10 @@ class Part:
 
 PARTS = (
     Part("machine", "loadtests.gpu.machine:measure", 1),
-    Part("tests", "loadtests.gpu.proofs:prove", 2),
+    Part("tests", "loadtests.gpu.proofs:prove", 3),
     Part("speed", "loadtests.gpu.speed:measure", 5),
     Part("tensorrt", "loadtests.gpu.plans:try_ways", 2),
-    Part("service", "loadtests.gpu.service:measure", 3),
+    Part("service", "loadtests.gpu.service:measure", 4),
 )
 
 

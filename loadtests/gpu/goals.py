@@ -21,7 +21,7 @@ def verdicts(chapters: Mapping[str, Chapter]) -> list[list[object]]:
     own = [row for row in rows("speed", SD15.name) if row["engine"] == "product"]
     tiny = rows("speed", with_tiny_decoder(SD15).name)
     full = [row for row in own if row["batch"] >= FULL_BATCH]
-    start = [row["seconds"] for row in rows("service", "start") if "first image" in row["what"]]
+    start = [row["first_image_s"] for row in rows("service", "start")]
     shares = [row["http_share"] for row in rows("service", "saturation")]
     found = [
         _at_least("images, share of the matrix peak, batch ≥ 8", 0.55, _of(full, "images_share")),

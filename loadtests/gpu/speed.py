@@ -72,13 +72,13 @@ def measure(section: Section) -> None:
     for what, flops in yardstick.counts._asdict().items():
         section.row("work of a row", part=what, gflop=flops / 1e9)
     points(section, "product", TorchEngine, yardstick, BATCHES[device])
-    cudnn_choice(section, yardstick)
-    for name, options in BASELINES.items():
-        points(section, name, functools.partial(PlainEngine, **options), yardstick, FEW[device])
     tiny = Yardstick.of(with_tiny_decoder(yardstick.shape), device)
     points(section, "product, tiny decoder", TorchEngine, tiny, FEW[device])
     if section.has_time("SDXL's UNet", SDXL_S if device == "cuda" else 0):
         sdxl.measure(section)
+    for name, options in BASELINES.items():
+        points(section, name, functools.partial(PlainEngine, **options), yardstick, FEW[device])
+    cudnn_choice(section, yardstick)
     if section.has_time("compiled", COMPILED_S if device == "cuda" else 0):
         compiled = functools.partial(PlainEngine, channels_last=True, compiled=True)
         points(section, "compiled, channels-last", compiled, yardstick, FEW[device][-1:])

@@ -6,7 +6,9 @@ float32. Inputs are contiguous; arithmetic between reading and writing is float3
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,6 +24,18 @@ def _kernels() -> ModuleType | None:
     except ImportError:
         return None
     return kernels
+
+
+def keep_kernels(folder: Path) -> None:
+    """Kernels that Triton compiles are kept there for the next process: five seconds of its start.
+
+    Where Triton was told of a folder (TRITON_CACHE_DIR), it stays with that.
+    """
+    with contextlib.suppress(ImportError):
+        from triton import knobs
+
+        if knobs.cache.dir == knobs.cache.get_triton_dir("cache"):
+            knobs.cache.dir = str(folder)
 
 
 def _has_kernels(x: Tensor) -> bool:
