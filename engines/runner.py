@@ -8,6 +8,7 @@ step), so a result depends on nobody else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -258,7 +259,8 @@ class Runner:
                 self._draw_ahead(drawing)
             go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
             if go_on:
-                lanes.lay_out_noise()
+                with contextlib.suppress(torch.OutOfMemoryError):  # the next call tries again
+                    lanes.lay_out_noise()
             if done is not None:
                 # Without this the host runs ahead, up to the next decode: rows that come would
                 # stand behind steps that nobody has begun, and calls would seem to take no time.

@@ -29,11 +29,11 @@ def draw_every_batch(runner: Runner, loras: Mapping[str, float]) -> None:
     info = runner.info
     turns = range(1 if runner.device == "cpu" else 2)
     for count, turn in itertools.product(_counts(runner.device, info.max_batch), turns):
-        rows = _rows(runner, count, loras, f"{turn}")
+        rows = _rows(runner, count, loras, f"text {turn}")
         runner.encode_text(rows)
         runner.denoise(rows)
     for count, turn in itertools.product(_counts(runner.device, info.max_decode_batch), turns):
-        rows = _rows(runner, count, loras, f"{turn}, from a picture", picture=True)
+        rows = _rows(runner, count, loras, f"picture {turn}", picture=True)
         runner.encode_text(rows)
         runner.encode_image(rows)
         runner.denoise(rows)
@@ -58,7 +58,7 @@ def _rows(
     return [
         runner.start(
             dataclasses.replace(
-                plain, prompt=f"warm-up {name}, {seed} of {count}", seed=seed, loras=loras,
+                plain, prompt=f"{name} {count} {seed}", seed=seed, loras=loras,
                 guidance_scale=guidance, image=image,
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import transfers
+from engines.drawing import Drawing
 from engines.errors import BackendUnavailable, DeviceLost, OutOfMemory
 from engines.faults import faults_of
 from engines.model import load_model
@@ -82,17 +85,15 @@ def runner(lcm_checkpoint: Path) -> Runner:
     return Runner(load_model(Order(str(lcm_checkpoint), "torch"), lambda *_: None), max_batch=4)
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_memory_is_missed_outside_the_engine_too_and_the_picture_is_the_same(
-    image: bool, runner: Runner, monkeypatch: pytest.MonkeyPatch
+def test_noise_that_finds_no_memory_is_drawn_again_the_same(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second row's noise finds no memory on its way to the device; then there is some."""
-    picture = np.full((64, 64, 3), 90, np.uint8) if image else None
+    """The second row's, on its way to the device; then there is some."""
+    picture = np.full((64, 64, 3), 90, np.uint8)
     wanted = [recipe(seed=seed, image=picture, sampler="lcm") for seed in range(2)]
     expected = [drawing.pixels for drawing in runner.draw(wanted)]
     rows = [runner.start(each) for each in wanted]
     runner.encode_text(rows)
-    first = runner.encode_image if image else runner.denoise
     draw, moved = runner._draw_noise, []
 
     def draw_once(drawing: object) -> Tensor:
@@ -104,8 +105,36 @@ def test_memory_is_missed_outside_the_engine_too_and_the_picture_is_the_same(
 
     monkeypatch.setattr(runner, "_draw_noise", draw_once)
     with pytest.raises(OutOfMemory, match="of 2 rows"):
-        first(rows)
-    first(rows)
+        runner.encode_image(rows)
+    runner.encode_image(rows)
+    _finish(runner, rows, expected)
+
+
+def test_rows_that_find_no_memory_together_draw_the_same_pictures(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and noise laid out for a step, and noise for the next one while it runs."""
+    wanted = [recipe(seed=seed, sampler="lcm") for seed in range(2)]
+    expected = [drawing.pixels for drawing in runner.draw(wanted)]
+    rows = [runner.start(each) for each in wanted]
+    runner.encode_text(rows)
+    stack, calls = transfers.stack, []
+
+    def stack_once(tensors: Sequence[Tensor], device: str) -> Tensor:
+        calls.append(len(tensors))
+        if len(calls) in (2, 3, 7):  # noise; prompts of the call made again; noise ahead of a step
+            raise torch.OutOfMemoryError
+        return stack(tensors, device)
+
+    monkeypatch.setattr(transfers, "stack", stack_once)
+    for _ in range(2):
+        with pytest.raises(OutOfMemory, match="of 2 rows"):
+            runner.denoise(rows)
+    assert [row.step_index for row in rows] == [0, 0]
+    _finish(runner, rows, expected)
+
+
+def _finish(runner: Runner, rows: list[Drawing], expected: list[np.ndarray]) -> None:
     while rows[0].step_index < rows[0].num_steps:
         runner.denoise(rows)
     runner.decode(rows)
