@@ -18,6 +18,8 @@ from torch import Tensor
 from engines import transfers
 from engines.drawing import Drawing
 
+Table = np.ndarray | Tensor  # on the host as numpy has it, which costs an operation less
+
 
 class Lanes:
     """Rows of one group, a lane each and a second one for guidance.
@@ -46,20 +48,20 @@ class Lanes:
         self._step = 0  # since these rows met
         self._sample: Tensor | None = None  # of the next step, where the last one left it whole
         self._noise: Tensor | None = None  # of the next step, where it was laid out ahead
-        coefficients, timesteps = _tables(owners)
         hosted = {
-            "coefficients": torch.from_numpy(coefficients),
-            "timestep": torch.from_numpy(timesteps),
             "guidance": torch.from_numpy(guidance),
             "uncond_index": torch.from_numpy(uncond),
         }
         conds = [drawing.timestep_cond for drawing in owners if drawing.timestep_cond is not None]
         if conds:
             hosted["timestep_cond"] = torch.stack(conds)
+        tables = _tables(owners)
+        if device != "cpu":
+            hosted |= {name: torch.from_numpy(table) for name, table in tables.items()}
         self._inputs = transfers.upload(hosted, device)
-        # A step's own lines of the tables, of which a CPU takes one as it is.
-        self._coefficients = self._inputs.pop("coefficients").unbind(0)
-        self._timesteps = self._inputs.pop("timestep").unbind(0)
+        self._tables: dict[str, Table] = {  # a line for each step
+            name: self._inputs.pop(name, table) for name, table in tables.items()
+        }
         self._inputs["prompt_embeds"] = transfers.stack(embeds, device)
 
     def hold(self, drawings: Sequence[Drawing]) -> bool:
@@ -81,8 +83,7 @@ class Lanes:
             sample = transfers.stack([_latents(each) for each in self._owners], self._device)
         return {
             **self._inputs,
-            "coefficients": self._coefficients[self._step],
-            "timestep": self._timesteps[self._step],
+            **{name: _line(table, self._step) for name, table in self._tables.items()},
             "sample": sample,
             "noise": noise,
         }
@@ -111,8 +112,8 @@ class Lanes:
         self._sample = next_sample if len(self._drawings) == len(self._owners) else None
 
 
-def _tables(owners: Sequence[Drawing]) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients float32 ``[S, B, 6]`` and timesteps ``[S, B]`` of steps that all rows have."""
+def _tables(owners: Sequence[Drawing]) -> dict[str, np.ndarray]:
+    """Coefficients float32 ``[S, B, 6]`` and timestep ``[S, B]`` of steps that all rows have."""
     num_steps = min(drawing.num_steps - drawing.step_index for drawing in owners)
     coefficients = np.empty((num_steps, len(owners), 6), np.float32)
     timesteps = np.empty((num_steps, len(owners)), np.float32)
@@ -120,7 +121,12 @@ def _tables(owners: Sequence[Drawing]) -> tuple[np.ndarray, np.ndarray]:
         left = slice(drawing.step_index, drawing.step_index + num_steps)
         coefficients[:, lane] = drawing.schedule.coefficients[left]
         timesteps[:, lane] = drawing.schedule.timesteps[left]
-    return coefficients, timesteps
+    return {"coefficients": coefficients, "timestep": timesteps}
+
+
+def _line(table: Table, step: int) -> Tensor:
+    line = table[step]
+    return line if isinstance(line, Tensor) else torch.from_numpy(line)
 
 
 @functools.lru_cache(maxsize=64)  # one for each size
