@@ -88,37 +88,46 @@ def _channel_moments(
     tl.store(to + num_channels, tl.sum(squares, 0) - count * off * off, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["added_stride", "num_rows", "num_channels", "num_tiles", "rows", "per_group"]
+)
 def _fold_moments(
     moments, folded, gamma, beta, bias, added, added_stride,
-    num_rows, num_channels, num_tiles, eps,
-    per_group: tl.constexpr, has_bias: tl.constexpr, has_added: tl.constexpr,
-    rows: tl.constexpr, tiles: tl.constexpr, rounds: tl.constexpr, width: tl.constexpr,
+    num_rows, num_channels, num_tiles, rows, per_group, eps,
+    has_bias: tl.constexpr, has_added: tl.constexpr, tiles: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel of a group: scale and shift that norm it, what is added before included."""
+    """Of each channel of a group: scale and shift that norm it, what is added before included.
+
+    Of the ``moments`` of ``num_tiles``, each of ``rows``. Small beside what it serves, so it is
+    compiled for few shapes: its sizes are arguments.
+    """
     group, image = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, width)
     channel, is_channel = group * per_group + column, column < per_group
     before = _before(bias, added, image, channel, is_channel, added_stride, has_bias, has_added)
     moments += image.to(tl.int64) * num_tiles * 2 * num_channels
     total = tl.zeros((width,), tl.float32)
-    for turn in range(rounds):
-        tile = turn * tiles + tl.arange(0, tiles)
+    first = 0
+    while first < num_tiles:
+        tile = first + tl.arange(0, tiles)
         mask = (tile < num_tiles)[:, None] & is_channel[None, :]
         count = tl.minimum(num_rows - tile * rows, rows).to(tl.float32)[:, None]
         mean = _load(moments + tile[:, None] * 2 * num_channels + channel[None, :], mask)
         total += tl.sum(tl.where(mask, mean * count, 0.0), 0)
+        first += tiles
     size = num_rows * per_group * 1.0
     group_mean = tl.sum(tl.where(is_channel, total + before * num_rows, 0.0), 0) / size
     squares = tl.zeros((width,), tl.float32)
-    for turn in range(rounds):
-        tile = turn * tiles + tl.arange(0, tiles)
+    first = 0
+    while first < num_tiles:
+        tile = first + tl.arange(0, tiles)
         mask = (tile < num_tiles)[:, None] & is_channel[None, :]
         count = tl.minimum(num_rows - tile * rows, rows).to(tl.float32)[:, None]
         at = moments + tile[:, None] * 2 * num_channels + channel[None, :]
         off = _load(at, mask) + before[None, :] - group_mean
         own = _load(at + num_channels, mask)
         squares += tl.sum(tl.where(mask, own + count * off * off, 0.0), 0)
+        first += tiles
     variance = tl.sum(tl.where(is_channel, squares, 0.0), 0) / size
     scale = _load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
     shift = _load(beta + channel, is_channel) + (before - group_mean) * scale
@@ -261,11 +270,10 @@ def group_norm(
     _channel_moments[(num_tiles, num_blocks, images)](
         x, moments, num_rows, channels, rows=32, turns=turns, width=64, num_warps=4
     )
-    tiles = min(triton.next_power_of_2(num_tiles), max(16, 4096 // width))
+    width = 16 if per_group <= 16 else triton.next_power_of_2(per_group)
     _fold_moments[(num_groups, images)](
-        moments, folded, gamma, beta, *constants, num_rows, channels, num_tiles, eps,
-        per_group=per_group, **has, rows=32 * turns, tiles=tiles,
-        rounds=triton.cdiv(num_tiles, tiles), width=width, num_warps=4,
+        moments, folded, gamma, beta, *constants, num_rows, channels, num_tiles, 32 * turns,
+        per_group, eps, **has, tiles=4096 // width, width=width, num_warps=4,
     )  # fmt: skip
     rows, width = _tile(channels)
     _scale_and_shift[(triton.cdiv(num_rows, rows), triton.cdiv(channels, width), images)](

@@ -45,7 +45,8 @@ from engines.backends.fused import kernels
 
 def check(kernel, constants, num_warps):
     names = kernel.arg_names
-    integers = [n for n in names if n.startswith("num_") or n.endswith("stride")]
+    sizes = ("added_stride", "rows", "per_group")
+    integers = [n for n in names if n.startswith("num_") or n in sizes]
     types = {n: "i32" if n in integers else "fp32" if n == "eps" else "*fp16" for n in names}
     types |= {n: "*fp32" for n in ("moments", "folded") if n in names}
     types |= {n: "constexpr" for n in constants}
@@ -59,8 +60,7 @@ has = {"has_bias": True, "has_added": True}
 whole = {"silu": True, "rows": 256, "width": 64}
 check(kernels._whole_group_norm, {"per_group": 40, **has, **whole}, 8)
 check(kernels._channel_moments, {"rows": 32, "turns": 8, "width": 64}, 4)
-tiles = {"rows": 256, "tiles": 1024, "rounds": 1, "width": 4}
-check(kernels._fold_moments, {"per_group": 4, **has, **tiles}, 4)
+check(kernels._fold_moments, {**has, "tiles": 256, "width": 16}, 4)
 check(kernels._scale_and_shift, {"silu": True, "rows": 64, "width": 64}, 4)
 check(kernels._add, {"has_bias": True, "has_residual": True, "rows": 64, "width": 64}, 4)
 check(kernels._layer_norm, {"has_added": True, "rows": 8, "width": 512}, 4)
