@@ -118,7 +118,9 @@ class Attention:
         expect(source, add_k_proj=None)
         if source.to_q.bias is not None or source.to_k is None or source.to_v is None:
             raise Unfusable("Attention with biased queries or none of its own keys")
+        expect_kind(source.processor, "AttnProcessor2_0")
         self._heads = int(source.heads)
+        expect(source, scale=(source.to_q.out_features // self._heads) ** -0.5)
         self._source, self._out = source, source.to_out[0]
         self._queries: Tensor | None = None  # [3 C, C] where queries, keys and values are one
         self._columns = slice(0)  # of the context, where its keys and values are
@@ -159,6 +161,7 @@ class WideAttention:
     def __init__(self, source: Any) -> None:
         expect_kind(source, "Attention")
         expect(source, rescale_output_factor=1.0, residual_connection=True, heads=1)
+        expect_kind(source.processor, "AttnProcessor2_0")
         expect(source, norm_q=None, norm_k=None, spatial_norm=None)
         self._source = source
 

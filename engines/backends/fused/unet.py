@@ -47,6 +47,7 @@ class FusedUNet(nn.Module):
             raise Unfusable("UNet2DConditionModel with a centred input or a projected prompt")
         if config.addition_embed_type not in (None, "text_time"):  # SDXL's
             raise Unfusable(f"UNet2DConditionModel with {config.addition_embed_type} added")
+        expect_kind(unet.conv_norm_out, "GroupNorm")
         self._source = [unet]  # in a list: its parameters are not registered twice
         self.config, self.dtype = config, unet.dtype
         self._down = [

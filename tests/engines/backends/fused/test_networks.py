@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 
 from engines.backends.fused import fuse, refresh
 from engines.backends.fused.unet import FusedUNet
@@ -149,3 +150,9 @@ def test_what_is_not_known_draws_by_its_own_forward(caplog: pytest.LogCaptureFix
     unet = _unet()
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     assert "s1" in fuse(Denoiser(unet))
+    unet = _unet()
+    unet.set_attn_processor(AttnProcessor())
+    assert "AttnProcessor" in fuse(Denoiser(unet))
+    unet = _unet()
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.scale = 1.0
+    assert "scale" in fuse(Denoiser(unet))
