@@ -29,8 +29,8 @@ class Graphs:
     Everything runs on the calling thread's current stream; outputs belong to the caller.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, device: str) -> None:
+        self._call, self._device = call, device
         self._met: OrderedDict[Shapes, _Captured | None] = OrderedDict()  # None: met once
         self._pool: Any = None  # shared: no two graphs run at a time
         self.num_captured = 0
@@ -46,6 +46,7 @@ class Graphs:
         if shapes not in self._met:
             found = list(self._call(**inputs))
             self._met[shapes] = None
+            self._forget()
             return found
         captured = self._met[shapes]
         if captured is None:
@@ -61,7 +62,7 @@ class Graphs:
         return [output[:num_rows].clone() for output in captured.outputs]
 
     def _capture(self, inputs: Mapping[str, Tensor], num_rows: int, bucket: int) -> _Captured:
-        captured = _Captured(inputs, bucket)
+        captured = _Captured(inputs, bucket, self._device)
         captured.fill(inputs, num_rows)
         self._call(**captured.inputs)  # kernels are compiled and algorithms chosen outside
         torch.cuda.synchronize()
@@ -92,10 +93,10 @@ class Graphs:
 class _Captured:
     """A graph with the tensors it reads and writes; no graph where none could be made."""
 
-    def __init__(self, inputs: Mapping[str, Tensor], bucket: int) -> None:
+    def __init__(self, inputs: Mapping[str, Tensor], bucket: int, device: str) -> None:
         # Zeros: rows that fill a batch up must be valid input, indices above all.
         self.inputs = {
-            name: torch.zeros((bucket, *value.shape[1:]), dtype=value.dtype, device="cuda")
+            name: torch.zeros((bucket, *value.shape[1:]), dtype=value.dtype, device=device)
             for name, value in inputs.items()
         }
         self.outputs: tuple[Tensor, ...] = ()
@@ -107,7 +108,7 @@ class _Captured:
         for name, value in inputs.items():
             to = self.inputs[name]
             to = to if len(to) == num_rows else to[:num_rows]
-            if value.is_cuda:
+            if value.device.type == to.device.type:
                 pair = by_type.setdefault(value.dtype, ([], []))
                 pair[0].append(to)
                 pair[1].append(value)

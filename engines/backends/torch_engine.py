@@ -34,7 +34,7 @@ class TorchEngine:
         if device != "cpu":
             with torch.no_grad():
                 fuse(module)
-            self._graphs = Graphs(self._call)
+            self._graphs = Graphs(self._call, device)
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
