@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-import logging
 import resource
 import struct
 import time
@@ -32,12 +31,11 @@ INSTALL = {
 }
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 RTX_MAGIC = b"vtrt"
-# The compute capabilities that TensorRT-RTX 1.7 can be asked for, and the bit that each sets in the
-# mask of a plan's header. Where none is asked for the mask is 0x7e: all but the first, and one bit
-# more. Whether that one is 9.0 (H100, H200), which cannot be asked for, no GPU has shown yet.
+# The compute capabilities that TensorRT-RTX 1.7 runs on, and the bit that each sets in the mask of
+# a plan's header. An H200 (9.0) refused a plan for which none was named (mask 0x7e, its last bit:
+# above 12.0) and one for the current GPU (0x0): loadtests/results/gpu.md, 2026-11-26.
 RTX_CAPABILITY_BITS = {75: 0x01, 80: 0x02, 86: 0x04, 89: 0x08, 120: 0x10, 121: 0x20}
 
-logger = logging.getLogger("fourstep.plan")
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input → min, opt, max
 Steps = Callable[[int, int], None]  # of the builder's own phases: done, in all
@@ -47,9 +45,8 @@ Steps = Callable[[int, int], None]  # of the builder's own phases: done, in all
 class PlanTarget:
     """What a plan is compiled for; part of a bundle's key.
 
-    ``compute_capabilities`` empty means the GPU of the building machine; with ``gpu``, one whose
-    capability `tensorrt-rtx` cannot be asked for. The two compatibility options belong to
-    `tensorrt` alone; `tensorrt-rtx` plans run on every capability named.
+    ``compute_capabilities`` empty means the GPU of the building machine. The two compatibility
+    options belong to `tensorrt` alone; `tensorrt-rtx` plans run on every capability named.
     """
 
     engine: str
@@ -86,11 +83,6 @@ class PlanTarget:
         """The batch sizes plans are tuned for and runs are padded to: 1, 2, 4 … the largest."""
         doubling = itertools.takewhile(lambda n: n < self.max_batch, (2**k for k in range(16)))
         return (*doubling, self.max_batch)
-
-
-def can_be_named(compute_capability: int | None) -> bool:
-    """Whether `tensorrt-rtx` can be asked for plans for this one (89 for 8.9)."""
-    return compute_capability in RTX_CAPABILITY_BITS
 
 
 def check_target(target: PlanTarget, facts: Facts) -> None:
@@ -236,26 +228,17 @@ def _aim(trt: Any, config: Any, target: PlanTarget) -> None:
     if target.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
     if hasattr(trt, "ComputeCapability"):
-        known = {
-            int(name[2:]): value
-            for name, value in trt.ComputeCapability.__members__.items()
-            if name.startswith("SM")
-        }
         asked = target.compute_capabilities
-        if not asked and target.gpu:
-            logger.warning(
-                "%s cannot be asked for plans for %s: none are named, which may or may not run "
-                "there (it can be asked for %s)", trt.__name__, target.gpu, _listed(known),
-            )  # fmt: skip
-            return
-        config.num_compute_capabilities = max(1, len(asked))
-        values = [known.get(capability) for capability in asked] or [trt.ComputeCapability.CURRENT]
-        for index, value in enumerate(values):
+        names = [f"SM{capability}" for capability in asked] or ["CURRENT"]
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            value = trt.ComputeCapability.__members__.get(name)
             if value is None or not config.set_compute_capability(value, index):
                 raise BuildError(
                     f"compute capability {asked[index] if asked else 'of this GPU'} is none that "
-                    f"{trt.__name__} {trt.__version__} compiles for ({_listed(known)}); for "
-                    "other GPUs build with --engine tensorrt on such a machine"
+                    f"{trt.__name__} {trt.__version__} compiles for "
+                    f"({_listed(RTX_CAPABILITY_BITS)}); for other GPUs build with --engine "
+                    "tensorrt on such a machine"
                 )
         return
     if target.compute_capabilities:

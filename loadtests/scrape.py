@@ -35,6 +35,10 @@ class Scrape:
         """What was added, of counters and histograms."""
         return Scrape({k: value - before.values.get(k, 0.0) for k, value in self.values.items()})
 
+    def gauge(self, name: str, **labels: str) -> float:
+        """NaN where it is not shown."""
+        return self.values.get((name, frozenset(labels.items())), float("nan"))
+
     def mean(self, histogram: str, **labels: str) -> float:
         """Sum over count; NaN where nothing was counted."""
         wanted = frozenset(labels.items())

@@ -69,6 +69,7 @@ def running(
     port: int,
     ready_path: str,
     environment: Mapping[str, str] | None = None,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[Service]:
     """Start ``command``, wait until it answers on ``port``, end it and all it started.
 
@@ -86,7 +87,7 @@ def running(
         )
         service = Service(f"http://127.0.0.1:{port}", process.pid)
         try:
-            _wait(process, service.url + ready_path, output)
+            _wait(process, service.url + ready_path, output, timeout_s)
             yield service
         finally:
             _end(process, service)
@@ -115,8 +116,8 @@ def _path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, output: object) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait(process: subprocess.Popen[bytes], url: str, output: object, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise StartFailed(f"the application ended before it served: {_tail(output)}")
@@ -127,9 +128,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, output: object) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.25)
-    raise StartFailed(
-        f"the application does not answer within {START_TIMEOUT_S:.0f} s: {_tail(output)}"
-    )
+    raise StartFailed(f"the application does not answer within {timeout_s:.0f} s: {_tail(output)}")
 
 
 def _tail(output: object) -> str:

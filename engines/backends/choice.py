@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import BackendUnavailable
-from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget, can_be_named
+from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 
 # Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
 DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -68,12 +68,11 @@ class Machine:
     def aim(self, target: PlanTarget) -> PlanTarget:
         """The target of plans that are built here, named after this GPU if no other runs them.
 
-        `tensorrt-rtx` is asked for this GPU's compute capability where it can be.
+        `tensorrt-rtx` is asked for this GPU's compute capability.
         """
         capability = self.compute_capability
         if target.engine == "tensorrt-rtx" and not target.compute_capabilities and capability:
-            named = (capability,) if can_be_named(capability) else ()
-            target = dataclasses.replace(target, compute_capabilities=named)
+            target = dataclasses.replace(target, compute_capabilities=(capability,))
         portable = target.compute_capabilities or target.hardware_compatibility != "none"
         return target if portable else dataclasses.replace(target, gpu=self.gpu)
 
@@ -103,14 +102,13 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
         missing = _missing(backend, machine)
         if missing:
             raise BackendUnavailable(f"engine {backend!r} {missing}")
-        odd = _unnamed(backend, machine)
-        return Choice(backend, f"asked for, although it {odd}: an attempt" if odd else "asked for")
+        return Choice(backend, "asked for")
     if machine.compute_capability is None:
         reason = "device 'cpu' was asked for" if device == "cpu" else "no NVIDIA GPU here"
         return Choice("onnxruntime", reason)
     passed_over: list[str] = []
     for candidate in ("tensorrt", "tensorrt-rtx"):
-        missing = _missing(candidate, machine) or _unnamed(candidate, machine)
+        missing = _missing(candidate, machine)
         if not missing:
             return Choice(candidate, "; ".join([*passed_over, "an NVIDIA GPU and the package"]))
         passed_over.append(f"{candidate} {missing.split(':')[0]}")
@@ -125,6 +123,13 @@ def draws_on_gpu(backend: str, machine: Machine, device: str = "auto") -> bool:
 
 def _missing(backend: str, machine: Machine) -> str:
     """What keeps a backend from running here; empty if nothing does."""
+    capability = machine.compute_capability
+    if backend == "tensorrt-rtx" and capability not in (None, *RTX_CAPABILITY_BITS):
+        known = ", ".join(map(str, RTX_CAPABILITY_BITS))
+        return (  # before the package: installing it would help nothing
+            f"does not run on compute capability {capability} (it does on {known}): choose "
+            "--engine torch, or tensorrt"
+        )
     package = MODULES.get(backend, backend)
     if package not in machine.packages:
         others = ", ".join(name for name in BACKENDS if name != backend)
@@ -132,18 +137,9 @@ def _missing(backend: str, machine: Machine) -> str:
         return f"needs a package: {way_out}, or choose among {others}"
     if backend not in MODULES:
         return ""
-    capability = machine.compute_capability
     if capability is None:
         return (
             "needs an NVIDIA GPU and its driver, none is here: choose --engine onnxruntime (plans "
             "can be built without one: fourstep build)"
         )
     return ""
-
-
-def _unnamed(backend: str, machine: Machine) -> str:
-    """Why plans can be built for this GPU by no name, so that nobody knows whether they run."""
-    if backend != "tensorrt-rtx" or can_be_named(machine.compute_capability):
-        return ""
-    known = ", ".join(map(str, RTX_CAPABILITY_BITS))
-    return f"names no compute capability {machine.compute_capability} (it has {known})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from loadtests.bare import recipes_of
 from loadtests.client import Client, require_answers
 from loadtests.gpu.models import SD15, save_checkpoint
 from loadtests.gpu.section import Section
+from loadtests.scrape import Scrape
 from loadtests.serving import Service, running
 from loadtests.traffic import Ask, Profile
 from service.app import build_app
@@ -37,43 +39,82 @@ CLIENTS = {"cuda": 32, "cpu": 2}
 MAX_BATCH = {"cuda": 8, "cpu": 2}
 BATCHES = {"cuda": 12, "cpu": 2}  # full ones of the bare engine, a round
 ALONE = {"cuda": 30, "cpu": 2}  # images of one client after the other
-ROUND_S = {"cuda": 12.0, "cpu": 2.0}  # a format's, about
+SLACK = 1.3  # of a round, for what HTTP adds to the bare engine's time
+OF_A_START = ("bundle_build", "load")
+IMPORTS = (
+    "engines.backends.torch_engine",
+    "diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img",
+)
 
 
 def app() -> FastAPI:
-    """What uvicorn serves (``--factory``); its settings come from the environment."""
+    """What uvicorn serves (``--factory``); its settings come from the environment.
+
+    What loading would import is imported before, so that the service's own figure is loading alone.
+    """
+    for name in IMPORTS:
+        importlib.import_module(name)
     return build_app(Replica(load_settings()))
 
 
 def measure(section: Section) -> None:
-    """Start, one client, saturation in each format beside the bare engine."""
-    device = section.device
-    with tempfile.TemporaryDirectory() as folder, section.attempt("service"):
-        model, size_px = _model(Path(folder), device)
-        with _started(section, model, Path(folder), size_px, "first, kernels to be compiled"):
-            pass
-        with _started(section, model, Path(folder), size_px, "again") as service:
-            bare = Runner.open(Order(model, "torch", max_batch=MAX_BATCH[device]))
-            bare.warm_up()
-            _alone(section, service, bare, size_px)
-            for encoding in FORMATS:
-                if section.has_time(f"saturation, {encoding}", ROUND_S[device]):
-                    with section.attempt(f"saturation, {encoding}"):
-                        _saturation(section, service, bare, encoding, size_px)
-            bare.close()
+    """A start, one client and saturation beside the bare engine; another start if time is left."""
+    with tempfile.TemporaryDirectory() as name, section.attempt("service"):
+        folder = Path(name)
+        model, size_px = _model(folder, section.device)
+        begun = time.perf_counter()
+        with _started(section, model, folder, size_px, "first, kernels to be compiled") as service:
+            start_s = time.perf_counter() - begun
+            with section.attempt("the bare engine beside it"):
+                _beside_bare(section, service, model, folder, size_px)
+        if section.has_time("another start", start_s):
+            with _started(section, model, folder, size_px, "again"):
+                pass
+
+
+def _beside_bare(
+    section: Section, service: Service, model: str, folder: Path, size_px: int
+) -> None:
+    rows = MAX_BATCH[section.device]
+    bare = Runner.open(Order(model, "torch", cache_dir=folder, max_batch=rows))
+    try:
+        bare.warm_up()
+        _alone(section, service, bare, size_px)
+        recipes = recipes_of(bare, rows, size_px, NUM_STEPS)
+        round_s = _batches(section.device) * _seconds(functools.partial(bare.draw, recipes))
+        for encoding in FORMATS:
+            what = f"saturation, {encoding}"
+            if section.has_time(what, SLACK * round_s):
+                with section.attempt(what):
+                    _saturation(section, service, bare, encoding, size_px)
+    finally:
+        bare.close()
+
+
+def _batches(device: str) -> float:
+    """Full ones of a format's round: the bare engine's, and as many through HTTP with its ends."""
+    return 2 * BATCHES[device] + 2 * CLIENTS[device] / MAX_BATCH[device]
 
 
 @contextlib.contextmanager
 def _started(
     section: Section, model: str, folder: Path, size_px: int, start: str
 ) -> Iterator[Service]:
-    """The service, with what its start and its first image took."""
+    """The service, with what its start and its first image took, and what it says itself of that.
+
+    What is neither building nor loading is the interpreter's start and imports.
+    """
     begun = time.perf_counter()
-    with _service(model, section.device, folder) as service:
+    with _service(section, model, folder) as service:
         ready_s = time.perf_counter() - begun
         _draw(service, "png", 1, 1, size_px)
         first_s = time.perf_counter() - begun
-        section.row("start", start=start, ready_s=ready_s, first_image_s=first_s)
+        scrape = Scrape.of(service.url)
+        build_s, load_s = (scrape.gauge(f"fourstep_{what}_seconds") for what in OF_A_START)
+        section.row(
+            "start", start=start, ready_s=ready_s, first_image_s=first_s,
+            imports_s=ready_s - build_s - load_s, build_s=build_s, load_s=load_s,
+        )  # fmt: skip
         yield service
 
 
@@ -88,8 +129,8 @@ def _model(folder: Path, device: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def _service(model: str, device: str, folder: Path) -> Iterator[Service]:
-    port = free_port()
+def _service(section: Section, model: str, folder: Path) -> Iterator[Service]:
+    port, device = free_port(), section.device
     command = [sys.executable, "-m", "uvicorn", "--factory", "loadtests.gpu.service:app"]
     command += ["--port", str(port), "--log-level", "warning"]
     environment = {
@@ -97,7 +138,7 @@ def _service(model: str, device: str, folder: Path) -> Iterator[Service]:
         "FOURSTEP_MAX_BATCH": str(MAX_BATCH[device]),
         "FOURSTEP_MAX_WAITING": str(8 * CLIENTS[device]),
     }  # fmt: skip
-    with running(command, port, "/readyz", environment) as service:
+    with running(command, port, "/readyz", environment, timeout_s=section.seconds_left) as service:
         yield service
 
 

@@ -19,6 +19,7 @@ from engines.families import family_of
 from engines.families.part import Part
 from engines.order import Order
 from engines.plan import (
+    RTX_CAPABILITY_BITS,
     PlanTarget,
     RtxHeader,
     check_target,
@@ -179,15 +180,10 @@ def test_a_gpu_it_cannot_compile_for(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_that_cannot_be_named_is_tried_with_none(
-    built: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    target = dataclasses.replace(TARGET, compute_capabilities=(), gpu="NVIDIA H200")
-    profile = {"input_ids": ((1, 32), (4, 32), (4, 32))}
-    plan = tmp_path / "x.plan"
-    compile_plan(built.part("text_encoder"), plan, [profile], target)
-    assert RtxHeader.read(plan).compute_capabilities == (80, 86, 89, 120, 121)
-    assert "cannot be asked for plans for NVIDIA H200" in caplog.text
+def test_the_capabilities_known_are_those_of_the_package() -> None:
+    """Without one more that a newer package runs on, and with none that it has dropped."""
+    named = {name for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
+    assert {f"SM{capability}" for capability in RTX_CAPABILITY_BITS} == named
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU it asks for")

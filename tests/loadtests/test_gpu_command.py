@@ -39,14 +39,18 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(found) == [part.name for part in PARTS]
     assert not any("failed" in tables for tables in found.values()), log
     assert [row["precision"] for row in found["machine"]["matrix peak"]] == ["fp32", "fp16", "bf16"]
-    (counts,) = found["tests"]["exit code"]
-    assert counts["code"] == counts["failure"] == counts["error"] == 0
+    (counts,) = found["tests"]["pytest"]
+    assert counts["ended"] == "exit code 0"
+    assert counts["failure"] == counts["error"] == 0
     engines = [row["engine"] for row in found["speed"]["tiny"]]
     assert engines[:2] == ["product", "product"]
     assert engines[-1] == "compiled, channels-last"
     assert all(row["images/s"] > 0 for row in found["speed"]["tiny"])
     assert found["speed"]["SDXL's UNet, one graph"]
     assert {row["encoding"] for row in found["service"]["saturation"]} == {"png", "jpeg", "webp"}
+    first, again = found["service"]["start"]
+    assert again["start"] == "again"
+    assert first["ready_s"] >= first["load_s"] > first["build_s"] == 0
     page = (tmp_path / "gpu.md").read_text()
     assert "no figure here means a GPU" in page
     assert "| tiny | batch | step, ms |" in page

@@ -1,0 +1,75 @@
+"""`loadtests.gpu.proofs`: what the page keeps of a pytest that does not leave, or never ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from loadtests.gpu import proofs
+from loadtests.gpu.findings import Findings
+from loadtests.gpu.section import Section
+
+TESTS = """
+import atexit, pathlib, subprocess, time, pytest
+pytestmark = pytest.mark.gpu
+child = subprocess.Popen(["sleep", "60"])
+pathlib.Path(__file__).with_name("child").write_text(str(child.pid))
+{body}
+def test_well(): pass
+def test_not_here(): pytest.skip("no such GPU")
+def test_wrong(): assert 1 == 2
+"""
+
+
+def _prove(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, seconds: float) -> Any:
+    tests = folder / "test_slow.py"
+    tests.write_text(TESTS.format(body=body))
+    monkeypatch.setattr(proofs, "FILES", (str(tests), "--noconftest"))
+    monkeypatch.setattr(proofs, "LEAVE_S", 0.3)
+    findings = Findings(folder / "gpu.jsonl")
+    section = Section("tests", "cpu", findings, time.monotonic() + seconds)
+    findings.begin("tests", {})
+    proofs.prove(section)
+    return findings.chapters({})["tests"].tables, section.left_out
+
+
+def _is_alive(folder: Path) -> bool:
+    pid = int((folder / "child").read_text())
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_what_was_counted_stands_although_pytest_does_not_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving = "atexit.register(time.sleep, 60)"
+    tables, left_out = _prove(tmp_path, monkeypatch, leaving, seconds=60)
+    (row,) = tables["pytest"]
+    assert row == {
+        "ended": "killed after its tests, while it was leaving",
+        "passed": 1, "skipped": 1, "failure": 1, "error": 0,
+    }  # fmt: skip
+    assert tables["broken"][0]["test"] == "test_wrong"
+    assert tables["skipped because"] == [{"reason": "no such GPU", "tests": 1}]
+    assert left_out == []
+    assert not _is_alive(tmp_path)
+
+
+def test_tests_that_never_end_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, left_out = _prove(tmp_path, monkeypatch, "time.sleep(60)", seconds=3)
+    (row,) = tables["pytest"]
+    assert row["ended"] == "killed amid its tests, when the time was over"
+    assert row["passed"] == 0
+    assert "failed" not in tables
+    assert left_out == ["pytest"]
+
+
+def test_what_pytest_leaves_behind_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, _ = _prove(tmp_path, monkeypatch, "", seconds=60)
+    assert tables["pytest"][0]["ended"] == "exit code 1"
+    assert not _is_alive(tmp_path)
