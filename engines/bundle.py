@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from engines.checkpoint import fingerprint, load_facts, load_pipeline, name_of, pipeline_class
+from engines.checkpoint import (
+    fingerprint,
+    load_facts,
+    load_pipeline,
+    name_of,
+    pipeline_class,
+    tokenizer_of,
+)
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
 from engines.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
@@ -88,7 +95,8 @@ class Blueprint:
 def _exporter_hash() -> str:
     """Of our own code that makes the graphs: an edit there makes other bundles."""
     here = Path(__file__).parent
-    own = [here / f"{name}.py" for name in ("backends/adapters", "export", "plan")]
+    modules = ("backends/adapters", "backends/lora_file", "export", "plan")
+    own = [here / f"{name}.py" for name in modules]
     files = [*own, *sorted((here / "families").glob("*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -195,7 +203,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
             done.touch()
     plans = _compile(parts, facts, target, partial, progress) if target else None
     progress("writing the manifest", num_pieces - 1, num_pieces)
-    pipeline.tokenizer.backend_tokenizer.save(str(partial / TOKENIZER))
+    tokenizer_of(pipeline).save(str(partial / TOKENIZER))
     for mark in partial.glob("*.done"):
         mark.unlink()
     manifest = {

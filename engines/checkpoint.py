@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from engines.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from engines.facts import Facts
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -105,6 +107,23 @@ def load_pipeline(folder: Path, precision: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by diffusers: {error}") from error
     return pipeline
+
+
+def whole(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that neither cuts nor fills up, as one saved after use would by itself.
+
+    What a window has no room for is then counted, see `engines.model.Model.tokenize`.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_of(pipeline: Any) -> Tokenizer:
+    """A pipeline's, for the `tokenizers` library."""
+    from tokenizers import Tokenizer
+
+    return whole(Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str()))
 
 
 def load_facts(folder: Path, pipeline: Any) -> Facts:

@@ -53,7 +53,7 @@ class Drawing:
     num_lanes: int  # 2 where classifier-free guidance needs an unconditional row
     generator: torch.Generator  # the row's own, on the CPU: results ignore neighbours and devices
     token_ids: tuple[np.ndarray, ...]  # int64 [L]: the prompt's, then the negative prompt's
-    num_truncated_tokens: int = 0
+    num_truncated_tokens: tuple[int, ...] = ()  # of each text: what its window has no room for
     timestep_cond: torch.Tensor | None = None  # float32 [K], filled at start
     prompt_embeds: tuple[torch.Tensor, ...] | None = None  # float32 [L, D] each, by encode_text
     latents: torch.Tensor | None = None  # float32 [C, h, w], by start or encode_image

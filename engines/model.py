@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from engines.backends.adapters import Adapters, read_lora
+from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
 from engines.backends.engine import Engine
+from engines.backends.lora_file import read_lora
 from engines.batching import FULL_BATCH, denoise_rows
 from engines.bundle import (
     TOKENIZER,
@@ -25,7 +26,15 @@ from engines.bundle import (
     is_bundle,
     open_bundle,
 )
-from engines.checkpoint import download, load_facts, load_pipeline, pipeline_class, resolve
+from engines.checkpoint import (
+    download,
+    load_facts,
+    load_pipeline,
+    pipeline_class,
+    resolve,
+    tokenizer_of,
+    whole,
+)
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.order import Order
@@ -193,7 +202,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in PARTS}
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
-    tokenizer = Tokenizer.from_file(str(bundle.folder / TOKENIZER))
+    tokenizer = whole(Tokenizer.from_file(str(bundle.folder / TOKENIZER)))
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(order.loras, engines)
     facts = bundle.facts.with_defaults(order.defaults)
@@ -226,7 +235,7 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     facts = load_facts(folder, pipeline).with_defaults(order.defaults)
     parts = family_of(pipeline_class(folder)).parts(pipeline, facts)
     engines = {part.name: TorchEngine(part, device) for part in parts}
-    tokenizer = Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
+    tokenizer = tokenizer_of(pipeline)
     adapters = _load_adapters(order.loras, engines)
     max_calls = 1 if device == "cpu" else GPU_CALLS
     return Model(

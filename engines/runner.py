@@ -157,7 +157,7 @@ class Runner:
         texts = (recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,)
         tokens = [self._model.tokenize(text) for text in texts]
         loras = self._model.adapters.settle(recipe.loras)
-        ids = tuple(row for row, _ in tokens)
+        ids, num_lost = zip(*tokens, strict=True)
         scale = facts.vae_scale_factor
         drawing = Drawing(
             recipe=recipe,
@@ -166,7 +166,7 @@ class Runner:
             num_lanes=len(ids),
             generator=torch.Generator().manual_seed(recipe.seed),
             token_ids=ids,
-            num_truncated_tokens=tokens[0][1],
+            num_truncated_tokens=num_lost,
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
         )
         if facts.time_cond_dim:

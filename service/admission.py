@@ -188,13 +188,16 @@ def _warnings(
     params: ImageParams, info: ModelInfo, drawing: Drawing, settings: Settings
 ) -> list[str]:
     found = []
-    if drawing.num_truncated_tokens:
+    texts = zip(("prompt", "negative_prompt"), drawing.num_truncated_tokens, strict=False)
+    for name, num_lost in texts:  # a prompt that is drawn without guidance stands alone
+        if not num_lost:
+            continue
         message = (
-            f"prompt is {drawing.num_truncated_tokens} tokens longer than the text encoder's "
-            f"window of {info.max_tokens}"
+            f"{name} is {num_lost} tokens longer than the text encoder's window of "
+            f"{info.max_tokens}"
         )
         if settings.long_prompt == "refuse":
-            raise BadRequest(f"{message}; shorten it", param="prompt", code="prompt_too_long")
+            raise BadRequest(f"{message}; shorten it", param=name, code="prompt_too_long")
         found.append(f"{message}; the end was left out")
     if params.negative_prompt and drawing.num_lanes == 1:
         reason = (

@@ -1,7 +1,7 @@
-"""LoRAs beside a model: read from files, chosen by name and weight, fused into its parts.
+"""LoRAs beside a model: chosen by name and weight, fused into its parts.
 
-Owns the low-rank pairs and their sum with the built weights. An engine learns no more than which
-weights differ from the built ones (`Engine.refit`); reading a file is diffusers' own work.
+Owns the sum of low-rank pairs with the built weights. An engine learns no more than which weights
+differ from the built ones (`Engine.refit`); files are read by `lora_file`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.backends.engine import Engine
+from engines.backends.lora_file import PREFIXES, Lora, LowRank, read_lora
 from engines.errors import CheckpointError, InvalidInput
 
 if TYPE_CHECKING:
@@ -23,106 +23,6 @@ if TYPE_CHECKING:
     from engines.families.part import Part
 
 AdapterSet = tuple[tuple[str, float], ...]  # (name, λ) in the names' order, no λ of 0; (): the base
-PREFIXES = {"denoiser": "unet", "text_encoder": "text_encoder"}  # part → prefix of its weights
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What a LoRA adds to one weight at λ = 1: ``scale`` · ``up`` · ``down``."""
-
-    down: Tensor  # [r, in, ...]
-    up: Tensor  # [out, r, ...]
-    scale: float  # α / r
-
-    def to(self, device: torch.device) -> LowRank:
-        return LowRank(self.down.to(device), self.up.to(device), self.scale)
-
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
-        """float32, in the weight's own shape; a convolution's `up` is 1 x 1."""
-        product: Tensor = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.reshape(shape)
-
-
-Lora = Mapping[str, Mapping[str, LowRank]]  # part → weight's name → pair
-
-
-def read_lora(path: Path) -> Lora:
-    """A LoRA's pairs, from a file or folder in any layout diffusers reads (peft, kohya, its own).
-
-    Raises:
-        CheckpointError: it is not there, is no safetensors file, or is more than a plain LoRA.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    if not path.exists():
-        raise CheckpointError(f"LoRA {path} is neither a file nor a folder")
-    try:
-        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-            str(path), use_safetensors=True, local_files_only=True, return_lora_metadata=True
-        )
-        layers = {part: _layers(part, prefix, state) for part, prefix in PREFIXES.items()}
-    except Exception as error:  # diffusers and safetensors raise many kinds; all mean the same here
-        reason = str(error).splitlines()[0][:300]
-        raise CheckpointError(f"LoRA {path} cannot be read by diffusers: {reason}") from error
-    lora: dict[str, Mapping[str, LowRank]] = {}
-    for part, prefix in PREFIXES.items():
-        scales = _scales(prefix, alphas or {}, metadata or {})
-        lora[part] = _pairs(path, prefix, layers[part], scales)
-    known = tuple(f"{prefix}." for prefix in PREFIXES.values())
-    strange = [key for key in state if not key.startswith(known)]
-    if strange or not any(lora.values()):
-        found = strange[0] if strange else "nothing at all"
-        raise CheckpointError(f"LoRA {path} holds {found}, which is no layer of such a model")
-    return lora
-
-
-def _layers(part: str, prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's own entries under peft's names, `<layer>.lora_A.weight` and `.lora_B.weight`."""
-    from diffusers.utils import state_dict_utils as names
-
-    layers = {k[len(prefix) + 1 :]: v for k, v in state.items() if k.startswith(f"{prefix}.")}
-    if part == "denoiser":
-        return dict(names.convert_unet_state_dict_to_peft(layers))
-    if layers:
-        layers = names.convert_state_dict_to_peft(names.convert_state_dict_to_diffusers(layers))
-    return {key.removeprefix("text_model."): value for key, value in layers.items()}
-
-
-def _scales(prefix: str, alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """α by layer, and under "" the one for all others, where the file says."""
-    own = {k[len(prefix) + 1 :]: v for k, v in metadata.items() if k.startswith(f"{prefix}.")}
-    if own.get("use_rslora") or own.get("use_dora"):
-        raise CheckpointError(
-            "a LoRA with use_rslora or use_dora is not fused here; merge it first"
-        )
-    scales = dict(own.get("alpha_pattern") or {})
-    if "lora_alpha" in own:
-        scales[""] = own["lora_alpha"]
-    for key, value in alphas.items():
-        if key.startswith(f"{prefix}."):
-            scales[key[len(prefix) + 1 :].split(".lora")[0].removesuffix(".alpha")] = float(value)
-    return scales
-
-
-def _pairs(
-    path: Path, prefix: str, layers: Mapping[str, Tensor], scales: Mapping[str, Any]
-) -> dict[str, LowRank]:
-    ends = (".lora_A.weight", ".lora_B.weight")
-    names = {key.removesuffix(end) for key in layers for end in ends if key.endswith(end)}
-    odd = [key for key in layers if not key.endswith(ends)]
-    odd += [name for name in names if not all(f"{name}{end}" in layers for end in ends)]
-    if odd:
-        raise CheckpointError(
-            f"LoRA {path} holds {prefix}.{odd[0]}: only plain pairs of matrices can be fused "
-            "(no DoRA, LoHa or biases); merge it into the checkpoint with its own tool"
-        )
-    pairs = {}
-    for name in sorted(names):
-        down, up = (layers[f"{name}{end}"] for end in ends)
-        rank = down.shape[0]
-        alpha = scales.get(name, scales.get("", rank))
-        pairs[f"{prefix}.{name}.weight"] = LowRank(down, up, float(alpha) / rank)
-    return pairs
 
 
 class Adapters:
@@ -136,9 +36,7 @@ class Adapters:
         self._held: dict[str, AdapterSet | None] = dict.fromkeys(PREFIXES, ())  # of it, by part
         self._moved: dict[tuple[str, str], LowRank] = {}  # by name and weight: where engines are
         for name, lora in loras.items():
-            for part, pairs in lora.items():
-                for weight, pair in pairs.items():
-                    _check_fit(name, weight, pair, engines[part])
+            _check_fit(name, lora, engines)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,16 +115,25 @@ def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
         adapters.switch(adapters.settle({name: weight for name, (_, weight) in named.items()}))
 
 
-def _check_fit(name: str, weight: str, pair: LowRank, engine: Engine) -> None:
-    try:
-        shape = tuple(engine.weight(weight).shape)
-    except KeyError as error:
+def _check_fit(name: str, lora: Lora, engines: Mapping[str, Engine]) -> None:
+    strange = []
+    for part, pairs in lora.items():
+        for weight, pair in pairs.items():
+            try:
+                shape = tuple(engines[part].weight(weight).shape)
+            except KeyError:
+                strange.append(weight)
+                continue
+            changed = (pair.up.shape[0], *pair.down.shape[1:])
+            if math.prod(changed) != math.prod(shape):  # a 1 x 1 convolution's may be a matrix
+                raise CheckpointError(
+                    f"LoRA {name!r} changes {weight} as {changed}, here it is {shape}: it was made "
+                    "for another model"
+                )
+    if strange:
+        count = sum(len(pairs) for pairs in lora.values())
+        listed = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
         raise CheckpointError(
-            f"LoRA {name!r} changes {weight}, which this model has not: it was made for another"
-        ) from error
-    changed = (pair.up.shape[0], *pair.down.shape[1:])
-    if math.prod(changed) != math.prod(shape):  # a 1 x 1 convolution's may be a matrix
-        raise CheckpointError(
-            f"LoRA {name!r} changes {weight} as {changed}, here it is {shape}: it was made for "
-            "another model"
+            f"LoRA {name!r} changes {listed}, which this model has not ({len(strange)} of its "
+            f"{count} weights): it was made for another"
         )

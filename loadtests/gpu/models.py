@@ -18,6 +18,7 @@ import torch
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice
 from engines.backends.engine import Engine
+from engines.checkpoint import tokenizer_of
 from engines.families import stable_diffusion
 from engines.families.part import Part
 from engines.model import Model
@@ -129,13 +130,11 @@ def open_runner(
     shape: Shape, device: str, engine: Callable[[Part, str], Engine], max_batch: int
 ) -> tuple[Runner, dict[str, Engine]]:
     """The product's own runner over a fresh random model, and the engines under it by part."""
-    from tokenizers import Tokenizer
-
     pipeline = make_pipeline(shape, device)
     engines = {part.name: engine(part, device) for part in parts_of(pipeline, shape)}
     model = Model(
         facts=stable_diffusion.facts(shape.name, pipeline),
-        tokenizer=Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str()),
+        tokenizer=tokenizer_of(pipeline),
         engines=engines,
         adapters=Adapters({}, engines),
         choice=Choice("torch", "measured"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,11 @@ import pytest
 from diffusers import DDIMScheduler, LCMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from engines.errors import CheckpointError, InvalidInput
+from engines.model import load_model
+from engines.order import Order
 from engines.runner import Runner
 from engines.samplers import SAMPLERS, NoiseSchedule, make_schedule
 from engines.stage import Stage
@@ -131,5 +137,37 @@ def test_a_known_prompt_skips_the_text_encoder(
 
 def test_a_long_prompt_says_how_much_was_lost(runners: dict[tuple[str, str], Runner]) -> None:
     runner = runners["tiny-lcm", "torch"]
-    assert runner.start(recipe(prompt="ab")).num_truncated_tokens == 0
-    assert runner.start(recipe(prompt="word " * 50)).num_truncated_tokens > 100
+    assert runner.start(recipe(prompt="ab")).num_truncated_tokens == (0,)
+    assert runner.start(recipe(prompt="word " * 50)).num_truncated_tokens[0] > 100
+
+
+def test_a_negative_prompt_loses_tokens_too(runners: dict[tuple[str, str], Runner]) -> None:
+    runner = runners["tiny-sd", "torch"]
+    wanted = recipe(prompt="ab", negative_prompt="word " * 50, guidance_scale=5.0)
+    lost = runner.start(wanted).num_truncated_tokens
+    assert lost[0] == 0
+    assert lost[1] > 100
+
+
+def test_a_tokenizer_saved_after_use_still_says_what_was_lost(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """It carries truncation and padding with it, which would hide every loss."""
+    shutil.copytree(checkpoints / "tiny-lcm", tmp_path / "used")
+    file = tmp_path / "used" / "tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(file))
+    used = Order(str(tmp_path / "used"), cache_dir=tmp_path)
+    for model in (
+        load_model(dataclasses.replace(used, backend="torch"), lambda *_: None),
+        load_model(dataclasses.replace(used, backend="onnxruntime"), lambda *_: None),
+    ):
+        plain = load_model(Order(str(checkpoints / "tiny-lcm"), "torch"), lambda *_: None)
+        for text in ("a", "word " * 50):
+            ids, num_lost = model.tokenize(text)
+            expected, expected_lost = plain.tokenize(text)
+            assert ids.tolist() == expected.tolist()
+            assert num_lost == expected_lost
+        assert num_lost > 100

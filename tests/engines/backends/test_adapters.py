@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.backends import onnxruntime_engine
-from engines.backends.adapters import read_lora
+from engines.backends.lora_file import read_lora
 from engines.backends.onnxruntime_engine import OnnxRuntimeEngine
 from engines.bundle import Blueprint, build_bundle
 from engines.errors import CheckpointError, InvalidInput

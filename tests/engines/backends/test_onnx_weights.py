@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.backends.adapters import Adapters, LowRank
+from engines.backends.adapters import Adapters
 from engines.backends.engine import Variant
+from engines.backends.lora_file import LowRank
 from engines.backends.onnx_weights import OnnxWeights
 from engines.checkpoint import load_facts, load_pipeline, pipeline_class
 from engines.export import export_onnx
