@@ -42,6 +42,8 @@ class RayCluster:
         self.agent_ports = {"head": free_port(), "worker": free_port()}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self._environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment | token
+        # Ray believes in GPUs that it is told of, but not against a list without any (conftest).
+        self._environment.pop("CUDA_VISIBLE_DEVICES", None)
         self._gpus_per_node = gpus_per_node
         self._gcs_port, self._dashboard_port = str(free_port()), str(free_port())
         self._dashboard = f"http://127.0.0.1:{self._dashboard_port}"
@@ -159,8 +161,11 @@ class RayCluster:
         return any(word.startswith(self._temporary) for word in process.info["cmdline"] or ())
 
     def close(self) -> None:
-        family = [psutil.Process(process.pid) for process in self._processes.values()]
-        family += [child for parent in family for child in parent.children(recursive=True)]
+        family = []
+        for process in self._processes.values():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself: see its log
+                node = psutil.Process(process.pid)
+                family += [node, *node.children(recursive=True)]
         for process in reversed(self._processes.values()):
             process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=5)
