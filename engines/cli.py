@@ -85,9 +85,9 @@ def build(
 ) -> None:
     """Compile a model's parts into a bundle."""
     from engines.backends.choice import Machine
-    from engines.bundle import Blueprint, build_bundle
-    from engines.checkpoint import DTYPES, download, resolve
-    from engines.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
+    from engines.build.bundle import Blueprint, build_bundle
+    from engines.build.checkpoint import DTYPES, download, resolve
+    from engines.build.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
     from engines.samplers import SAMPLERS
 
     _one_of("--engine", engine, ("onnxruntime", *MODULES))
@@ -152,7 +152,7 @@ def _weighted(text: str) -> tuple[Path, float | None]:
 
 def find_lora(text: str) -> Path:
     """A file or folder, or a LoRA that ships with the demo models."""
-    from engines.checkpoint import DEMO_MODELS
+    from engines.build.checkpoint import DEMO_MODELS
 
     path = Path(text).expanduser()
     return DEMO_MODELS / text if not path.exists() and (DEMO_MODELS / text).is_dir() else path
@@ -169,7 +169,7 @@ def _size(text: str) -> tuple[int, int]:
 @app.command()
 def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")]) -> None:
     """Verify a bundle's files against its manifest and show what it is."""
-    from engines.bundle import open_bundle
+    from engines.build.bundle import open_bundle
 
     manifest = open_bundle(bundle).manifest
     facts = manifest["facts"]
@@ -212,8 +212,8 @@ def verify(
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Compare a build with fp32 on ONNX Runtime, part by part; exit code 1 if it is too far off."""
-    from engines.model import load_model
-    from engines.parity import MAX_RELATIVE_ERROR, MIN_PSNR_DB, compare
+    from engines.drawing.model import load_model
+    from engines.drawing.parity import MAX_RELATIVE_ERROR, MIN_PSNR_DB, compare
 
     truth = load_model(Order(model, "onnxruntime", "fp32", cache_dir), show_progress)
     built = load_model(Order(model, engine, precision, cache_dir, device=device), show_progress)
@@ -261,7 +261,7 @@ def generate(
 
     from PIL import Image
 
-    from engines.runner import Runner
+    from engines.drawing.runner import Runner
 
     begun = time.monotonic()
     paths, weights = parse_loras(lora)

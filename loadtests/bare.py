@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from engines.drawing import Recipe
-    from engines.runner import Runner
+    from engines.drawing.drawing import Recipe
+    from engines.drawing.runner import Runner
 
 SECONDS = 0.6  # of each measurement, and at least five calls
 MIB = 2**20
@@ -70,9 +70,9 @@ def measure(task: Task) -> list[Point]:
 def _measure(task: Task) -> list[Point]:
     import torch
 
-    from engines.batching import decode_rows, denoise_rows
+    from engines.drawing.batching import decode_rows, denoise_rows
+    from engines.drawing.runner import Runner
     from engines.order import Order
-    from engines.runner import Runner
     from loadtests.peak import matrix_peak, plain_fp32
 
     plain_fp32()
@@ -107,9 +107,9 @@ def _measure(task: Task) -> list[Point]:
 
 def _step_flops(task: Task) -> Callable[[int, int], int]:
     """A count of one denoise call by batch and size: torch's own, or of the graph that runs."""
-    from engines.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+    from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+    from engines.drawing.model import prepare
     from engines.families import family_of
-    from engines.model import prepare
     from engines.order import Order
     from loadtests.flops import count_flops
     from loadtests.torch_flops import count_part_flops

@@ -19,7 +19,7 @@ import aiohttp
 import typer
 
 from loadtests.traffic import Ask
-from service.machine import is_loopback
+from service.ray_serve.machine import is_loopback
 
 PATH = "/v1/images/generations"
 REQUEST_TIMEOUT_S = 120.0

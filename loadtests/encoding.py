@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from engines.cli import CacheOption
+from engines.drawing.runner import Runner
 from engines.order import DEFAULT_CACHE_DIR, Order
-from engines.runner import Runner
 from loadtests.plots import COLORS, name_axes, panels
 from loadtests.report import RESULTS, OutOption, Report
 from loadtests.traffic import UNIFORM
-from service.images import encode_image
-from service.schema import OutputFormat
 from service.settings import Settings
+from service.web.images import encode_image
+from service.web.schema import OutputFormat
 
 NUM_DRAWINGS = 8
 PNG_LEVELS = (0, 1, 3, 6, 9)

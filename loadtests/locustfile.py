@@ -27,7 +27,7 @@ from PIL import Image
 from urllib3 import PoolManager
 
 from loadtests.traffic import MIXED, Ask
-from service.machine import is_loopback
+from service.ray_serve.machine import is_loopback
 
 SCENARIOS = ("mix", "burst", "ramp", "soak", "stream", "edit")
 FORMATS = ("png", "webp", "jpeg")

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from engines.cli import CacheOption
-from engines.drawing import Recipe
+from engines.drawing.drawing import Recipe
+from engines.drawing.runner import Runner
 from engines.order import DEFAULT_CACHE_DIR, Order
-from engines.runner import Runner
 from loadtests.capacity import started_or_named
 from loadtests.client import AllowHostOption, Answer, Client, UrlOption, require_answers
 from loadtests.plots import COLORS, name_axes, panels, stacked

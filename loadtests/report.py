@@ -21,7 +21,7 @@ import psutil
 import typer
 
 from engines.backends.choice import has_driver
-from engines.versions import version_of
+from service.telemetry.versions import version_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

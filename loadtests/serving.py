@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from service.ray_environment import free_port
+from service.ray_serve.environment import free_port
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 240.0

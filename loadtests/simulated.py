@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engines.stage import Stage
+from engines.drawing.stage import Stage
 from loadtests.timing import TimingDouble
-from service.scheduler import Scheduler, Work, WorkKind
+from service.batching.scheduler import Scheduler, Work, WorkKind
 
 
 @dataclass(eq=False, slots=True)

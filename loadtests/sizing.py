@@ -16,7 +16,7 @@ from loadtests.fleet import highest_rate
 from loadtests.simulated import SimulatedRow
 from loadtests.timing import TimingDouble
 from loadtests.traffic import Profile, poisson
-from service.scheduler import Limits
+from service.batching.scheduler import Limits
 
 NUM_ARRIVALS = 3000  # of a simulated trial: its p95 then stands on 150 requests
 

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from engines.cli import CacheOption, LoraOption, parse_loras
-from engines.drawing import Drawing
+from engines.drawing.drawing import Drawing
+from engines.drawing.runner import Runner
 from engines.order import DEFAULT_CACHE_DIR, Order
-from engines.runner import Runner
 from loadtests.plots import name_axes, panels, stacked
 from loadtests.report import RESULTS, OutOption, Report
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.scheduler import Limits
+from service.batching.scheduler import Limits
 
 PIXELS = {96: 0.5625, 128: 1.0}  # relative cost of the two sizes that `simulate` mixes
 
@@ -33,7 +33,7 @@ class TimingDouble:
         return cost[0] + cost[1] * rows
 
     def step_s(self, group: tuple[int, int]) -> float:
-        """A full denoise call, as `service.scheduler.Costs` has it."""
+        """A full denoise call, as `service.batching.scheduler.Costs` has it."""
         return self.seconds(self.step, [group[0]] * self.limits.max_batch)
 
     def decode_fixed_s(self, group: tuple[int, int]) -> float:

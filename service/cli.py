@@ -50,8 +50,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model over HTTP on this machine."""
-    from service.serve import serve_here
-    from service.serve_config import ServeConfig
+    from service.ray_serve.serve import serve_here
+    from service.ray_serve.serve_config import ServeConfig
 
     paths, weights = parse_loras(lora)
     args: dict[str, Any] = {
@@ -81,7 +81,7 @@ def key(
     priority: Annotated[str, typer.Option(help="low, normal or high.")] = "normal",
 ) -> None:
     """Make an API key: the key itself on stderr, once; its line for the key file on stdout."""
-    from service.keys import KeyFileError, make_key
+    from service.access.keys import KeyFileError, make_key
 
     options = {
         "images_per_minute": images_per_minute,
@@ -104,7 +104,7 @@ def exporter(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9400,
 ) -> None:
     """Serve the metrics of all replicas of a node, beside them: the sidecar of a pod."""
-    from service.metrics import export
+    from service.telemetry.metrics import export
 
     if not folder.is_dir():
         raise typer.BadParameter(f"--dir is {folder}; it must be a folder that the replicas share")

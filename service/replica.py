@@ -1,7 +1,8 @@
 """One model, loaded and running: what a GPU (or a CPU) holds behind the HTTP surface.
 
 Owns the runner, the engine loop, the metrics and the threads that encode images. Knows nothing of
-HTTP paths or of Ray; `service.app` puts a surface on it, `service.deployment` a Ray deployment.
+HTTP paths or of Ray; `service.web.app` puts a surface on it, `service.ray_serve.deployment` a Ray
+deployment.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from engines.bundle import Progress
-from engines.runner import Runner
-from service.loop import EngineLoop
-from service.mailbox import Mailbox
-from service.metrics import Metrics
-from service.quota import Quotas
-from service.recorder import Recorder
-from service.safety import Safety, load_safety
-from service.scheduler import Limits
+from engines.build.bundle import Progress
+from engines.drawing.runner import Runner
+from service.access.quota import Quotas
+from service.access.safety import Safety, load_safety
+from service.batching.loop import EngineLoop
+from service.batching.mailbox import Mailbox
+from service.batching.scheduler import Limits
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.telemetry.recorder import Recorder
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.telemetry.tracing import Tracing
 
 logger = logging.getLogger("fourstep.replica")
 
@@ -86,7 +87,7 @@ class Replica:
         settings = self.settings
         begun = time.monotonic()
         if settings.traces:
-            from service.tracing import Tracing
+            from service.telemetry.tracing import Tracing
 
             self.tracing = Tracing()
         self._runner = runner = self._open_runner(settings)

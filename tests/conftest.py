@@ -47,7 +47,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]:
     """For replicas that shed after a few images and draw for long where asked to."""
-    from engines.model import prepare
+    from engines.drawing.model import prepare
 
     prepare(Order(str(lcm_checkpoint), "onnxruntime", cache_dir=cache_dir), lambda *_: None)
     return {

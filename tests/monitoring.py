@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from service.ray_environment import free_port
+from service.ray_serve.environment import free_port
 from tests.replicas import ReplicaProcess
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

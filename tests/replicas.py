@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 from fastapi import FastAPI
 
-from service.app import build_app
-from service.ray_environment import free_port
+from service.ray_serve.environment import free_port
 from service.replica import Replica
 from service.settings import load_settings
+from service.web.app import build_app
 
 START_TIMEOUT_S = 180.0
 

@@ -1,26 +1,24 @@
-"""LoRAs beside a model: chosen by name and weight, fused into its parts.
+"""LoRAs beside a model: chosen by name and weight, added to its parts while it serves.
 
-Owns the sum of low-rank pairs with the built weights. An engine learns no more than which weights
-differ from the built ones (`Engine.refit`); files are read by `lora_file`.
+An engine learns no more than which weights differ from the built ones (`Engine.refit`); what a file
+holds and what is added, `engines.loras` knows.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from engines.backends.engine import Engine
-from engines.backends.lora_file import PREFIXES, Lora, LowRank, read_lora
-from engines.errors import CheckpointError, InvalidInput
+from engines.errors import InvalidInput
+from engines.loras.file import PREFIXES, Lora, LowRank
+from engines.loras.fusing import check_fit, fused
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from engines.families.part import Part
 
 AdapterSet = tuple[tuple[str, float], ...]  # (name, λ) in the names' order, no λ of 0; (): the base
 
@@ -36,7 +34,7 @@ class Adapters:
         self._held: dict[str, AdapterSet | None] = dict.fromkeys(PREFIXES, ())  # of it, by part
         self._moved: dict[tuple[str, str], LowRank] = {}  # by name and weight: where engines are
         for name, lora in loras.items():
-            _check_fit(name, lora, engines)
+            check_fit(name, lora, lambda part, weight: engines[part].weight(weight))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,17 +76,13 @@ class Adapters:
         self._current = wanted
 
     def _fuse(self, part: str, wanted: AdapterSet) -> dict[str, Tensor]:
-        """W + Σ λ · scale · up · down in float32, in the built weight's own type."""
-        engine, fused = self._engines[part], {}
+        """The weights that the set changes."""
+        engine, outcome = self._engines[part], {}
         for weight in sorted({w for name, _ in wanted for w in self._loras[name][part]}):
             built = engine.weight(weight)
-            total = built.float()
-            for name, strength in wanted:
-                pair = self._pair(name, part, weight, built.device)
-                if pair is not None:
-                    total = total + strength * pair.delta(tuple(built.shape))
-            fused[weight] = total.to(built.dtype)
-        return fused
+            found = [(s, self._pair(name, part, weight, built.device)) for name, s in wanted]
+            outcome[weight] = fused(built, [(s, pair) for s, pair in found if pair])
+        return outcome
 
     def _pair(self, name: str, part: str, weight: str, device: torch.device) -> LowRank | None:
         """On the device of the weight that it changes, and from its first use on kept there."""
@@ -98,42 +92,3 @@ class Adapters:
         if (name, weight) not in self._moved:
             self._moved[name, weight] = pair.to(device)
         return self._moved[name, weight]
-
-
-def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
-    """Add LoRAs, each with its λ, to the weights of a model's modules, for good.
-
-    Raises:
-        CheckpointError: a file is no LoRA, or was made for another architecture.
-    """
-    from engines.backends.torch_engine import TorchEngine
-
-    if loras:
-        named = {f"{index}: {path}": (path, weight) for index, (path, weight) in enumerate(loras)}
-        engines: dict[str, Engine] = {part.name: TorchEngine(part, "cpu") for part in parts}
-        adapters = Adapters({name: read_lora(path) for name, (path, _) in named.items()}, engines)
-        adapters.switch(adapters.settle({name: weight for name, (_, weight) in named.items()}))
-
-
-def _check_fit(name: str, lora: Lora, engines: Mapping[str, Engine]) -> None:
-    strange = []
-    for part, pairs in lora.items():
-        for weight, pair in pairs.items():
-            try:
-                shape = tuple(engines[part].weight(weight).shape)
-            except KeyError:
-                strange.append(weight)
-                continue
-            changed = (pair.up.shape[0], *pair.down.shape[1:])
-            if math.prod(changed) != math.prod(shape):  # a 1 x 1 convolution's may be a matrix
-                raise CheckpointError(
-                    f"LoRA {name!r} changes {weight} as {changed}, here it is {shape}: it was made "
-                    "for another model"
-                )
-    if strange:
-        count = sum(len(pairs) for pairs in lora.values())
-        listed = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
-        raise CheckpointError(
-            f"LoRA {name!r} changes {listed}, which this model has not ({len(strange)} of its "
-            f"{count} weights): it was made for another"
-        )

@@ -10,8 +10,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.build.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 from engines.errors import BackendUnavailable
-from engines.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 
 # Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
 DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))

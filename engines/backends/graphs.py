@@ -23,6 +23,15 @@ Call = Callable[..., tuple[Tensor, ...]]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
+def bucket_of(num_rows: int) -> int:
+    """Rows that a call is filled up to where each count has a CUDA graph of its own.
+
+    Up to 8 it is taken as it is; above that graphs are few and at most a quarter is added.
+    """
+    step = 1 << max(0, (num_rows - 1).bit_length() - 3)  # 9 to 16: 2, 17 to 32: 4
+    return -(-num_rows // step) * step
+
+
 class Graphs:
     """``call`` takes named tensors whose first axis is the batch, and returns such tensors.
 

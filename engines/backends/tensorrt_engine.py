@@ -19,8 +19,8 @@ from engines.backends.captures import capturing
 from engines.backends.contexts import Contexts
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
+from engines.build.plan import MODULES, import_tensorrt, make_logger
 from engines.errors import BackendUnavailable, InvalidInput
-from engines.plan import MODULES, import_tensorrt, make_logger
 
 DTYPES = {
     "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64,

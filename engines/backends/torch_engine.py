@@ -9,8 +9,7 @@ from torch import Tensor
 
 from engines.backends.engine import Variant
 from engines.backends.fused import fuse, refresh
-from engines.backends.graphs import Graphs
-from engines.batching import bucket_of
+from engines.backends.graphs import Graphs, bucket_of
 from engines.families.part import Part
 
 

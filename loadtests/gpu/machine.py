@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from engines.versions import version_of
 from loadtests.gpu.clocks import device_ms, wall_ms
 from loadtests.gpu.models import shape_for
 from loadtests.gpu.section import Section
 from loadtests.peak import DTYPES, matrix_peak, plain_fp32
+from service.telemetry.versions import version_of
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "onnx", "numpy", "fourstep", "ray")
 DRIVER = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"

@@ -18,11 +18,11 @@ import torch
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice
 from engines.backends.engine import Engine
-from engines.checkpoint import tokenizer_of
+from engines.build.checkpoint import tokenizer_of
+from engines.drawing.model import Model
+from engines.drawing.runner import Runner
 from engines.families import stable_diffusion
 from engines.families.part import Part
-from engines.model import Model
-from engines.runner import Runner
 from loadtests.peak import DTYPES
 from loadtests.torch_flops import count_part_flops
 

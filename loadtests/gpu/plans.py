@@ -2,8 +2,8 @@
 
 `try_ways` exports the decoder of a small model on the spot and gives each way a process of its own,
 which builds a plan, loads it, runs it and compares it with torch: a library may well abort. No way
-goes through `engines.plan.compile_plan`, which refuses what it does not know; here that is the
-question.
+goes through `engines.build.plan.compile_plan`, which refuses what it does not know; here that is
+the question.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import typer
 
-from engines.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+from engines.build.export import export_onnx
+from engines.build.plan import INSTALL, MODULES, import_tensorrt, make_logger, parse
 from engines.errors import EngineError
-from engines.export import export_onnx
 from engines.families import family_of
-from engines.plan import INSTALL, MODULES, import_tensorrt, make_logger, parse
 from loadtests.gpu.clocks import wall_ms
 from loadtests.gpu.models import TINY, make_pipeline, parts_of
 from loadtests.gpu.section import Section

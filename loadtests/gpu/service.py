@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 
+from engines.drawing.runner import Runner
 from engines.order import Order
-from engines.runner import Runner
 from loadtests.bare import recipes_of
 from loadtests.client import Client, require_answers
 from loadtests.gpu.models import SD15, save_checkpoint
@@ -28,10 +28,10 @@ from loadtests.gpu.section import Section
 from loadtests.scrape import Scrape
 from loadtests.serving import Service, running
 from loadtests.traffic import Ask, Profile
-from service.app import build_app
-from service.ray_environment import free_port
+from service.ray_serve.environment import free_port
 from service.replica import Replica
 from service.settings import load_settings
+from service.web.app import build_app
 
 NUM_STEPS = 4
 FORMATS = ("png", "jpeg", "webp")

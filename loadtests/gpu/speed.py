@@ -18,8 +18,8 @@ from torch import Tensor
 
 from engines.backends.engine import Engine
 from engines.backends.torch_engine import TorchEngine
+from engines.drawing.runner import Runner
 from engines.families.part import Part
-from engines.runner import Runner
 from loadtests.bare import call_times, recipes_of
 from loadtests.gpu import sdxl
 from loadtests.gpu.clocks import device_ms, wait, wall_ms

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engines.drawing import Recipe
+from engines.drawing.drawing import Recipe
+from engines.drawing.runner import Runner
 from engines.order import DEFAULT_CACHE_DIR, Order
-from engines.runner import Runner
 from loadtests.peers.sleeping import open_sleeping
-from service.images import encode_image
 from service.settings import Settings
+from service.web.images import encode_image
 
 MAX_BATCH = 8  # requests; the engine's own batches are smaller on a CPU, and the runner cuts them
 BATCH_WAIT_S = 0.01  # Ray Serve's default, and what LitServe's examples use

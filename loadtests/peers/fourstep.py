@@ -11,12 +11,12 @@ from ray import serve
 
 from loadtests.peers.drawing import Options
 from loadtests.peers.sleeping import open_sleeping
-from service.app import build_app
-from service.logs import configure_logs
+from service.ray_serve.serve import serve_here
+from service.ray_serve.serve_config import IMPORT_PATH, Application, ServeConfig
 from service.replica import Replica
-from service.serve import serve_here
-from service.serve_config import IMPORT_PATH, Application, ServeConfig
 from service.settings import load_settings
+from service.web.app import build_app
+from service.web.logs import configure_logs
 
 MAX_WAITING = 10_000  # nothing is refused: what waits is what is measured
 

@@ -11,7 +11,7 @@ from loadtests.client import Answer, Client, require_answers
 from loadtests.peers import Peer
 from loadtests.serving import Service, running
 from loadtests.traffic import Profile, poisson, until
-from service.ray_environment import free_port
+from service.ray_serve.environment import free_port
 
 NUM_CLIENTS = 32  # of the closed loop: four batches of eight, so that none ever waits for clients
 NUM_WARM_UP = 16

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loadtests.peers.drawing import BATCH_WAIT_S, MAX_BATCH, BatchEngine, Options
-from service.serve import serve_here
-from service.serve_config import Application, ServeConfig
+from service.ray_serve.serve import serve_here
+from service.ray_serve.serve_config import Application, ServeConfig
 
 MAX_ONGOING_REQUESTS = 10_000  # nothing is refused: what waits is what is measured
 

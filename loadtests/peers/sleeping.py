@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.model import load_model
+from engines.drawing.model import load_model
+from engines.drawing.runner import Runner
 from engines.order import Order
-from engines.runner import Runner
 from loadtests.timing import GPU_SHAPED
 
 

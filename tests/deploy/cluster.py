@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import psutil
 
-from service.ray_environment import free_port
+from service.ray_serve.environment import free_port
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,13 @@ import pytest
 import typer
 import yaml
 
-from service.app import build_app
 from service.cli import app as command
-from service.ray_environment import ray_environment
+from service.ray_serve.environment import ray_environment
+from service.ray_serve.scaling import split_args
+from service.ray_serve.serve_config import ServeConfig
 from service.replica import Replica
-from service.scaling import split_args
-from service.serve_config import ServeConfig
 from service.settings import Settings, load_settings
+from service.web.app import build_app
 from tests.deploy.manifests import (
     KUBERNETES,
     ROOT,

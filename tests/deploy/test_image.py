@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from dockerfile_parse import DockerfileParser
 
-from service.app import build_app
 from service.replica import Replica
 from service.settings import Settings
+from service.web.app import build_app
 from tests.deploy.manifests import ROOT, environment, head, overlay
 from tests.deploy.test_consistency import IMAGE_BIN, parsed
 

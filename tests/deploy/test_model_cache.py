@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle import open_bundle
-from engines.model import prepare
+from engines.build.bundle import open_bundle
+from engines.drawing.model import prepare
 from engines.order import Order
 from tests.deploy.manifests import KUBERNETES, ROOT
 

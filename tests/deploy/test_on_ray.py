@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from engines.model import prepare
+from engines.drawing.model import prepare
 from engines.order import Order
-from service.keys import make_key
+from service.access.keys import make_key
 from tests.deploy.cluster import BIN, RayCluster
 from tests.deploy.manifests import environment, kustomize_version, overlay, serve_config
 from tests.deploy.test_consistency import IMAGE_BIN

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import engines.export
-from engines.bundle import Blueprint, ensure_bundle
+import engines.build.export
+from engines.build.bundle import Blueprint, ensure_bundle
 from engines.families.part import Part
 
 
@@ -23,7 +23,7 @@ def main(checkpoint: str, cache: str, delay_s: str) -> None:
         time.sleep(float(delay_s))
         path.write_bytes(part.name.encode())
 
-    engines.export.export_onnx = export_onnx
+    engines.build.export.export_onnx = export_onnx
     bundle = ensure_bundle(Blueprint(Path(checkpoint)), Path(cache), lambda *_: None)
     print(bundle.folder, flush=True)
 

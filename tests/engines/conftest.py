@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines.drawing.runner import Runner
 from engines.order import Order
-from engines.runner import Runner
 
 BACKENDS = ("torch", "onnxruntime")
 COMBINATIONS = [

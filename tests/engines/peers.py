@@ -22,9 +22,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from engines.drawing import Recipe
-from engines.runner import Runner
-from engines.stage import Stage
+from engines.drawing.drawing import Recipe
+from engines.drawing.runner import Runner
+from engines.drawing.stage import Stage
 
 SCHEDULERS = {
     "lcm": LCMScheduler,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engines.bundle import Blueprint, ensure_bundle, open_bundle
+from engines.build.bundle import Blueprint, ensure_bundle, open_bundle
 
 PROGRAM = "from engines.cli import app, run; run(app)"
 # Runs a command and then says which heavy packages it has imported, on the last line of stdout.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.model import prepare
+from engines.drawing.model import prepare
 from engines.order import Order
 from loadtests import serving
 from loadtests.serving import Service

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.checkpoint import load_facts, load_pipeline
+from engines.build.checkpoint import load_facts, load_pipeline
+from engines.drawing.model import prepare
 from engines.families import family_of
-from engines.model import prepare
 from engines.order import Order
 from loadtests.flops import count_flops, evaluate
 from loadtests.gpu.models import SD15, count_shape

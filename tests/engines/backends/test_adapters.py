@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.backends import onnxruntime_engine
-from engines.backends.lora_file import read_lora
 from engines.backends.onnxruntime_engine import OnnxRuntimeEngine
-from engines.bundle import Blueprint, build_bundle
+from engines.build.bundle import Blueprint, build_bundle
+from engines.drawing.runner import Runner
 from engines.errors import CheckpointError, InvalidInput
 from engines.facts import Defaults
+from engines.loras.file import read_lora
 from engines.order import Order
-from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
 from tests.engines.conftest import BACKENDS
 from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe

@@ -15,11 +15,11 @@ from tokenizers.models import BPE
 from engines.backends import choice as choices
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
-from engines.bundle import Bundle
+from engines.build.bundle import Bundle
+from engines.build.plan import PlanTarget
+from engines.drawing.model import Model, check_plans
 from engines.errors import BackendUnavailable, BundleError
 from engines.facts import Facts
-from engines.model import Model, check_plans
-from engines.plan import PlanTarget
 
 EVERYTHING = frozenset({"onnxruntime", "torch", "tensorrt", "tensorrt_rtx"})
 WITHOUT_TENSORRT = frozenset({"onnxruntime", "torch"})

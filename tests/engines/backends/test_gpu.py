@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.backends.choice import Machine, choose_backend
-from engines.bundle import Blueprint, build_bundle
-from engines.drawing import Recipe
+from engines.build.bundle import Blueprint, build_bundle
+from engines.build.plan import MODULES, PlanTarget
+from engines.drawing.drawing import Recipe
+from engines.drawing.runner import Runner
 from engines.errors import BackendUnavailable, InvalidInput, OutOfMemory
 from engines.order import Order
-from engines.plan import MODULES, PlanTarget
-from engines.runner import Runner
 from tests.engines.peers import draw_together, psnr_db, recipe
 
 pytestmark = pytest.mark.gpu

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from engines.backends.adapters import Adapters
 from engines.backends.engine import Variant
-from engines.backends.lora_file import LowRank
 from engines.backends.onnx_weights import OnnxWeights
-from engines.checkpoint import load_facts, load_pipeline, pipeline_class
-from engines.export import export_onnx
+from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class
+from engines.build.export import export_onnx
 from engines.families import family_of
+from engines.loras.file import LowRank
 
 
 class _Unrun:

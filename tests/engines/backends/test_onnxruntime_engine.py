@@ -15,8 +15,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from engines.backends import onnxruntime_engine
 from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine, cut
+from engines.drawing.runner import Runner
 from engines.order import Order
-from engines.runner import Runner
 from tests.engines.checkpoints import make_lora
 from tests.engines.peers import draw_together, recipe
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engines.checkpoint import DEMO_MODELS
+from engines.build.checkpoint import DEMO_MODELS
 from engines.distill.captions import caption
 from engines.distill.checker import Reading, read
 from engines.distill.evaluate import GUIDANCE, Exam
 from engines.distill.world import ATTRIBUTES
+from engines.drawing.runner import Runner
 from engines.order import Order
-from engines.runner import Runner
 
 LORAS = {name: DEMO_MODELS / f"demo-{name}-lora" for name in ("lcm", "striped", "checkered")}
 EXAM = Exam.of(48, seed=11)

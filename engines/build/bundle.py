@@ -1,0 +1,260 @@
+"""A bundle: a model's folder of compiled parts, with a manifest that says what it is made of.
+
+    manifest.json   format, key, source hash, precision, versions, facts, files with size and hash
+    tokenizer.json  for the `tokenizers` library: serving needs neither transformers nor diffusers
+    <part>.onnx, <part>.onnx.data
+    <part>.plan     where it was built for TensorRT
+
+Nothing stale or damaged is used: the key covers all that the files depend on, every file is
+checked against its hash when a bundle is opened, and a folder appears under its name only whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from engines.build.checkpoint import (
+    fingerprint,
+    load_facts,
+    load_pipeline,
+    name_of,
+    pipeline_class,
+    tokenizer_of,
+)
+from engines.build.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
+from engines.errors import BundleError
+from engines.facts import OWN_DEFAULTS, Defaults, Facts
+
+if TYPE_CHECKING:
+    from engines.families.part import Part
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+BUILT_WITH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened and verified bundle."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    facts: Facts
+
+    @property
+    def precision(self) -> str:
+        return str(self.manifest["precision"])
+
+    def part(self, name: str) -> Path:
+        return self.folder / f"{name}.onnx"
+
+
+def is_bundle(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a bundle is to be made of: equal blueprints make equal bundles."""
+
+    source: Path  # a diffusers folder
+    precision: str = "fp32"
+    target: PlanTarget | None = None  # compile plans for it too
+    loras: tuple[tuple[Path, float], ...] = ()  # fused into the weights, each with its λ
+    defaults: Defaults = OWN_DEFAULTS
+
+    @functools.cached_property
+    def source_hash(self) -> str:
+        return fingerprint(self.source)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Of all that the contents depend on, as 16 hex digits."""
+        versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
+        lines = [str(FORMAT), self.source_hash, self.precision, _exporter_hash(), *versions]
+        lines += [f"{fingerprint(path)} {weight}" for path, weight in self.loras]
+        lines += [str(self.defaults)]
+        if self.target:
+            lines += [str(self.target), str(import_tensorrt(self.target.engine).__version__)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _exporter_hash() -> str:
+    """Of our own code that makes the graphs: an edit there makes other bundles."""
+    here = Path(__file__).parents[1]
+    own = [here / "build" / name for name in ("export.py", "plan.py")]
+    rooms = [here / name for name in ("families", "loras")]
+    files = [*own, *(file for room in rooms for file in sorted(room.glob("*.py")))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read and verify a bundle.
+
+    Raises:
+        BundleError: no manifest, another format, a missing or altered file.
+    """
+    way_out = f"rebuild it with: fourstep build MODEL --out {folder}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder} has no readable {MANIFEST} ({error}); {way_out}") from error
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{folder / MANIFEST} is not a bundle's; {way_out}")
+    if manifest.get("format") != FORMAT:
+        raise BundleError(
+            f"{folder} has bundle format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            f"{way_out}"
+        )
+    try:
+        facts = Facts.from_json(manifest["facts"])
+        files = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(
+            f"{folder / MANIFEST} is not a bundle's ({error!r}); {way_out}"
+        ) from error
+    for name, (num_bytes, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; {way_out}")
+        if path.stat().st_size != num_bytes or _sha256(path) != digest:
+            raise BundleError(f"{path} is not what the manifest says it is (damaged?); {way_out}")
+    return Bundle(folder, manifest, facts)
+
+
+def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> Bundle:
+    """The bundle of a blueprint from the cache, built first where it is not there.
+
+    Two processes asking at once build once: the second waits and opens. A damaged cache entry is
+    built again.
+    """
+    folder = folder_of(blueprint, cache_dir)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if is_bundle(folder):
+            try:
+                return open_bundle(folder)
+            except BundleError:
+                shutil.rmtree(folder)
+        _build(blueprint, folder, progress)
+    return open_bundle(folder)
+
+
+def folder_of(blueprint: Blueprint, cache_dir: Path) -> Path:
+    """Where the cache has, or will have, a blueprint's bundle."""
+    name = name_of(blueprint.source).rpartition("/")[2]
+    return cache_dir / "bundles" / f"{name}-{blueprint.precision}-{blueprint.key}"
+
+
+def build_bundle(blueprint: Blueprint, folder: Path, progress: Progress) -> Bundle:
+    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced)."""
+    if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
+        raise BundleError(f"{folder} exists and is not a bundle; choose another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        _build(blueprint, folder, progress)
+    return open_bundle(folder)
+
+
+def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
+    """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
+    source, target = blueprint.source, blueprint.target
+    pipeline_class(source)  # a clear error before anything heavy is imported
+    progress(f"loading {name_of(source)}", 0, 5)
+    from engines.build.export import OPSET, export_onnx
+    from engines.families import family_of
+    from engines.loras.fusing import fuse
+
+    partial = folder.with_name(f"{folder.name}.{blueprint.key}.partial")
+    for older in folder.parent.glob(f"{folder.name}.*.partial"):
+        if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
+            shutil.rmtree(older)
+    partial.mkdir(exist_ok=True)
+    pipeline = load_pipeline(source, blueprint.precision)
+    facts = load_facts(source, pipeline).with_defaults(blueprint.defaults)
+    if target:
+        target = target.settled(facts)
+        check_target(target, facts)
+    parts = family_of(pipeline_class(source)).parts(pipeline, facts)
+    fuse(parts, blueprint.loras)
+    num_pieces = len(parts) * (2 if target else 1) + 1
+    for index, part in enumerate(parts):
+        progress(f"exporting {part.name}", index, num_pieces)
+        done = partial / f"{part.name}.done"
+        if not done.exists():
+            for half_written in partial.glob(f"{part.name}.onnx*"):
+                half_written.unlink()
+            export_onnx(part, partial / f"{part.name}.onnx")
+            done.touch()
+    plans = _compile(parts, facts, target, partial, progress) if target else None
+    progress("writing the manifest", num_pieces - 1, num_pieces)
+    tokenizer_of(pipeline).save(str(partial / TOKENIZER))
+    for mark in partial.glob("*.done"):
+        mark.unlink()
+    manifest = {
+        "format": FORMAT,
+        "key": blueprint.key,
+        "source": {"name": name_of(source), "sha256": blueprint.source_hash},
+        "loras": [{"name": path.name, "weight": weight} for path, weight in blueprint.loras],
+        "precision": blueprint.precision,
+        "opset": OPSET,
+        "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},
+        "facts": facts.to_json(),
+        **({"plans": plans} if plans else {}),
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(partial.iterdir())
+        },
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    progress("done", num_pieces, num_pieces)
+
+
+def _compile(
+    parts: list[Part], facts: Facts, target: PlanTarget, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Compile each part's ONNX in ``folder`` to a plan; what the manifest says of them."""
+    version = str(import_tensorrt(target.engine).__version__)
+    # Beside the bundle, where the next build finds it too.
+    cache = folder.parent / f"{target.engine}-{version}.timing-cache"
+    num_pieces = 2 * len(parts) + 1
+    reports = {}
+    for index, part in enumerate(parts, start=len(parts)):
+        done = folder / f"{part.name}.plan.done"
+        if not done.exists():
+            report = compile_plan(
+                folder / f"{part.name}.onnx",
+                folder / f"{part.name}.plan",
+                profiles_of(part, target, facts.vae_scale_factor),
+                target,
+                timing_cache=cache,
+                steps=lambda step, total, part=part, index=index: progress(  # type: ignore[misc]
+                    f"compiling {part.name}, phase {step} of {total}", index, num_pieces
+                ),
+            )
+            done.write_text(json.dumps(dataclasses.asdict(report)))
+        reports[part.name] = json.loads(done.read_text())
+    return {"target": dataclasses.asdict(target), "version": version, "parts": reports}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,100 @@
+"""What a loaded model says of itself, and which recipes it takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.drawing.batching import decode_rows
+from engines.drawing.drawing import Recipe
+from engines.drawing.model import Model
+from engines.errors import InvalidInput
+from engines.samplers import SAMPLERS
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What callers may ask of the model; sizes in pixels."""
+
+    model_id: str
+    family: str
+    backend: str
+    backend_reason: str
+    precision: str
+    default_width: int
+    default_height: int
+    size_multiple: int
+    min_size_px: int
+    max_size_px: int
+    max_tokens: int
+    guidance_embedding: bool
+    default_sampler: str
+    default_num_steps: int
+    default_guidance_scale: float
+    samplers: tuple[str, ...]
+    loras: tuple[str, ...]
+    max_batch: int
+    max_decode_batch: int
+    max_calls: int  # engine calls that run side by side
+
+
+def describe(model: Model, max_batch: int | None, model_id: str | None) -> ModelInfo:
+    """What is said of a loaded model; None leaves batch and name to it."""
+    facts = model.facts
+    lanes = model.batch_for(max_batch)
+    return ModelInfo(
+        model_id=model_id or facts.name,
+        family=facts.family,
+        backend=model.choice.backend,
+        backend_reason=model.choice.reason,
+        precision=model.precision,
+        default_width=facts.default_size_px,
+        default_height=facts.default_size_px,
+        size_multiple=facts.size_multiple_px,
+        min_size_px=facts.min_size_px,
+        max_size_px=facts.max_size_px,
+        max_tokens=facts.max_tokens,
+        guidance_embedding=facts.time_cond_dim > 0,
+        default_sampler=facts.default_sampler,
+        default_num_steps=facts.default_num_steps,
+        default_guidance_scale=facts.default_guidance_scale,
+        samplers=SAMPLERS,
+        loras=model.adapters.names,
+        max_batch=lanes,
+        max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
+        max_calls=model.max_calls,
+    )
+
+
+def check_recipe(recipe: Recipe, model: Model) -> None:
+    """Raise `InvalidInput` for what no sampler could make good."""
+    facts, target = model.facts, model.target
+    for name, side in (("width_px", recipe.width_px), ("height_px", recipe.height_px)):
+        step = facts.size_multiple_px
+        if side % step or not facts.min_size_px <= side <= facts.max_size_px:
+            raise InvalidInput(
+                name,
+                side,
+                f"{name} is {side}; it must be a multiple of {step} from "
+                f"{facts.min_size_px} to {facts.max_size_px}",
+            )
+    if target and not target.takes(recipe.width_px, recipe.height_px):
+        size = f"{recipe.width_px}x{recipe.height_px}"
+        built = ", ".join(f"{width}x{height}" for width, height in target.sizes_px)
+        raise InvalidInput(
+            "width_px", size, f"size is {size}; this model's plans were built for {built}"
+        )
+    if not 0 <= recipe.seed < 2**64:
+        raise InvalidInput(
+            "seed", recipe.seed, f"seed is {recipe.seed}; it must be from 0 to 2**64 - 1"
+        )
+    if not math.isfinite(recipe.guidance_scale):
+        raise InvalidInput(
+            "guidance_scale", recipe.guidance_scale, "guidance_scale must be a finite number"
+        )
+    shape = (recipe.height_px, recipe.width_px, 3)
+    if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
+        found = f"{recipe.image.dtype} {recipe.image.shape}"
+        raise InvalidInput("image", found, f"image is {found}; it must be uint8 {shape}")

@@ -1,0 +1,140 @@
+"""The rows of a denoise call laid out as the denoiser's inputs, one lane for each row of its batch.
+
+Made when rows meet and good for as many steps as no row joins or leaves: what a step reads of
+schedules, guidance and prompts goes to the device once, for all of these steps, and the latents of
+a step are the sample of the next without a copy. Owns no noise and makes no engine call: see
+`engines.drawing.runner`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.drawing import transfers
+from engines.drawing.drawing import Drawing
+
+Table = np.ndarray | Tensor  # on the host as numpy has it, which costs an operation less
+
+
+class Lanes:
+    """Rows of one group, a lane each and a second one for guidance.
+
+    Each row has its embeddings, its latents and, where its next step adds any, its noise.
+    """
+
+    def __init__(self, drawings: Sequence[Drawing], device: str) -> None:
+        self._device = device
+        self._drawings = tuple(drawings)
+        self._step_indices = [drawing.step_index for drawing in drawings]
+        owners = [drawing for drawing in drawings for _ in range(drawing.num_lanes)]
+        self._owners = owners
+        self._first: list[int] = []  # lane of each row
+        guidance = np.ones(len(owners), np.float32)
+        uncond = np.arange(len(owners))
+        lane = 0
+        for drawing in drawings:
+            self._first.append(lane)
+            if drawing.num_lanes == 2:  # the second lane holds the unconditional prediction
+                guidance[lane] = drawing.recipe.guidance_scale
+                uncond[lane] = lane + 1
+            lane += drawing.num_lanes
+        embeds = [each for drawing in drawings for each in drawing.prompt_embeds or ()]
+        assert len(embeds) == len(owners), "encode_text comes first"
+        self._step = 0  # since these rows met
+        self._sample: Tensor | None = None  # of the next step, where the last one left it whole
+        self._noise: Tensor | None = None  # of the next step, where it was laid out ahead
+        hosted = {
+            "guidance": torch.from_numpy(guidance),
+            "uncond_index": torch.from_numpy(uncond),
+        }
+        conds = [drawing.timestep_cond for drawing in owners if drawing.timestep_cond is not None]
+        if conds:
+            hosted["timestep_cond"] = torch.stack(conds)
+        tables = _tables(owners)
+        if device != "cpu":
+            hosted |= {name: torch.from_numpy(table) for name, table in tables.items()}
+        self._inputs = transfers.upload(hosted, device)
+        self._tables: dict[str, Table] = {  # a line for each step
+            name: self._inputs.pop(name, table) for name, table in tables.items()
+        }
+        self._inputs["prompt_embeds"] = transfers.stack(embeds, device)
+
+    def hold(self, drawings: Sequence[Drawing]) -> bool:
+        """Whether these are exactly the rows laid out here, in their order, as they were left."""
+        return (
+            len(drawings) == len(self._drawings)
+            and all(one is other for one, other in zip(drawings, self._drawings, strict=True))
+            and self._step_indices == [drawing.step_index for drawing in drawings]
+        )
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the denoiser takes for the next step of each row; shapes as `Denoiser` has them."""
+        if self._noise is None:
+            self.lay_out_noise()
+        assert self._noise is not None, "laid out just now"
+        noise, self._noise = self._noise, None  # a call that is made again lays it out again
+        sample = self._sample
+        if sample is None:
+            sample = transfers.stack([_latents(each) for each in self._owners], self._device)
+        return {
+            **self._inputs,
+            **{name: _line(table, self._step) for name, table in self._tables.items()},
+            "sample": sample,
+            "noise": noise,
+        }
+
+    def lay_out_noise(self) -> None:
+        """The next step's noise, which its rows have drawn: best while an engine is at this one."""
+        noises = [drawing.step_noise for drawing in self._owners]
+        shape = _latents(self._owners[0]).shape
+        if any(noise is not None for noise in noises):
+            rows = [_silence(shape) if noise is None else noise for noise in noises]
+            self._noise = transfers.stack(rows, self._device)
+        else:
+            self._noise = torch.zeros((len(noises), *shape), device=self._device)
+
+    def advance(self, outputs: Mapping[str, Tensor]) -> None:
+        """Take the step's outcome to the rows."""
+        next_sample = outputs["next_sample"]  # [B, C, h, w], as denoised
+        latents, denoised = next_sample.unbind(0), outputs["denoised"].unbind(0)
+        for drawing, lane in zip(self._drawings, self._first, strict=True):
+            drawing.latents, drawing.denoised = latents[lane], denoised[lane]
+            drawing.step_noise = None
+            drawing.step_index += 1
+        self._step += 1
+        self._step_indices = [drawing.step_index for drawing in self._drawings]
+        # Of a guided row the second lane's outcome belongs to nobody.
+        self._sample = next_sample if len(self._drawings) == len(self._owners) else None
+
+
+def _tables(owners: Sequence[Drawing]) -> dict[str, np.ndarray]:
+    """Coefficients float32 ``[S, B, 6]`` and timestep ``[S, B]`` of steps that all rows have."""
+    num_steps = min(drawing.num_steps - drawing.step_index for drawing in owners)
+    coefficients = np.empty((num_steps, len(owners), 6), np.float32)
+    timesteps = np.empty((num_steps, len(owners)), np.float32)
+    for lane, drawing in enumerate(owners):
+        left = slice(drawing.step_index, drawing.step_index + num_steps)
+        coefficients[:, lane] = drawing.schedule.coefficients[left]
+        timesteps[:, lane] = drawing.schedule.timesteps[left]
+    return {"coefficients": coefficients, "timestep": timesteps}
+
+
+def _line(table: Table, step: int) -> Tensor:
+    line = table[step]
+    return line if isinstance(line, Tensor) else torch.from_numpy(line)
+
+
+@functools.lru_cache(maxsize=64)  # one for each size
+def _silence(shape: torch.Size) -> Tensor:
+    """For a row whose step adds no noise: its coefficient r is 0. Not to be changed in place."""
+    return torch.zeros(shape)
+
+
+def _latents(drawing: Drawing) -> Tensor:
+    assert drawing.latents is not None, "the first noise is drawn before a step"
+    return drawing.latents

@@ -1,0 +1,118 @@
+"""How far one build of a model is from another: every engine call made twice, on the same inputs.
+
+The reference draws; each of its calls is handed to the other build too. So errors are those of one
+part alone, never of the steps before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.backends.engine import Engine, Variant
+from engines.drawing.drawing import Recipe
+from engines.drawing.model import PARTS, Model
+from engines.drawing.runner import Runner
+
+MIN_PSNR_DB = 35.0  # of the decoder's pixels
+MAX_RELATIVE_ERROR = 0.02  # of every other output; half precision keeps 11 bits
+NUM_STEPS = 4
+
+
+@dataclass(slots=True)
+class Parity:
+    """One output of one part, over all calls."""
+
+    part: str
+    output: str
+    num_values: int = 0
+    num_not_finite: int = 0  # in the other build's output
+    squared_error: float = 0.0
+    squared_norm: float = 0.0  # of the reference
+    largest_error: float = 0.0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Count one call's output."""
+        truth, found = reference.double().cpu(), other.double().cpu()
+        finite = torch.isfinite(found)
+        error = torch.where(finite, found - truth, 0.0)
+        self.num_values += found.numel()
+        self.num_not_finite += int((~finite).sum())
+        self.squared_error += float((error**2).sum())
+        self.squared_norm += float((truth**2).sum())
+        self.largest_error = max(self.largest_error, float(error.abs().max()))
+
+    @property
+    def relative_error(self) -> float:
+        """‖other − reference‖ / ‖reference‖."""
+        return float(np.sqrt(self.squared_error / max(self.squared_norm, 1e-30)))
+
+    @property
+    def psnr_db(self) -> float:
+        """Of uint8 pixels."""
+        if self.squared_error == 0:
+            return float("inf")
+        return float(10 * np.log10(255.0**2 * self.num_values / self.squared_error))
+
+    @property
+    def tells_finite(self) -> bool:
+        """Whether nothing but that counts: sums of pixels may be near zero, and far off for it."""
+        return self.output == "pixel_sums"
+
+    @property
+    def good(self) -> bool:
+        """All finite, and within the limits of this module."""
+        if self.num_not_finite:
+            return False
+        if self.tells_finite:
+            return True
+        if self.output == "pixels":
+            return self.psnr_db >= MIN_PSNR_DB
+        return self.relative_error <= MAX_RELATIVE_ERROR
+
+
+class _Both:
+    """An engine that answers with the reference's outputs and counts the other's beside them."""
+
+    def __init__(self, part: str, reference: Engine, other: Engine) -> None:
+        self._part, self._reference, self._other = part, reference, other
+        self.outputs: dict[str, Parity] = {}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        answer = {name: value.clone() for name, value in self._reference.run(inputs).items()}
+        for name, found in self._other.run(inputs).items():
+            parity = self.outputs.setdefault(name, Parity(self._part, name))
+            parity.add(answer[name], found)
+        return answer
+
+    def weight(self, name: str) -> Tensor:
+        return self._reference.weight(name)
+
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._reference.refit(variant, weights)
+        self._other.refit(variant, weights)
+
+    def close(self) -> None:
+        self._reference.close()
+        self._other.close()
+
+
+def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Parity]:
+    """Draw the prompts, from text and again from the picture, and compare every output met."""
+    engines = {part: _Both(part, reference.engines[part], other.engines[part]) for part in PARTS}
+    runner = Runner(dataclasses.replace(reference, engines=engines))
+    recipes = [
+        runner.default_recipe(seed, prompt, NUM_STEPS) for seed, prompt in enumerate(prompts)
+    ]
+    again = [_from_picture(d.recipe, d.pixels) for d in runner.draw(recipes)]
+    runner.draw(again)
+    return [parity for part in PARTS for parity in engines[part].outputs.values()]
+
+
+def _from_picture(recipe: Recipe, pixels: np.ndarray | None) -> Recipe:
+    return dataclasses.replace(recipe, image=pixels, strength=0.5)

@@ -1,0 +1,396 @@
+"""Drives rows over a model's engines: one method for each engine call there is.
+
+`start` runs on any thread and calls no engine. The four calls advance their drawings in place; as
+many run side by side, each of its own drawings, as ``info.max_calls`` says. Noise belongs to the
+row: its own CPU generator draws in diffusers' order (encoder sample, first noise, then one draw a
+step), so a result depends on nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.backends.adapters import AdapterSet
+from engines.build.bundle import Progress
+from engines.drawing import transfers
+from engines.drawing.batching import rows_that_fit
+from engines.drawing.drawing import Drawing, Group, Recipe, guidance_embedding, spread_previews
+from engines.drawing.faults import engine_call
+from engines.drawing.info import ModelInfo, check_recipe, describe
+from engines.drawing.lanes import Lanes
+from engines.drawing.model import Model, load_interim, load_model, must_be_built
+from engines.drawing.stage import Stage
+from engines.drawing.turnstile import Turnstile
+from engines.drawing.warming import draw_every_batch
+from engines.errors import EngineError
+from engines.order import Order
+from engines.samplers import NoiseSchedule, Schedule, make_schedule
+
+if TYPE_CHECKING:
+    from engines.drawing.meanwhile import BackgroundBuild
+
+logger = logging.getLogger("fourstep.runner")
+NUM_CACHED_PROMPTS = 1024
+
+
+class Runner:
+    """A loaded model and the cache of its prompts' embeddings."""
+
+    def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
+        self._model = model
+        self._noise = NoiseSchedule.from_config(
+            model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
+        )
+        self._prompts: OrderedDict[tuple[AdapterSet, bytes], Tensor] = OrderedDict()
+        self._prompts_lock = threading.Lock()  # start() reads on other threads
+        self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
+        self._turnstile = Turnstile()
+        self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
+        self._successor: Model | None = None  # put here by any thread, taken by the engine's
+        self._build: BackgroundBuild | None = None
+        self.info: ModelInfo = describe(model, max_batch, model_id)
+
+    @classmethod
+    def open(
+        cls,
+        order: Order,
+        *,
+        model_id: str | None = None,
+        progress: Progress = lambda what, done, total: None,
+    ) -> Runner:
+        """Load what is ordered; bundles are built on first use.
+
+        With ``serve_meanwhile`` torch draws until that is done, see `succeed`.
+
+        Raises:
+            engines.errors.EngineError: it cannot be loaded here; the message says why.
+        """
+        if not (order.serve_meanwhile and must_be_built(order)):
+            return cls(load_model(order, progress), max_batch=order.max_batch, model_id=model_id)
+        from engines.drawing.meanwhile import BackgroundBuild
+
+        runner = cls(load_interim(order), max_batch=order.max_batch, model_id=model_id)
+        runner._build = BackgroundBuild(order, runner.succeed, runner._stay)
+        runner._build.start()
+        return runner
+
+    def succeed(self, model: Model) -> None:
+        """Go on with another build of the same model from the next engine call on, rows in flight
+        included. It is tried first, on the calling thread: every batch size once.
+
+        Raises:
+            EngineError: it does not draw; nothing has changed.
+        """
+        Runner(model, max_batch=self.info.max_batch).warm_up()
+        self._successor = model
+
+    def _stay(self, reason: str) -> None:
+        backend_reason = f"what was to follow failed: {reason}"
+        self.info = dataclasses.replace(self.info, backend_reason=backend_reason)
+
+    def _calling(self, loras: AdapterSet | None = None) -> AbstractContextManager[None]:
+        """Around every engine call: the model that is to draw now is there, with these LoRAs."""
+
+        def is_set() -> bool:
+            held = loras is None or self._model.adapters.hold(loras)
+            return held and self._successor is None
+
+        def set_up() -> None:
+            self._take_up()
+            if loras is not None:
+                self._model.adapters.switch(loras)
+
+        return self._turnstile.enter(is_set, set_up)
+
+    def _take_up(self) -> None:
+        """Change over to the successor, between calls."""
+        model, self._successor = self._successor, None
+        if model is None:
+            return
+        old, self._model, self._layouts = self._model, model, []
+        self.info = describe(model, self.info.max_batch, self.info.model_id)
+        for engine in old.engines.values():
+            engine.close()
+        if old.device == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps, TensorRT cannot use
+        logger.info("%s draws from now on, %s did", model.choice.backend, old.choice.backend)
+
+    # -- any thread --------------------------------------------------------------------------
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``, of the model that draws now."""
+        return self._model.device
+
+    def rows_that_fit(self, group: Group) -> int:
+        """The most rows of a group's size that one call of the VAE may have."""
+        scale = self._model.facts.vae_scale_factor
+        return rows_that_fit(group.rows * group.columns * scale**2)
+
+    def start(self, recipe: Recipe) -> Drawing:
+        """Validate a recipe and make its row. No engine call; about 0.1 ms.
+
+        Raises:
+            InvalidInput: a value the model or its samplers do not take.
+        """
+        facts = self._model.facts
+        check_recipe(recipe, self._model)
+        image = recipe.image is not None
+        schedule = self._schedule(
+            recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
+        )
+        guided = not facts.time_cond_dim and recipe.guidance_scale > 1
+        texts = (recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,)
+        tokens = [self._model.tokenize(text) for text in texts]
+        loras = self._model.adapters.settle(recipe.loras)
+        ids, num_lost = zip(*tokens, strict=True)
+        scale = facts.vae_scale_factor
+        drawing = Drawing(
+            recipe=recipe,
+            schedule=schedule,
+            group=Group(recipe.height_px // scale, recipe.width_px // scale, loras),
+            num_lanes=len(ids),
+            generator=torch.Generator().manual_seed(recipe.seed),
+            token_ids=ids,
+            num_truncated_tokens=num_lost,
+            preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
+        )
+        if facts.time_cond_dim:
+            drawing.timestep_cond = guidance_embedding(
+                recipe.guidance_scale - 1.0, facts.time_cond_dim
+            )
+        drawing.prompt_embeds = self._cached(loras, ids)
+        if not image:
+            drawing.latents = schedule.noise_scale * self._draw_noise(drawing)
+        return drawing
+
+    def _make_schedule(
+        self, sampler: str, num_steps: int, strength: float, image: bool, eta: float | None
+    ) -> Schedule:
+        return make_schedule(
+            self._noise, sampler, num_steps, strength=strength, image_to_image=image, eta=eta
+        )
+
+    def _cached(self, loras: AdapterSet, ids: tuple[np.ndarray, ...]) -> tuple[Tensor, ...] | None:
+        with self._prompts_lock:
+            found = [self._prompts.get((loras, row.tobytes())) for row in ids]
+            if any(embeds is None for embeds in found):
+                return None
+            for row in ids:
+                self._prompts.move_to_end((loras, row.tobytes()))
+        return tuple(embeds for embeds in found if embeds is not None)
+
+    # -- the engine threads ------------------------------------------------------------------
+
+    @engine_call("text_encoder")
+    def encode_text(self, drawings: Sequence[Drawing]) -> None:
+        """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
+        for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
+            alike = [drawing for drawing in drawings if drawing.group.loras == loras]
+            self._encode_alike(loras, alike)
+        with self._prompts_lock:
+            while len(self._prompts) > NUM_CACHED_PROMPTS:
+                self._prompts.popitem(last=False)
+
+    def _encode_alike(self, loras: AdapterSet, drawings: list[Drawing]) -> None:
+        texts = {ids.tobytes(): ids for drawing in drawings for ids in drawing.token_ids}
+        with self._prompts_lock:
+            known = {key: self._prompts.get((loras, key)) for key in texts}
+        embeds = {key: found for key, found in known.items() if found is not None}
+        unknown = [key for key, found in known.items() if found is None]
+        for start in range(0, len(unknown), self.info.max_batch):  # a row may have two texts
+            keys = unknown[start : start + self.info.max_batch]
+            input_ids = torch.from_numpy(np.stack([texts[key] for key in keys]))  # [B, L]
+            with self._calling(loras):
+                outputs = self._run("text_encoder", input_ids=input_ids)
+            encoded = dict(zip(keys, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
+            with self._prompts_lock:
+                self._prompts.update({(loras, key): found for key, found in encoded.items()})
+            embeds |= encoded
+        for drawing in drawings:
+            drawing.prompt_embeds = tuple(embeds[ids.tobytes()] for ids in drawing.token_ids)
+
+    @engine_call("vae_encoder")
+    def encode_image(self, drawings: Sequence[Drawing]) -> None:
+        """Input images of one size to noised latents at each row's first timestep."""
+        images = [drawing.recipe.image for drawing in drawings]
+        pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
+        with self._calling():
+            moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
+        for drawing, mean, std in zip(drawings, moments["mean"], moments["std"], strict=True):
+            _restart(drawing)
+            latents = mean + std * self._draw_noise(drawing).to(mean.device)
+            schedule = drawing.schedule
+            noise = self._draw_noise(drawing).to(mean.device)
+            drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
+
+    @engine_call("denoiser")
+    def denoise(
+        self, drawings: Sequence[Drawing], before_run: Callable[[], None] = lambda: None
+    ) -> None:
+        """One step of each row, rows of one group, any step, sampler and guidance, in one call.
+
+        ``before_run`` is called when all is laid out and the engine is about to run: what it sets
+        going in other threads then shares the processor with the engine, not with this one.
+        """
+        for drawing in drawings:
+            self._draw_ahead(drawing)
+        with self._calling(drawings[0].group.loras):
+            lanes = self._layout(drawings)
+            inputs = lanes.inputs()
+            before_run()
+            lanes.advance(self._run("denoiser", **inputs))
+            done = transfers.mark() if self._model.device == "cuda" else None
+            for drawing in drawings:  # a GPU still works on this step
+                self._draw_ahead(drawing)
+            go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
+            if go_on:
+                with contextlib.suppress(torch.OutOfMemoryError):  # the next call tries again
+                    lanes.lay_out_noise()
+            if done is not None:
+                # Without this the host runs ahead, up to the next decode: rows that come would
+                # stand behind steps that nobody has begun, and calls would seem to take no time.
+                transfers.wait_for(done)
+            others = [each for each in self._layouts if each is not lanes]
+            self._layouts = [*others, *[lanes] * go_on][-self.info.max_calls :]
+
+    def _layout(self, drawings: Sequence[Drawing]) -> Lanes:
+        """The rows as their last step left them laid out, or laid out anew."""
+        for lanes in self._layouts:
+            if lanes.hold(drawings):
+                return lanes
+        return Lanes(drawings, self._model.device)
+
+    @engine_call("vae_decoder")
+    def decode(self, drawings: Sequence[Drawing]) -> None:
+        """Rows of one size to pixels: finished ones to their image, others to a preview.
+
+        A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
+        """
+        final = [drawing.stage is Stage.DECODE for drawing in drawings]
+        latents = [
+            drawing.latents if done else drawing.denoised
+            for drawing, done in zip(drawings, final, strict=True)
+        ]
+        batch = torch.stack([tensor for tensor in latents if tensor is not None])
+        sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
+        with self._calling():
+            outputs = self._run("vae_decoder", latents=batch)
+            sums_drawn = outputs.get("pixel_sums", sums)  # older bundles have none
+            fetched, sums, sums_drawn = transfers.fetch(outputs["pixels"], sums, sums_drawn)
+        pixels = fetched.numpy()  # [B, H, W, 3]
+        finite, drawn = torch.isfinite(sums).tolist(), torch.isfinite(sums_drawn).tolist()
+        for index, (drawing, done) in enumerate(zip(drawings, final, strict=True)):
+            if not finite[index]:
+                drawing.failure = (
+                    f"after step {drawing.step_index} the latents are not all finite numbers; a "
+                    f"checkpoint that overflows in {self._model.precision} needs bf16 or fp32"
+                )
+            elif not drawn[index]:
+                drawing.failure = (
+                    f"the decoder overflowed in {self._model.precision} after step "
+                    f"{drawing.step_index}; this checkpoint's needs bf16 or fp32"
+                )
+            elif done:
+                drawing.pixels = pixels[index]
+                drawing.latents = drawing.denoised = None
+            else:
+                drawing.previews.append(pixels[index])
+
+    def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
+        return self._model.engines[part].run(inputs)
+
+    def _draw_noise(self, drawing: Drawing) -> Tensor:
+        """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
+        group = drawing.group
+        shape = (self._model.facts.latent_channels, group.rows, group.columns)
+        return torch.randn(shape, generator=drawing.generator)
+
+    def _draw_ahead(self, drawing: Drawing) -> None:
+        """Noise for a row's next step, where it adds any and has none yet."""
+        step, draws = drawing.step_index, drawing.schedule.draws_noise
+        if drawing.step_noise is None and step < len(draws) and draws[step]:
+            drawing.step_noise = self._draw_noise(drawing)
+
+    # -- whole images ------------------------------------------------------------------------
+
+    def draw(self, recipes: Sequence[Recipe]) -> list[Drawing]:
+        """Draw images to the end in the model's own batches, without a service.
+
+        Raises:
+            EngineError: an image could not be drawn; the message says why.
+        """
+        drawings = [self.start(recipe) for recipe in recipes]
+        calls = {
+            Stage.ENCODE_TEXT: self.encode_text,
+            Stage.ENCODE_IMAGE: self.encode_image,
+            Stage.DENOISE: self.denoise,
+            Stage.PREVIEW: self.decode,
+            Stage.DECODE: self.decode,
+        }
+        while open_ := [drawing for drawing in drawings if drawing.stage is not Stage.DONE]:
+            leader = open_[0]
+            alike = [d for d in open_ if d.stage is leader.stage and d.group == leader.group]
+            lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
+            num_rows = max(1, sum(count <= self.info.max_batch for count in lanes))
+            if leader.stage is not Stage.DENOISE:
+                fitting = self.rows_that_fit(leader.group)
+                num_rows = min(num_rows, self.info.max_decode_batch, fitting)
+            calls[leader.stage](alike[:num_rows])
+        for drawing in drawings:
+            if drawing.failure is not None:
+                raise EngineError(drawing.failure)
+        return drawings
+
+    def warm_up(self, loras: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Run every part once at every batch size, so that no request pays for a first time.
+
+        Raises:
+            EngineError: an engine fails, or draws what is no picture.
+        """
+        draw_every_batch(self, loras)
+        self._prompts.clear()
+
+    def default_recipe(self, seed: int, prompt: str = "warm-up", num_steps: int = 1) -> Recipe:
+        """A recipe with the model's own defaults."""
+        info = self.info
+        return Recipe(
+            prompt=prompt,
+            width_px=info.default_width,
+            height_px=info.default_height,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=info.default_guidance_scale,
+            sampler=info.default_sampler,
+        )
+
+    def padded_rows(self) -> dict[str, int]:
+        """By part, rows run so far to fill a batch up; an engine that takes any batch has none."""
+        return {n: getattr(e, "num_padded_rows", 0) for n, e in self._model.engines.items()}
+
+    def close(self) -> None:
+        """Free the engines."""
+        if self._build is not None:
+            self._build.close()
+        self._take_up()
+        for engine in self._model.engines.values():
+            engine.close()
+
+
+def _restart(drawing: Drawing) -> None:
+    """A row's noise from its first number on: a call that found no memory is made again."""
+    drawing.generator.manual_seed(drawing.recipe.seed)

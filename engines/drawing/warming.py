@@ -1,0 +1,66 @@
+"""What a runner draws before it serves, so that no request pays for a first time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engines.errors import EngineError
+
+if TYPE_CHECKING:
+    from engines.drawing.drawing import Drawing
+    from engines.drawing.runner import Runner
+
+
+def draw_every_batch(runner: Runner, loras: Mapping[str, float]) -> None:
+    """Every part once at every batch size that serving may ask of it, the largest first: what is
+    allocated for that one serves the smaller ones too.
+
+    On a GPU twice, since a call that comes again is captured. A CPU prepares nothing for a size:
+    there the largest and the smallest will do.
+
+    Raises:
+        EngineError: an engine fails, or draws what is no picture.
+    """
+    info = runner.info
+    turns = range(1 if runner.device == "cpu" else 2)
+    for count, turn in itertools.product(_counts(runner.device, info.max_batch), turns):
+        rows = _rows(runner, count, loras, f"text {turn}")
+        runner.encode_text(rows)
+        runner.denoise(rows)
+    for count, turn in itertools.product(_counts(runner.device, info.max_decode_batch), turns):
+        rows = _rows(runner, count, loras, f"picture {turn}", picture=True)
+        runner.encode_text(rows)
+        runner.encode_image(rows)
+        runner.denoise(rows)
+        runner.decode(rows)
+        for row in rows:
+            if row.failure is not None:
+                raise EngineError(row.failure)
+
+
+def _counts(device: str, largest: int) -> Iterable[int]:
+    return sorted({1, largest}, reverse=True) if device == "cpu" else range(largest, 0, -1)
+
+
+def _rows(
+    runner: Runner, count: int, loras: Mapping[str, float], name: str, *, picture: bool = False
+) -> list[Drawing]:
+    """Rows of one step and one lane, each with a prompt that no other batch has had."""
+    info = runner.info
+    plain = runner.default_recipe(0)
+    image = np.full((plain.height_px, plain.width_px, 3), 127, np.uint8) if picture else None
+    guidance = info.default_guidance_scale if info.guidance_embedding else 1.0
+    return [
+        runner.start(
+            dataclasses.replace(
+                plain, prompt=f"{name} {count} {seed}", seed=seed, loras=loras,
+                guidance_scale=guidance, image=image,
+            )
+        )
+        for seed in range(count)
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""LoRAs before any engine: their files, whether they fit, and their sum with built weights."""

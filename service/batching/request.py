@@ -1,0 +1,168 @@
+"""One accepted job and its rows: the only lasting truth about work in flight.
+
+Everything else (a batch, a schedule) is a view of these made for one step. Rows change on the
+engine threads alone, each in one call at a time; handlers see them through the events a request
+sends back. The scheduler reads this module, so it imports no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from engines.drawing.drawing import Drawing
+    from engines.drawing.stage import Stage
+    from service.errors import ServiceError
+
+
+class Status(enum.IntEnum):
+    """Life of a request; everything from ``COMPLETED`` on is finished."""
+
+    WAITING = 0
+    RUNNING = 1
+    COMPLETED = 2
+    FAILED = 3
+    CANCELLED = 4
+    EXPIRED = 5
+
+    @property
+    def finished(self) -> bool:
+        return self >= Status.COMPLETED
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds a request spent, by what it waited for. Filled by the engine loop and the handler.
+
+    ``parse_s`` runs from the first byte to admission, before all that ``total_s`` covers;
+    ``queue_s`` from there to the first engine call; each ``*_s`` of an engine stage is the sum of
+    the calls in which at least one row of the request took part. Rows of a request of several may
+    be in calls side by side, whose seconds all count.
+    """
+
+    parse_s: float = 0.0
+    queue_s: float = 0.0
+    encode_text_s: float = 0.0
+    encode_image_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    image_encode_s: float = 0.0
+    total_s: float = 0.0
+
+    def milliseconds(self) -> dict[str, float]:
+        """``{"queue_ms": …, "total_ms": …}`` rounded to a microsecond."""
+        return {
+            f"{name[:-2]}_ms": round(getattr(self, name) * 1e3, 3)
+            for name in self.__dataclass_fields__
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A row's current guess at its final image: uint8 ``[H, W, 3]``."""
+
+    row_index: int
+    preview_index: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A row's final image: uint8 ``[H, W, 3]``."""
+
+    row_index: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The last event of every request; ``error`` is None when all rows finished."""
+
+    error: ServiceError | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """A stage as one request met it, for its trace; ``started_at`` is on the engine loop's clock.
+
+    ``batch_id`` numbers the engine call, None where there was none; its rows are of all requests.
+    """
+
+    stage: str
+    started_at: float
+    seconds: float
+    batch_id: int | None = None
+    num_rows: int = 0
+    num_lanes: int = 0
+
+
+Event = Preview | Finished | Resolved
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One image in flight. ``stage``, ``group`` and ``num_lanes`` are the drawing's own."""
+
+    request: Request
+    index: int
+    drawing: Drawing
+
+    @property
+    def stage(self) -> Stage:
+        return self.drawing.stage
+
+    @property
+    def group(self) -> Hashable:
+        return self.drawing.group
+
+    @property
+    def num_lanes(self) -> int:
+        return self.drawing.num_lanes
+
+    @property
+    def num_steps_left(self) -> int:
+        return self.drawing.num_steps - self.drawing.step_index
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def deadline(self) -> float:
+        return self.request.deadline
+
+    @property
+    def cancelled(self) -> bool:
+        return self.request.cancelled
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One accepted HTTP job of one or more images, with its own reply channel.
+
+    ``arrived_at`` and ``deadline`` are seconds on the engine loop's clock. ``send`` may be called
+    from any thread; it is how every event reaches the handler. ``tenant`` is whose it is: the name
+    of an API key, or nobody's.
+    """
+
+    request_id: str
+    arrived_at: float
+    deadline: float
+    send: Callable[[Event], None]
+    rows: list[Row] = field(default_factory=list)  # filled at admission
+    tenant: str = ""
+    priority: int = 0  # higher goes first
+    status: Status = Status.WAITING  # written by the engine loop alone
+    cancelled: bool = False  # set by the handler, honoured at the next step boundary
+    num_finished: int = 0
+    timings: Timings = field(default_factory=Timings)
+    records: list[StageRecord] | None = None  # a list where the request is traced

@@ -1,0 +1,227 @@
+"""``fourstep serve``: everything on this machine, from checks to the last process gone.
+
+checks ─▶ bundles built (progress shown) ─▶ Ray, HAProxy, replicas ─▶ URLs ─▶ signal ─▶ drain
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import typer
+
+from engines.backends.choice import Machine
+from engines.cli import show_progress
+from engines.errors import BuildError, EngineError
+from service.access.keys import KeyRing
+from service.ray_serve.environment import haproxy_available, own_ports, ray_environment
+from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
+from service.ray_serve.placement import place
+from service.ray_serve.serve_config import ServeConfig
+from service.settings import Settings, SettingsError
+
+EXIT_WAIT_S = 10.0
+RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
+
+
+def serve_here(
+    what: ServeConfig | Path, *, host: str, port: int, allow_anonymous: bool = False
+) -> int:
+    """Serve until SIGINT or SIGTERM. Returns the exit code; failures are one line on stderr.
+
+    ``what`` is a Ray Serve config file's path, or what one would say. Other machines are served
+    only where every application has API keys, or with ``allow_anonymous``.
+    """
+    with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
+        _set_environment(folder)
+        try:
+            check_port(host, port)
+            config = ServeConfig.from_file(what) if isinstance(what, Path) else what
+            machine = Machine.here()
+            config = place(config, machine)
+            _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
+            return _run(config, host, port, machine.num_gpus)
+        except (ServeError, EngineError, SettingsError) as error:
+            typer.echo(f"error: {error}", err=True)
+            return 1
+        except KeyboardInterrupt:
+            typer.echo("\nStopped before serving.", err=True)
+            return 130
+
+
+def _set_environment(folder: str) -> None:
+    os.environ.update(ray_environment(folder) | own_ports())
+    os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
+    # Ray keeps a stopping replica for 30 s, for load balancers elsewhere; here there is only ours.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+    # All of Ray listens on loopback: it is one machine, and Ray asks nobody who they are.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # What Ray does all the time is done on the engine's cores here. It looks ten times a second
+    # whether replicas are as they should be, counts itself and, from a line that HAProxy sends it
+    # of each, all requests where nobody asks, and has HAProxy run four threads.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", "1")
+    # A model that cannot be loaded here cannot be loaded here a second time.
+    os.environ["RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT"] = "1"
+
+
+def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
+    if config.ignored:
+        names = ", ".join(config.ignored)
+        typer.echo(f"note: {names}: for a cluster, without effect on this machine", err=True)
+    settings = [app.settings for app in config.applications]
+    for app, each in zip(config.applications, settings, strict=True):
+        if each.api_keys_file:
+            KeyRing(each.api_keys_file)
+        elif anonymous_to_others:
+            raise ServeError(
+                f"application {app.name!r} asks for no API key and --host lets other machines in; "
+                "give --api-keys FILE (`fourstep key NAME` makes one), or say --allow-anonymous"
+            )
+    check_memory(sum(app.max_replicas for app in config.applications))
+    check_disk(each.cache_dir for each in settings)
+    for each in settings:
+        _prepare_model(each)
+
+
+def _prepare_model(settings: Settings) -> None:
+    """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
+    from engines.backends.choice import choose_backend
+    from engines.build.checkpoint import download, resolve
+    from engines.drawing.model import prepare
+
+    backend = choose_backend(settings.engine, device=settings.device).backend
+    if backend != "torch" and not settings.serve_meanwhile:
+        try:
+            prepare(settings.order, show_progress)
+        except BuildError as error:
+            if settings.engine != "auto":
+                raise
+            typer.echo(f"note: {error}; another engine takes over", err=True)
+    elif resolve(settings.model) is None:
+        download(settings.model)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
+    if not haproxy_available():
+        typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
+    import ray
+    from ray import serve
+
+    typer.echo("Starting Ray Serve ...")
+    num_replicas = sum(app.max_replicas for app in config.applications)
+    serving = False
+    try:
+        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus)
+        _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(
+            http_options={"host": host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        targets = [
+            serve.RunTarget(app.build(), app.name, app.route_prefix) for app in config.applications
+        ]
+        serving = True  # a replica may answer before run_many knows of it
+        serve.run_many(targets)
+        _announce(config, host, port)
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        if not serving:
+            raise
+        typer.echo("\nFinishing what runs, then stopping ...")
+        return 0
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise ServeError(_cause(error)) from error
+    finally:
+        _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        descendants = psutil.Process().children(recursive=True)
+        if ray.is_initialized():
+            if serving:  # replicas drain while the proxy still carries their answers
+                with contextlib.suppress(RuntimeError, ray.exceptions.RayError):
+                    for app in config.applications:
+                        serve.delete(app.name)
+            serve.shutdown()
+            ray.shutdown()
+        _end(descendants)
+
+
+def _start_ray(num_cpus: int, num_gpus: int) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",  # never a cluster that RAY_ADDRESS names: this command is one machine
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,  # those that torch sees: what Ray looks for, a container may lack
+            include_dashboard=False,
+            logging_level="ERROR",
+            configure_logging=True,
+        )
+    except Exception as error:  # Ray raises bare Exception here, when a busy machine starts slowly
+        what = str(error).strip().splitlines()[-1]
+        raise ServeError(f"Ray did not start ({what}); is the machine overloaded?") from error
+
+
+def _cause(error: Exception) -> str:
+    """The replica's own error, which Ray keeps in the status of a deployment, on one line."""
+    from ray import serve
+
+    for name, app in serve.status().applications.items():
+        for deployment in app.deployments.values():
+            raised = RAISED.findall(deployment.message)
+            if app.status == "DEPLOY_FAILED" and raised:
+                return f"application {name!r} cannot start: {' '.join(raised[-1].split())}"
+    return " ".join(str(error).split())
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """End what Ray left behind (its HAProxy, above all): only our own descendants, by id."""
+    for send in (None, psutil.Process.terminate, psutil.Process.kill):
+        alive = [process for process in processes if process.is_running()]
+        if send is not None:
+            for process in alive:
+                try:
+                    send(process)
+                except psutil.NoSuchProcess:
+                    continue
+        _, processes = psutil.wait_procs(alive, timeout=EXIT_WAIT_S / 3)
+
+
+def _announce(config: ServeConfig, host: str, port: int) -> None:
+    for app in config.applications:
+        base = f"http://{host}:{port}{app.route_prefix.rstrip('/')}"
+        typer.echo(
+            f"""
+Serving {app.args.get("model", app.name)}
+  studio   {base}/
+  API      {base}/v1/images/generations      (docs: {base}/docs)
+  metrics  {base}/metrics
+
+  curl {base}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
+       -d '{{"prompt": "a large red star at the center on a yellow background"}}' -o star.png
+"""
+        )
+    typer.echo("Ctrl-C stops everything.")
+    sys.stdout.flush()

@@ -1,0 +1,277 @@
+"""Prometheus metrics: what they are called, what they count, how they are shown.
+
+The only module that imports ``prometheus_client``. With ``FOURSTEP_METRICS_DIR`` set (as
+``fourstep serve`` does) every replica process of a node writes there and ``/metrics`` of any of
+them shows the node's total: counters of all processes there have been, gauges of those alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from service.batching.scheduler import WorkKind
+from service.settings import share_metrics
+from service.telemetry.liveness import declare_alive, find_dead
+from service.telemetry.versions import version_of
+
+SHARED_FOLDER = share_metrics()
+
+from prometheus_client import (  # noqa: E402  (its import reads the environment set above)
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+    multiprocess,
+    start_http_server,
+)
+
+if TYPE_CHECKING:
+    from engines.drawing.info import ModelInfo
+
+# An engine call: 1 ms (a small model's text encoder on a GPU) to 10 s (a real one's step on a CPU).
+CALL_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+# What a client waits for: 5 ms to 30 s, closer where users feel it. deploy/prometheus/rules.yaml
+# has its latency objective at one of these bounds.
+WAIT_SECONDS = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 15.0,
+    20.0, 30.0,
+)  # fmt: skip
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ENDPOINTS = ("generations", "edits")
+# Exist from the start, at 0, so that their first increase is one.
+STATUSES = (200, 400, 429, 499, 500, 503, 504)
+
+STAGE_METRICS: dict[WorkKind, tuple[str, str]] = {
+    WorkKind.ENCODE_TEXT: ("fourstep_text_encode_seconds", "One text encoder call."),
+    WorkKind.ENCODE_IMAGE: ("fourstep_input_encode_seconds", "One VAE encoder call."),
+    WorkKind.DENOISE: ("fourstep_denoise_step_seconds", "One denoise call (UNet and sampler)."),
+    WorkKind.DECODE: ("fourstep_decode_seconds", "One VAE decoder call."),
+}
+
+
+class Metrics:
+    """All metrics of one model. Thread-safe; it can be an engine loop's observer itself."""
+
+    def __init__(self, model: str) -> None:
+        if SHARED_FOLDER:
+            declare_alive(SHARED_FOLDER, multiprocess.mark_process_dead)
+        self.registry = CollectorRegistry()
+        self.before_exposition: Callable[[], None] = lambda: None  # brings the values up to date
+        self._model = model
+        self._requests = self._counter(
+            "fourstep_requests_total",
+            "Finished requests by endpoint and HTTP status; 499: the client went away.",
+            "endpoint",
+            "status",
+        )
+        self._images = self._counter("fourstep_images_total", "Images delivered.").labels(model)
+        self._pixels = self._counter(
+            "fourstep_pixels_total", "Pixels of the images delivered."
+        ).labels(model)
+        self._request = self._histogram(
+            "fourstep_request_seconds",
+            "Requests answered with 200: from the first header to the last byte handed over.",
+            WAIT_SECONDS,
+            "endpoint",
+        )
+        self._queue = self._histogram(
+            "fourstep_queue_seconds", "Admission to the first engine call.", WAIT_SECONDS
+        ).labels(model)
+        self._first_preview = self._histogram(
+            "fourstep_first_preview_seconds",
+            "Admission to the first preview, where previews were asked for.",
+            WAIT_SECONDS,
+        ).labels(model)
+        self._image_encode = self._histogram(
+            "fourstep_image_encode_seconds", "One PNG, JPEG or WebP.", CALL_SECONDS
+        ).labels(model)
+        self._safety = self._counter(
+            "fourstep_safety_checks_total",
+            "What the safety filter looked at (prompt, preview, image) and found.",
+            "stage",
+            "outcome",
+        )
+        self._make_engine_metrics(model)
+        self._make_replica_metrics(model)
+        for endpoint in ENDPOINTS:
+            self._request.labels(model, endpoint)
+            for status in STATUSES:
+                self._requests.labels(model, endpoint, str(status))
+        self._starts.inc()
+        self._replicas.set(1)
+
+    def _make_engine_metrics(self, model: str) -> None:
+        self._stages = {
+            kind: self._histogram(*names, CALL_SECONDS).labels(model)
+            for kind, names in STAGE_METRICS.items()
+        }
+        rows = self._histogram("fourstep_batch_rows", "Rows of one engine call.", ROWS, "stage")
+        self._rows_of = {kind: rows.labels(model, kind.value) for kind in WorkKind}
+        busy = self._counter(
+            "fourstep_engine_busy_seconds_total",
+            "Time with an engine call running, by the call that ends; its rate is the share of it.",
+            "stage",
+        )
+        self._busy = {kind: busy.labels(model, kind.value) for kind in WorkKind}
+        lanes = self._counter(
+            "fourstep_engine_lanes_total",
+            "Lanes that engine calls ran: used by rows, or padding up to a size a plan takes.",
+            "stage",
+            "use",
+        )
+        self._used = {kind: lanes.labels(model, kind.value, "row") for kind in WorkKind}
+        self._padding = {kind: lanes.labels(model, kind.value, "padding") for kind in WorkKind}
+        self._waiting = self._gauge("fourstep_waiting_rows", "Rows accepted and not yet admitted.")
+        self._running = self._gauge("fourstep_running_rows", "Rows in flight.")
+
+    def _make_replica_metrics(self, model: str) -> None:
+        self._starts = self._counter(
+            "fourstep_replica_starts_total", "Replicas that have loaded the model."
+        ).labels(model)
+        self._replicas = self._gauge("fourstep_replicas", "Replica processes that are alive.")
+        self._ready = self._gauge("fourstep_ready_replicas", "Replicas that accept work.")
+        self._build = self._gauge(
+            "fourstep_bundle_build_seconds",
+            "Building the bundle at start; 0: it was there.",
+            "livemax",
+        )
+        self._load = self._gauge(
+            "fourstep_load_seconds",
+            "Loading and warming the model up, after any build.",
+            "livemax",
+        )
+        self._engine = Gauge(
+            "fourstep_engine_info", "What draws here; always 1.",
+            ("model", "family", "backend", "precision", "engine_version", "version"),
+            multiprocess_mode="livemax", registry=self.registry,
+        )  # fmt: skip
+        self._gpu_memory = Gauge(
+            "fourstep_gpu_memory_bytes", "Memory of a replica's GPU, by whomever it is used.",
+            ("gpu", "state"), multiprocess_mode="livemostrecent", registry=self.registry,
+        )  # fmt: skip
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model", *labels), registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        names = ("model", *labels)
+        return Histogram(name, text, names, buckets=buckets, registry=self.registry)
+
+    def _gauge(
+        self, name: str, text: str, mode: Literal["livesum", "livemax"] = "livesum"
+    ) -> Gauge:
+        """``mode`` says how the values of a node's replicas become one."""
+        gauge = Gauge(name, text, ("model",), multiprocess_mode=mode, registry=self.registry)
+        return gauge.labels(self._model)
+
+    # -- the engine loop's observer ----------------------------------------------------------
+
+    def engine_call(
+        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+    ) -> None:
+        self._stages[kind].observe(seconds)
+        self._busy[kind].inc(busy_s)
+        self._rows_of[kind].observe(num_rows)
+        # Only a denoise call runs the second lane of a guided row.
+        self._used[kind].inc(num_lanes if kind is WorkKind.DENOISE else num_rows)
+
+    def rows(self, waiting: int, running: int) -> None:
+        self._waiting.set(waiting)
+        self._running.set(running)
+
+    def queue_wait(self, seconds: float) -> None:
+        self._queue.observe(seconds)
+
+    # -- the handlers ------------------------------------------------------------------------
+
+    def request(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count one finished request; ``endpoint`` is one of `ENDPOINTS`."""
+        self._requests.labels(self._model, endpoint, str(status)).inc()
+        if status == 200:  # a refusal is quick, and would make an overload look fast
+            self._request.labels(self._model, endpoint).observe(seconds)
+
+    def first_preview(self, seconds: float) -> None:
+        self._first_preview.observe(seconds)
+
+    def image(self, width: int, height: int, encode_s: float) -> None:
+        """Count one delivered image."""
+        self._images.inc()
+        self._pixels.inc(width * height)
+        self._image_encode.observe(encode_s)
+
+    def safety_check(self, stage: str, outcome: str) -> None:
+        """Count one; ``outcome`` is ``passed``, ``filtered`` or ``error``."""
+        self._safety.labels(self._model, stage, outcome).inc()
+
+    # -- the replica -------------------------------------------------------------------------
+
+    def started(self, info: ModelInfo, *, build_s: float, load_s: float) -> None:
+        """What was loaded, and how long that took."""
+        self._build.set(build_s)
+        self._load.set(load_s)
+        self._engine.labels(
+            info.model_id, info.family, info.backend, info.precision,
+            version_of(info.backend), version_of("fourstep"),
+        ).set(1)  # fmt: skip
+
+    def ready(self, ready: bool) -> None:
+        self._ready.set(int(ready))
+
+    def padding(self, kind: WorkKind, num_lanes: int) -> None:
+        """Count lanes that an engine ran for nobody."""
+        self._padding[kind].inc(num_lanes)
+
+    def gpu_memory(self, gpu: str, free_bytes: int, total_bytes: int) -> None:
+        self._gpu_memory.labels(gpu, "free").set(free_bytes)
+        self._gpu_memory.labels(gpu, "used").set(total_bytes - free_bytes)
+
+    def exposition(self) -> tuple[bytes, str]:
+        """The text format and its media type: this process's, or the node's when shared."""
+        self.before_exposition()
+        registry = node_registry(SHARED_FOLDER) if SHARED_FOLDER else self.registry
+        return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _NodeCollector(multiprocess.MultiProcessCollector):
+    """What all replicas of a node have written, without the gauges of those that have ended."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(None, path=str(folder))  # type: ignore[no-untyped-call]
+        self._folder = folder
+
+    def collect(self) -> Iterable[Metric]:
+        dead = find_dead(self._folder)
+        files = [str(file) for file in self._folder.glob("*.db") if not _is_gauge_of(dead, file)]
+        return self.merge(files)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def node_registry(folder: Path) -> CollectorRegistry:
+    """The metrics of a node whose replicas write into ``folder``."""
+    registry = CollectorRegistry()
+    registry.register(_NodeCollector(folder))
+    return registry
+
+
+def _is_gauge_of(pids: set[int], file: Path) -> bool:
+    """Of files as prometheus_client names them: ``gauge_livesum_PID.db``."""
+    return file.name.startswith("gauge_live") and int(file.stem.rpartition("_")[2]) in pids
+
+
+def export(folder: Path, port: int) -> None:
+    """Answer on ``port`` of every address with the total of ``folder``, from threads of its own.
+
+    For a sidecar: a scrape depends on no replica, and what an ended one had counted stays counted.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    start_http_server(port, registry=node_registry(folder))

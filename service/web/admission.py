@@ -1,0 +1,212 @@
+"""From a parsed request to rows: the checks that need the model and the settings.
+
+Everything a caller can get wrong is refused here, before anything is queued, with the field, the
+value, the limit and the way out in the message.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engines.drawing.drawing import Drawing, Recipe
+from engines.drawing.info import ModelInfo
+from engines.drawing.runner import Runner
+from engines.errors import InvalidInput
+from service.access.quota import Priority, Tenant
+from service.errors import BadRequest, NotFound
+from service.settings import Settings
+from service.web.images import resize
+from service.web.schema import EditRequest, ImageParams
+
+STEPS_OF_QUALITY = {"low": 2, "high": 8, "hd": 8}  # auto, medium, standard: the model's default
+MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may be queued: its drawings, what was settled for it, and what to tell."""
+
+    drawings: list[Drawing]
+    width: int
+    height: int
+    num_steps: int
+    guidance_scale: float
+    sampler: str
+    loras: Mapping[str, float]
+    seed: int
+    priority: Priority
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_model(name: str | None, model_id: str, settings: Settings) -> None:
+    """Raises `NotFound` unless ``name`` is this model, one of its aliases, or absent."""
+    if name is not None and name not in (model_id, *settings.aliases):
+        raise NotFound(
+            f"model {name[:80]!r} is not served here; this service has {model_id!r} "
+            "(GET /v1/models)",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def admit(
+    params: ImageParams,
+    runner: Runner,
+    settings: Settings,
+    tenant: Tenant,
+    image: np.ndarray | None = None,
+) -> Admitted:
+    """Settle every open choice of a request and make its drawings. No engine call happens here.
+
+    ``image`` is the decoded upload of an edit, uint8 ``[H, W, 3]``.
+
+    Raises:
+        BadRequest: a value this model or this service does not take.
+    """
+    info = runner.info
+    width, height = _size(params.size, info, image)
+    of_quality = STEPS_OF_QUALITY.get(params.quality, info.default_num_steps)
+    num_steps = params.num_inference_steps or of_quality
+    _at_most("num_inference_steps", num_steps, settings.max_steps)
+    guidance = params.guidance_scale
+    guidance = info.default_guidance_scale if guidance is None else guidance
+    sampler = params.sampler or info.default_sampler
+    loras = _loras(params, settings)
+    seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
+    fitted = None if image is None else resize(image, width, height)
+    drawings = []
+    for index in range(params.n):
+        recipe = Recipe(
+            prompt=params.prompt,
+            negative_prompt=params.negative_prompt or "",
+            width_px=width,
+            height_px=height,
+            seed=seed + index,
+            num_steps=num_steps,
+            guidance_scale=guidance,
+            sampler=sampler,
+            strength=params.strength if isinstance(params, EditRequest) else 1.0,
+            eta=params.eta,
+            image=fitted,
+            num_previews=params.partial_images if params.stream else 0,
+            loras=loras,
+        )
+        try:
+            drawings.append(runner.start(recipe))
+        except InvalidInput as error:
+            raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
+    warnings = _warnings(params, info, drawings[0], settings)
+    priority = priority_of(params, tenant)
+    if params.priority is not None and Priority[params.priority.upper()] != priority:
+        warnings.append(
+            f"priority is {params.priority!r}; this API key has {priority.name.lower()} at most"
+        )
+    return Admitted(
+        drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings
+    )
+
+
+def priority_of(params: ImageParams, tenant: Tenant) -> Priority:
+    """What was asked for, as far as the key allows it."""
+    return tenant.allowed(None if params.priority is None else Priority[params.priority.upper()])
+
+
+def _loras(params: ImageParams, settings: Settings) -> Mapping[str, float]:
+    """Name → weight, as asked or as the service has it by default."""
+    if params.loras is None:
+        return settings.default_loras
+    names = [lora.name for lora in params.loras]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadRequest(f"loras names {name!r} twice; give it one weight", param="loras")
+    return {lora.name: lora.weight for lora in params.loras if lora.weight}
+
+
+_API_NAMES = {"num_steps": "num_inference_steps", "width_px": "size", "height_px": "size"}
+
+
+def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
+    if value > limit:
+        raise BadRequest(f"{name} is {value}{unit}; at most {limit}{unit} are accepted", param=name)
+
+
+def check_limits(params: ImageParams, settings: Settings) -> None:
+    """Raise `BadRequest` for what needs no model to be seen wrong; before `admit`."""
+    _at_most("n", params.n, settings.max_images)
+    for name in ("prompt", "negative_prompt"):
+        _at_most(name, len(getattr(params, name) or ""), settings.max_prompt_chars, " characters")
+    if not params.prompt.strip():
+        raise BadRequest("prompt is blank; say what to draw", param="prompt")
+    if params.background == "transparent":
+        raise BadRequest(
+            "background is 'transparent'; this model draws opaque images, use 'opaque' or 'auto'",
+            param="background",
+        )
+    if params.partial_images and not params.stream:
+        raise BadRequest(
+            f"partial_images is {params.partial_images} but stream is false; set stream to true",
+            param="partial_images",
+        )
+    if params.output_compression is not None and params.output_format == "png":
+        raise BadRequest(
+            f"output_compression is {params.output_compression} but output_format is 'png', which "
+            "is lossless; use jpeg or webp, or leave it out",
+            param="output_compression",
+        )
+
+
+def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, int]:
+    """Width and height; ``auto``: the model's own size, for an edit the nearest to the input's."""
+    step = info.size_multiple
+    if size != "auto":
+        width, height = (int(side) for side in size.split("x"))
+    elif image is None:
+        return info.default_width, info.default_height
+    else:
+        sides = (image.shape[1], image.shape[0])
+        scale = min(1.0, info.max_size_px / max(sides))
+        width, height = (
+            min(max(round(side * scale / step) * step, info.min_size_px), info.max_size_px)
+            for side in sides
+        )
+    for side in (width, height):
+        if side % step or not info.min_size_px <= side <= info.max_size_px:
+            raise BadRequest(
+                f"size is {width}x{height}; width and height must be multiples of {step} from "
+                f"{info.min_size_px} to {info.max_size_px}, for example "
+                f"{info.default_width}x{info.default_height}",
+                param="size",
+            )
+    return width, height
+
+
+def _warnings(
+    params: ImageParams, info: ModelInfo, drawing: Drawing, settings: Settings
+) -> list[str]:
+    found = []
+    texts = zip(("prompt", "negative_prompt"), drawing.num_truncated_tokens, strict=False)
+    for name, num_lost in texts:  # a prompt that is drawn without guidance stands alone
+        if not num_lost:
+            continue
+        message = (
+            f"{name} is {num_lost} tokens longer than the text encoder's window of "
+            f"{info.max_tokens}"
+        )
+        if settings.long_prompt == "refuse":
+            raise BadRequest(f"{message}; shorten it", param=name, code="prompt_too_long")
+        found.append(f"{message}; the end was left out")
+    if params.negative_prompt and drawing.num_lanes == 1:
+        reason = (
+            "has its guidance built in" if info.guidance_embedding else "needs guidance above 1"
+        )
+        found.append(f"negative_prompt has no effect: this model {reason}")
+    found += [
+        f"{name} has no effect on this service"
+        for name in ("style", "moderation", "input_fidelity")
+        if getattr(params, name, None) is not None
+    ]
+    return found

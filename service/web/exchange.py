@@ -1,0 +1,134 @@
+"""What wraps every HTTP exchange: request id, trace, body limit, access log, request metrics.
+
+Pure ASGI, because it must see streamed bodies, disconnects and cancellations as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import logging
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.access.quota import Tenant
+from service.errors import ServiceError, TooLarge
+from service.replica import Replica
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import RequestTrace
+
+logger = logging.getLogger("fourstep.access")
+request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+trace_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
+
+VALID_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+COUNTED = {"/v1/images/generations": "generations", "/v1/images/edits": "edits"}
+QUIET = {"/healthz", "/readyz", "/metrics", "/-/healthz", "/-/routes"}
+
+
+class Telemetry:
+    """Middleware: gives each request an id, bounds its body, logs and counts how it ended."""
+
+    def __init__(self, app: ASGIApp, replica: Replica, *, send_request_id: bool) -> None:
+        self._app = app
+        self._replica = replica
+        self._send_request_id = send_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send, self._replica.settings.max_body_bytes)
+        exchange.send_request_id = self._send_request_id
+        request_id_var.set(exchange.request_id)
+        if self._replica.tracing is not None and exchange.path in COUNTED:
+            exchange.trace = self._replica.tracing.begin(
+                exchange.method, exchange.path, exchange.request_id, scope["headers"]
+            )
+            trace_id_var.set(exchange.trace.trace_id)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            exchange.status = 499
+            raise
+        except ClientDisconnect:  # in the middle of its body: there is nobody to answer
+            exchange.status = 499
+        except ServiceError as error:  # a key or the body limit, before any handler could answer
+            if exchange.started:
+                raise
+            await exchange.answer(error)
+        finally:
+            self._record(exchange)
+
+    def _record(self, exchange: Exchange) -> None:
+        seconds = time.perf_counter() - exchange.begun
+        path = exchange.path
+        if exchange.trace is not None:
+            exchange.trace.end(exchange.status)
+        if (endpoint := COUNTED.get(path)) and self._replica.started:
+            self._replica.metrics.request(endpoint, exchange.status, seconds)
+        if path not in QUIET:
+            fields = {"method": exchange.method, "path": path, "status": exchange.status}
+            fields |= {"duration_ms": round(seconds * 1e3, 2)} | exchange.log_fields
+            logger.info("request", extra={"fields": fields})
+
+
+class Exchange:
+    """One HTTP exchange as it passes: `receive` and `send` with eyes and limits."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        headers = {key.lower(): value for key, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = given if VALID_REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        self.method: str = scope["method"]
+        self.path: str = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        self.status = 500  # until a response starts
+        self.started = False
+        self.begun = time.perf_counter()
+        self.log_fields: dict[str, Any] = {}
+        self.tenant = Tenant()  # until a key says whose request it is
+        self.send_request_id = True
+        self.trace: RequestTrace | None = None
+        scope.setdefault("state", {})["exchange"] = self
+        self._receive, self._send = receive, send
+        self._max_body_bytes = max_body_bytes
+        self._num_body_bytes = 0
+        declared = headers.get(b"content-length", b"0")
+        self._declared = int(declared) if declared.isdigit() else 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._num_body_bytes += len(message.get("body", b""))
+            size = max(self._num_body_bytes, self._declared)
+            if size > self._max_body_bytes:
+                raise TooLarge(
+                    f"the body has {size} bytes or more; at most {self._max_body_bytes} are "
+                    "accepted, send smaller images"
+                )
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            if self.send_request_id:
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", self.request_id.encode("latin-1")),
+                ]
+        await self._send(message)
+
+    async def answer(self, error: ServiceError) -> None:
+        body = json.dumps(error.body()).encode()
+        headers = [(b"content-type", b"application/json")]
+        headers += [(k.encode(), v.encode()) for k, v in error.headers().items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})

@@ -1,0 +1,215 @@
+"""From admitted drawings to encoded images: one request's way through the engine loop.
+
+A handler submits, then reads items as they come. If the handler is cancelled (its client went
+away), leaving the job frees the request's rows at the next step boundary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from service.access.quota import Tenant
+from service.access.safety import PolicyViolation
+from service.batching.request import Event, Finished, Preview, Request, Resolved, Row, StageRecord
+from service.errors import DeadlineExceeded, NotReady, ServiceError
+from service.replica import Replica
+from service.web.admission import Admitted
+from service.web.images import encode_image
+from service.web.schema import ImageParams, OutputFormat
+
+DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A file ready to send. ``preview_index`` is None for a final image.
+
+    ``filtered``: the safety filter withheld it, and ``data`` is a black picture in its place.
+    """
+
+    row_index: int
+    preview_index: int | None
+    data: bytes
+    filtered: bool = False
+
+
+class Job:
+    """One accepted request as its handler sees it. Use as an async context manager.
+
+    Raises on entry what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        params: ImageParams,
+        admitted: Admitted,
+        *,
+        request_id: str,
+        tenant: Tenant,
+        output_format: OutputFormat,
+        timeout_s: float,
+    ) -> None:
+        self._replica = replica
+        self._params = params
+        self._admitted = admitted
+        self._output_format = output_format
+        self._tenant = tenant
+        self._mailbox = replica.mailbox()
+        self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
+        now = replica.loop.clock()
+        self.request = Request(
+            request_id,
+            arrived_at=now,
+            deadline=now + timeout_s,
+            send=self._receive,
+            tenant=tenant.name,
+            priority=admitted.priority,
+        )
+        self.request.rows = [
+            Row(self.request, index, drawing) for index, drawing in enumerate(admitted.drawings)
+        ]
+
+    async def __aenter__(self) -> Job:
+        quotas, num_images = self._replica.quotas, len(self.request.rows)
+        quotas.take(self._tenant, num_images)
+        try:
+            self._replica.loop.submit(self.request)
+        except ServiceError:
+            quotas.refund(self._tenant, num_images)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._replica.loop.cancel(self.request)  # no effect once it is resolved
+        self._replica.quotas.give_back(self._tenant, len(self.request.rows))
+
+    async def items(self) -> AsyncIterator[EncodedImage]:
+        """Previews and images, each as soon as it is encoded.
+
+        A filtered preview is left out. A filtered image waits for one that is not: black pictures
+        stand in for the rest of an answer, and alone they would be none.
+
+        Raises:
+            PolicyViolation: the safety filter withheld every image.
+            ServiceError: the request ended any other way than with all its images.
+        """
+        withheld: list[EncodedImage] = []
+        any_passed = any_previewed = False
+        while not isinstance(item := await self._next(), Resolved):
+            image = await asyncio.wrap_future(item)
+            if not image.filtered:
+                any_passed |= image.preview_index is None
+                if image.preview_index is not None and not any_previewed:
+                    any_previewed = True
+                    waited_s = self._replica.loop.clock() - self.request.arrived_at
+                    self._replica.metrics.first_preview(waited_s)
+                yield image
+            elif image.preview_index is None:
+                withheld.append(image)
+            if any_passed:
+                for each in withheld:
+                    yield each
+                withheld.clear()
+        if item.error is not None:
+            raise item.error
+        if withheld:
+            raise PolicyViolation(
+                "the safety filter withheld what was drawn; try another prompt or seed"
+            )
+        self.request.timings.total_s = self._replica.loop.clock() - self.request.arrived_at
+
+    async def _next(self) -> Future[EncodedImage] | Resolved:
+        """The next item; a wedged engine, which cannot see deadlines, leaves nobody waiting."""
+        left_s = self.request.deadline - self._replica.loop.clock() + DEADLINE_GRACE_S
+        try:
+            async with asyncio.timeout(max(0.0, left_s)):
+                return await self._inbox.get()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "the engine has not answered by the deadline; try again"
+            ) from None
+
+    def _receive(self, event: Event) -> None:
+        """Called on an engine thread, which this must not hold up."""
+        self._mailbox.put(functools.partial(self._take, event))
+
+    def _take(self, event: Event) -> None:
+        """On the event loop: encoding begins at once, not when the handler next runs."""
+        if isinstance(event, Resolved):
+            self._inbox.put_nowait(event)
+            return
+        try:
+            image = self._replica.image_workers.submit(self._encode, event)
+        except RuntimeError:  # the replica is closed
+            error = NotReady("this replica is shutting down; try again", retry_after_s=1)
+            self._inbox.put_nowait(Resolved(error))
+        else:
+            self._inbox.put_nowait(image)
+
+    def _encode(self, event: Preview | Finished) -> EncodedImage:
+        final = isinstance(event, Finished)
+        pixels, filtered = event.pixels, False
+        if self._replica.safety is not None:
+            pixels, filtered = self._replica.safety.screen(pixels, "image" if final else "preview")
+        begun = self._replica.loop.clock()
+        text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
+        data = encode_image(
+            pixels,
+            self._output_format,
+            self._replica.settings,
+            quality=self._params.output_compression,
+            text=text if final else None,
+        )
+        seconds = self._replica.loop.clock() - begun
+        self.request.timings.image_encode_s += seconds
+        if self.request.records is not None:
+            self.request.records.append(StageRecord("image_encode", begun, seconds))
+        if final and not filtered:
+            height, width = np.shape(pixels)[:2]
+            self._replica.metrics.image(width, height, seconds)
+        preview_index = event.preview_index if isinstance(event, Preview) else None
+        return EncodedImage(event.row_index, preview_index, data, filtered)
+
+
+def withheld_warnings(images: Sequence[EncodedImage]) -> list[str]:
+    """A warning where the safety filter put a black picture in an image's place."""
+    indices = ", ".join(str(image.row_index) for image in images if image.filtered)
+    return [f"the safety filter withheld image {indices} (from 0): it is black"] if indices else []
+
+
+def parameters_text(
+    params: ImageParams, admitted: Admitted, row_index: int, replica: Replica
+) -> dict[str, str]:
+    """PNG text chunks in the form that image viewers of the field read: one ``parameters`` key."""
+    negative = f"Negative prompt: {params.negative_prompt}\n" if params.negative_prompt else ""
+    settings = ", ".join(
+        f"{name}: {value}"
+        for name, value in {
+            "Steps": admitted.num_steps,
+            "Sampler": admitted.sampler,
+            **({"LoRAs": _listed(admitted.loras)} if admitted.loras else {}),
+            "CFG scale": admitted.guidance_scale,
+            "Seed": admitted.seed + row_index,
+            "Size": f"{admitted.width}x{admitted.height}",
+            "Model": replica.runner.info.model_id,
+        }.items()
+    )
+    return {"parameters": f"{params.prompt}\n{negative}{settings}", "Software": "Fourstep"}
+
+
+def _listed(loras: Mapping[str, float]) -> str:
+    listed = ", ".join(f"{name}: {weight:g}" for name, weight in sorted(loras.items()))
+    return f'"{listed}"'  # quoted, as readers of this text split it at commas

@@ -1,0 +1,217 @@
+"""The OpenAPI document: what FastAPI cannot see of handlers that read their own bodies.
+
+Request bodies with this service's own limits, raw images, event streams, errors, headers, keys.
+It describes the service as it runs: where no key is needed, none is spoken of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from service.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    EngineFailure,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+)
+from service.settings import Settings
+from service.web.images import MEDIA_TYPES
+from service.web.schema import (
+    CompletedEvent,
+    EditRequest,
+    ErrorResponse,
+    GenerationRequest,
+    PartialImageEvent,
+)
+
+Object = dict[str, Any]
+
+REF = "#/components/schemas/{model}"
+ERROR = {"application/json": {"schema": {"$ref": REF.format(model=ErrorResponse.__name__)}}}
+DRAWING_ERRORS = (
+    BadRequest,
+    NotFound,
+    MethodNotAllowed,
+    TooLarge,
+    Overloaded,
+    EngineFailure,
+    NotReady,
+    DeadlineExceeded,
+)
+REQUEST_ID = {"X-Request-ID": {"schema": {"type": "string"}, "description": "Stands in every log."}}
+RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
+
+
+def complete_document(app: FastAPI, settings: Settings) -> None:
+    """Make ``app.openapi()`` (and so ``/openapi.json`` and ``/docs``) the whole truth."""
+    plain = app.openapi
+
+    def openapi() -> Object:
+        if app.openapi_schema is None:
+            document = plain()
+            _complete(document, settings)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
+
+
+def _complete(document: Object, settings: Settings) -> None:
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    models = (GenerationRequest, EditRequest, PartialImageEvent, CompletedEvent, ErrorResponse)
+    for model in models:
+        schemas |= _schemas(model)
+    for model in (GenerationRequest, EditRequest):
+        _set_limits(schemas[model.__name__]["properties"], settings)
+    schemas["EditForm"] = _form(schemas.pop(EditRequest.__name__))
+
+    paths = document["paths"]
+    generations = paths["/v1/images/generations"]["post"]
+    edits = paths["/v1/images/edits"]["post"]
+    generations["requestBody"] = _body("application/json", GenerationRequest.__name__)
+    edits["requestBody"] = _body("multipart/form-data", "EditForm")
+    for operation, event_name in ((generations, "image_generation"), (edits, "image_edit")):
+        operation["parameters"] = _drawing_parameters(settings)
+        _add_image_answers(operation["responses"]["200"], event_name)
+        _add_errors(operation, *DRAWING_ERRORS)
+    _add_errors(paths["/v1/models"]["get"], EngineFailure)
+    _add_errors(paths["/v1/models/{model_id}"]["get"], NotFound, EngineFailure)
+    _add_errors(paths["/readyz"]["get"], NotReady)
+    paths["/v1/models/{model_id}"]["get"]["responses"].pop("422", None)  # any text is a name
+
+    if settings.api_keys_file:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in paths.items():
+            if path.startswith("/v1/"):
+                for operation in operations.values():
+                    operation["security"] = [{"key": []}]
+                    _add_errors(operation, Unauthorized)
+    for operations in paths.values():
+        for operation in operations.values():
+            for answer in operation["responses"].values():
+                answer["headers"] = REQUEST_ID | answer.get("headers", {})
+
+
+def _schemas(model: type[BaseModel]) -> Object:
+    schema = model.model_json_schema(ref_template=REF)
+    return {**schema.pop("$defs", {}), model.__name__: schema}
+
+
+def _set_limits(properties: Object, settings: Settings) -> None:
+    """This service's own limits, where they are narrower than the protocol's."""
+    properties["n"]["maximum"] = settings.max_images
+    _typed(properties["num_inference_steps"])["maximum"] = settings.max_steps
+    for name in ("prompt", "negative_prompt"):
+        _typed(properties[name])["maxLength"] = settings.max_prompt_chars
+
+
+def _typed(schema: Object) -> Object:
+    """The part of ``X | None`` that says what X is."""
+    typed: Object = next(
+        (each for each in schema.get("anyOf", ()) if each.get("type") != "null"), schema
+    )
+    return typed
+
+
+def _form(schema: Object) -> Object:
+    """A form of ``schema``: it knows no null, carries a list as JSON text, and has a file."""
+    properties = {}
+    for name, each in schema["properties"].items():
+        about = {key: value for key, value in each.items() if key != "anyOf"}
+        properties[name] = _typed(each) | about
+    properties["loras"] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": _typed(schema["properties"]["loras"]),
+        "description": properties["loras"]["description"],
+    }
+    properties["image"] = {
+        "type": "string",
+        "format": "binary",
+        "description": "One PNG, JPEG or WebP file; `image[]` is taken as well.",
+    }
+    return schema | {"properties": properties, "required": ["image", *schema["required"]]}
+
+
+def _body(media_type: str, model: str) -> Object:
+    content = {media_type: {"schema": {"$ref": REF.format(model=model)}}}
+    return {"required": True, "content": content}
+
+
+def _drawing_parameters(settings: Settings) -> list[Object]:
+    return [
+        {
+            "name": "X-Request-Timeout",
+            "in": "header",
+            "description": "Seconds after which the request is given up, with a 504.",
+            "schema": {
+                "type": "number",
+                "exclusiveMinimum": 0,
+                "maximum": settings.request_timeout_s,
+                "default": settings.request_timeout_s,
+            },
+        },
+        {
+            "name": "X-Request-ID",
+            "in": "header",
+            "description": "1 to 128 visible ASCII characters, returned; others are replaced.",
+            "schema": {"type": "string"},
+        },
+    ]
+
+
+def _add_image_answers(answer: Object, event_name: str) -> None:
+    answer["description"] = (
+        "JSON; the bare image where `Accept` names its media type; "
+        "events, the last of them `[DONE]`, with `stream`."
+    )
+    for media_type in MEDIA_TYPES.values():
+        answer["content"][media_type] = {"schema": {"type": "string", "format": "binary"}}
+    events: Mapping[str, str] = {
+        f"{event_name}.partial_image": PartialImageEvent.__name__,
+        f"{event_name}.completed": CompletedEvent.__name__,
+        "error": ErrorResponse.__name__,
+    }
+    items: list[Object] = [
+        {
+            "properties": {
+                "event": {"const": name},
+                "data": {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "contentSchema": {"$ref": REF.format(model=model)},
+                },
+            },
+            "required": ["event", "data"],
+        }
+        for name, model in events.items()
+    ]
+    items.append({"properties": {"data": {"const": "[DONE]"}}, "required": ["data"]})
+    answer["content"]["text/event-stream"] = {"itemSchema": {"type": "object", "anyOf": items}}
+    answer["headers"] = {
+        name: {"schema": {"type": "string"}, "description": description}
+        for name, description in {
+            "Server-Timing": "Milliseconds by stage; not of event streams.",
+            "X-Fourstep-Seed": "Of a bare image.",
+            "X-Fourstep-Warnings": "Of a bare image: what had no effect.",
+        }.items()
+    }
+
+
+def _add_errors(operation: Object, *errors: type[ServiceError]) -> None:
+    for error in errors:
+        about = (error.__doc__ or "").splitlines()[0]
+        answer: Object = {"description": about, "content": ERROR}
+        if error in (Overloaded, NotReady):
+            answer["headers"] = RETRY_AFTER
+        operation["responses"][str(error.status)] = answer

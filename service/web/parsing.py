@@ -1,0 +1,205 @@
+"""Bodies to parameters: JSON and multipart, with OpenAI-shaped errors that name the field."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Any
+
+from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from service.errors import BadRequest, TooLarge
+from service.web.schema import EditRequest, GenerationRequest, ImageParams, OutputFormat
+
+NOT_YET = {  # OpenAI fields this service does not act on: refused, never silently dropped
+    "mask": "inpainting is not served; leave mask out to redraw the whole image",
+}
+BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{1,70}")  # RFC 2046, 5.1.1
+MAX_FORM_FIELDS = 64
+MAX_FORM_FILES = 8
+MAX_FIELD_BYTES = 2**20  # of one form field that is no file
+MAX_ERRORS = 100  # more than a body has fields; of 15,000 the details alone would cost 0.4 s
+MAX_SHOWN_CHARS = 80  # of a wrong value, in the message about it
+MAX_PARAM_CHARS = 64  # longer than the name of any field
+
+
+async def parse_generation(request: Request, max_prompt_chars: int) -> GenerationRequest:
+    """The JSON body of ``POST /v1/images/generations``."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if media_type.lower() != "application/json":
+        raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be application/json")
+    body = await _read(request, max_json_bytes(max_prompt_chars))
+    try:
+        params = GenerationRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise bad_request(error, GenerationRequest) from error
+    json.loads(body, object_pairs_hook=_unique)  # small and known to be right: a few microseconds
+    return params
+
+
+def max_json_bytes(max_prompt_chars: int) -> int:
+    """What a generation's body may have: two prompts, all escaped (12 bytes a character), more."""
+    return 2 * 12 * max_prompt_chars + 64 * 1024
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise TooLarge(
+                f"the JSON body has more than {max_bytes} bytes, which is room for the two longest "
+                "prompts; shorten them"
+            )
+    return bytes(body)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    """A name that stands twice would mean one thing to a gateway and another here."""
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise BadRequest(f"{name} is given twice; send it once", param=name)
+        seen.add(name)
+
+
+async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
+    """The multipart body of ``POST /v1/images/edits``: parameters and the one image."""
+    form = await _read_form(request)
+    try:
+        for name, reason in NOT_YET.items():
+            if name in form:
+                raise BadRequest(reason, param=name, code="unsupported_parameter")
+        fields: dict[str, str] = {}
+        files: list[UploadFile] = []
+        for as_it_came, value in form.multi_items():
+            name = _text(as_it_came, of="the name of a field")
+            is_image = name in ("image", "image[]")
+            if isinstance(value, UploadFile) != is_image:
+                raise BadRequest(
+                    "image is text; send it as a file" if is_image else
+                    f"{_cut(name)} is a file; only image is one",
+                    param="image" if is_image else _cut(name),
+                )  # fmt: skip
+            if isinstance(value, UploadFile):
+                files.append(value)
+            elif name in fields:
+                raise BadRequest(f"{_cut(name)} is given twice; send it once", param=_cut(name))
+            else:
+                fields[name] = _text(value, of=_cut(name))
+        if len(files) != 1:
+            raise BadRequest(f"image must be exactly one file, got {len(files)}", param="image")
+        data = await files[0].read()
+    finally:
+        await form.close()
+    try:
+        return EditRequest.model_validate(fields), data
+    except ValidationError as error:
+        raise bad_request(error, EditRequest) from error
+
+
+async def _read_form(request: Request) -> FormData:
+    """The parts by name, names and text as `_text` takes them."""
+    media_type, options = parse_options_header(request.headers.get("content-type", ""))
+    if media_type != b"multipart/form-data":
+        raise BadRequest(
+            f"the Content-Type is {_shown(media_type.decode('latin-1'))}; it must be "
+            "multipart/form-data, with one file field `image`"
+        )
+    boundary = options.get(b"boundary", b"").decode("latin-1")
+    if not BOUNDARY.fullmatch(boundary):
+        raise BadRequest(
+            "the multipart body cannot be read: the Content-Type has no boundary of 1 to 70 "
+            "letters, digits and '()+_,-./:=?"
+        )
+    # Read as Latin-1, which keeps every byte as it came: of text that is not UTF-8 the parser
+    # would make a guess, and of a charset in the header whatever Python has a codec for.
+    as_it_came = f'multipart/form-data; boundary="{boundary}"; charset=latin-1'
+    parser = MultiPartParser(
+        Headers({"content-type": as_it_came}),
+        request.stream(),
+        max_files=MAX_FORM_FILES,
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=MAX_FIELD_BYTES,
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise BadRequest(f"the multipart body cannot be read: {error.message}") from error
+
+
+def _text(as_it_came: str, *, of: str) -> str:
+    """UTF-8, whatever a header says, and else refused."""
+    try:
+        return as_it_came.encode("latin-1").decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{of} is not UTF-8 text: {error.reason}") from error
+
+
+def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
+    """The first thing wrong, as one sentence with field, value and limit."""
+    if error.error_count() > MAX_ERRORS:
+        return BadRequest(
+            f"the body has {error.error_count()} wrong or unknown fields; GET /docs lists the known"
+        )
+    first = error.errors(include_url=False)[0]
+    where = _cut(".".join(str(part) for part in first["loc"]))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, model.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return BadRequest(f"unknown field {where!r}{hint}", param=where, code="unknown_parameter")
+    if first["type"] == "missing":
+        return BadRequest(f"{where} is required", param=where, code="missing_required_parameter")
+    if not where:
+        return BadRequest(f"the body is not a JSON object of parameters: {first['msg']}")
+    return BadRequest(f"{where} is {_shown(first['input'])}: {_plain(first['msg'])}", param=where)
+
+
+def _cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
+    return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
+
+
+def _shown(value: object) -> str:
+    return _cut(json.dumps(value, ensure_ascii=False, default=str), MAX_SHOWN_CHARS)
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def accepted_format(accept: str, params: ImageParams) -> OutputFormat | None:
+    """The image format that ``Accept`` asks for as a raw body, or None for JSON.
+
+    Only an explicit ``image/png``, ``image/jpeg`` or ``image/webp`` counts, the first one listed;
+    ``*/*`` and ``application/json`` mean JSON.
+
+    Raises:
+        BadRequest: a raw body cannot carry several images or a stream, or two formats are asked.
+    """
+    media_types = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    if "application/json" in media_types:
+        return None
+    formats: dict[str, OutputFormat] = {
+        "image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp",
+    }  # fmt: skip
+    wanted = next((formats[media] for media in media_types if media in formats), None)
+    if wanted is None:
+        return None
+    if "output_format" in params.model_fields_set and params.output_format != wanted:
+        raise BadRequest(
+            f"output_format is {params.output_format!r} but the Accept header asks for {wanted!r}; "
+            "send one of them",
+            param="output_format",
+        )
+    if params.n != 1 or params.stream:
+        what = f"n is {params.n}" if params.n != 1 else "stream is true"
+        raise BadRequest(
+            f"{what}, but a raw image body ({accept}) carries one image; ask for application/json",
+            param="n" if params.n != 1 else "stream",
+        )
+    return wanted

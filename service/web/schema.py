@@ -1,0 +1,195 @@
+"""The REST schema: OpenAI's Images API with our extensions as plain extra fields.
+
+What the protocol itself fixes (types, enumerations, the bounds OpenAI documents) is declared here
+and shown in ``/docs``; what depends on the model or on settings is checked in
+`service.web.admission`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import from_json
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"]
+Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
+Name = Annotated[str, StringConstraints(max_length=256)]  # longer than any that is served
+Note = Annotated[str, StringConstraints(max_length=1024)]  # kept nowhere
+
+
+class LoraChoice(BaseModel):
+    """One LoRA of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Name = Field(description="As GET /v1/models lists it under `loras`.")
+    weight: float = Field(1.0, ge=-4, le=4, description="Its share λ; 0 leaves it out.")
+
+
+class ImageParams(BaseModel):
+    """Fields that generations and edits share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompt: str = Field(min_length=1, description="What to draw. Any Unicode text.")
+    model: Name | None = Field(None, description="Model id, as GET /v1/models lists it.")
+    n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
+    size: Size = Field("auto", description="`WIDTHxHEIGHT` in pixels, or `auto`.")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="`url` gives a self-contained `data:` URL; nothing is stored."
+    )
+    output_format: OutputFormat = Field("png", description="Encoding of the image.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp, in percent (default 90)."
+    )
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = Field(
+        "auto", description="Without num_inference_steps: low is 2 steps, high and hd are 8."
+    )
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        "auto", description="Images are opaque; `transparent` is refused."
+    )
+    stream: bool = Field(False, description="Answer as server-sent events.")
+    partial_images: int = Field(
+        0, ge=0, le=3, description="Previews per image, when streaming; fewer when steps are few."
+    )
+    user: Note | None = Field(None, description="Free text for the caller's own records.")
+    safety_identifier: Note | None = Field(None, description="As `user`.")
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="Has no effect: whether a safety filter looks is the service's setting."
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Has no effect here.")
+
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoise calls per image.")
+    guidance_scale: float | None = Field(None, ge=0, le=50, description="Guidance weight.")
+    negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Of the first image; image k uses seed + k."
+    )
+    sampler: SamplerName | None = Field(None, description="Default: the checkpoint's own.")
+    eta: float | None = Field(
+        None, ge=0, le=1, description="Stochasticity of DDIM (default 0) and TCD (default 0.3)."
+    )
+    loras: list[LoraChoice] | None = Field(
+        None, max_length=8, description="LoRAs to draw with; default: those the service names."
+    )
+    priority: Literal["low", "normal", "high"] | None = Field(
+        None, description="Higher goes first. At most, and by default, what the API key has."
+    )
+
+
+class GenerationRequest(ImageParams):
+    """``POST /v1/images/generations``."""
+
+
+class EditRequest(ImageParams):
+    """``POST /v1/images/edits``: image-to-image. Scalars arrive as form strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+
+    strength: float = Field(
+        0.8, gt=0, le=1, description="How far from the input: 1 keeps nothing of it."
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="Has no effect here.")
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _from_form(cls, value: object) -> object:
+        """A form carries the list as JSON text."""
+        try:
+            return from_json(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError('write it as JSON, [{"name": "...", "weight": 1.0}]') from None
+
+
+class ImageObject(BaseModel):
+    """One image of an answer."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    filtered: Literal[True] | None = Field(
+        None, description="The safety filter withheld this image: it is black. Absent otherwise."
+    )
+
+
+class ImagesResponse(BaseModel):
+    """The answer to generations and edits. ``timings`` are milliseconds on the server."""
+
+    created: int
+    data: list[ImageObject]
+    model: str
+    size: str
+    quality: str
+    background: str = "opaque"
+    output_format: OutputFormat
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    loras: dict[str, float]
+    timings: dict[str, float]
+    warnings: list[str]
+
+
+class ImageEvent(BaseModel):
+    """What every server-sent event with an image carries."""
+
+    b64_json: str
+    created_at: int
+    image_index: int = Field(description="Of the request's `n` images.")
+    seed: int
+    size: str
+    quality: str
+    background: str
+    output_format: OutputFormat
+
+
+class PartialImageEvent(ImageEvent):
+    """A preview: the image as it looks so far."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
+    partial_image_index: int
+
+
+class CompletedEvent(ImageEvent):
+    """A finished image."""
+
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    timings: dict[str, float]
+    warnings: list[str]
+    filtered: Literal[True] | None = Field(None, description="As of an ImageObject.")
+
+
+class ModelObject(BaseModel):
+    """One entry of ``GET /v1/models``, with what a caller may ask of it."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fourstep"
+    details: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every answer with a status of 400 or more."""
+
+    error: ErrorBody

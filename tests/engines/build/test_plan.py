@@ -1,0 +1,236 @@
+"""Plans, compiled for real by TensorRT-RTX, which needs no GPU for that. None is run here."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from engines.backends.choice import Machine
+from engines.build.bundle import Blueprint, Bundle, build_bundle, open_bundle
+from engines.build.checkpoint import load_facts, load_pipeline
+from engines.build.plan import (
+    RTX_CAPABILITY_BITS,
+    PlanTarget,
+    RtxHeader,
+    check_target,
+    compile_plan,
+    import_tensorrt,
+    make_logger,
+    parse,
+    profiles_of,
+)
+from engines.drawing.runner import Runner
+from engines.errors import BackendUnavailable, BuildError, BundleError, InvalidInput
+from engines.families import family_of
+from engines.families.part import Part
+from engines.order import Order
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
+
+TARGET = PlanTarget("tensorrt-rtx", ((128, 128), (96, 160)), 4, compute_capabilities=(80, 89))
+DEMO = Path("engines/demo/demo-lcm")
+TYPES = {  # ONNX element types to TensorRT's
+    onnx.TensorProto.FLOAT: trt.DataType.FLOAT,
+    onnx.TensorProto.INT64: trt.DataType.INT64,
+    onnx.TensorProto.UINT8: trt.DataType.UINT8,
+}
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Part]:
+    pipeline = load_pipeline(DEMO, "fp16")
+    family = family_of("LatentConsistencyModelPipeline")
+    return {part.name: part for part in family.parts(pipeline, load_facts(DEMO, pipeline))}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shipped demo model in fp16, exported and compiled."""
+    blueprint = Blueprint(DEMO, "fp16", TARGET)
+    return build_bundle(blueprint, tmp_path_factory.mktemp("plans") / "b", _no_progress)
+
+
+def _network(onnx_file: Path) -> tuple[Any, ...]:
+    log = make_logger(trt)
+    builder = trt.Builder(log)
+    return builder, log, parse(trt, builder, log, onnx_file)  # all three must stay alive
+
+
+PARTS = ("text_encoder", "vae_decoder", "vae_encoder", "denoiser")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_plan_is_whole_and_for_the_gpus_asked(name: str, built: Bundle) -> None:
+    plan = built.folder / f"{name}.plan"
+    header = RtxHeader.read(plan)
+    assert header.num_bytes == plan.stat().st_size == built.manifest["files"][plan.name]["bytes"]
+    assert header.version == trt.__version__ == built.manifest["plans"]["version"]
+    assert header.compute_capabilities == TARGET.compute_capabilities
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_network_is_the_graph(name: str, built: Bundle, parts: dict[str, Part]) -> None:
+    _builder, _log, network = _network(built.part(name))
+    graph = onnx.load(built.part(name), load_external_data=False).graph
+    inputs = {(t := network.get_input(i)).name: t.dtype for i in range(network.num_inputs)}
+    outputs = {(t := network.get_output(i)).name: t.dtype for i in range(network.num_outputs)}
+    assert inputs == {v.name: TYPES[v.type.tensor_type.elem_type] for v in graph.input}
+    assert outputs == {v.name: TYPES[v.type.tensor_type.elem_type] for v in graph.output}
+    assert set(inputs) == set(parts[name].example)
+    assert network.num_layers == built.manifest["plans"]["parts"][name]["num_layers"] > 0
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    convolutions = sum(node.op_type == "Conv" for node in graph.node)
+    assert kinds.count(trt.LayerType.CONVOLUTION) == convolutions
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_weight_can_be_refitted_by_its_own_name(
+    name: str, built: Bundle, parts: dict[str, Part]
+) -> None:
+    _builder, _log, network = _network(built.part(name))
+    graph = onnx.load(built.part(name), load_external_data=False).graph
+    named = {name for name, _ in parts[name].module.named_parameters()}
+    weights = {initializer.name for initializer in graph.initializer} & named
+    assert all(network.mark_weights_refittable(name) for name in weights)
+    assert not network.mark_weights_refittable("nobody.weight")
+    if name == "denoiser":
+        assert weights == named
+
+
+def test_the_network_runs_in_half_precision(built: Bundle, parts: dict[str, Part]) -> None:
+    _builder, _log, network = _network(built.part("denoiser"))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    kinds = {
+        layer.get_output(0).dtype
+        for layer in layers
+        if layer.type in (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
+        and layer.name.startswith("node_conv")
+    }
+    assert kinds == {trt.DataType.HALF}
+
+
+def test_profiles(parts: dict[str, Part]) -> None:
+    (wide,) = profiles_of(parts["vae_encoder"], TARGET, 8)
+    assert wide == {"pixels": ((1, 128, 96, 3), (4, 128, 128, 3), (4, 160, 128, 3))}
+    fixed = dataclasses.replace(TARGET, engine="tensorrt", max_batch=3, compute_capabilities=())
+    assert fixed.batches == (1, 2, 3)
+    shapes = [profile["latents"] for profile in profiles_of(parts["vae_decoder"], fixed, 8)]
+    sizes = [(rows, columns) for rows, columns in ((16, 16), (20, 12)) for _ in range(3)]
+    assert [low[2:] for low, _, _ in shapes] == sizes
+    assert [low[0] for low, _, _ in shapes] == [1, 2, 3, 1, 2, 3]
+    assert all(low == best == high for low, best, high in shapes)
+    assert len(profiles_of(parts["text_encoder"], fixed, 8)) == 3  # sizes are nothing to it
+
+
+def test_manifest_says_the_same_twice(built: Bundle, tmp_path: Path) -> None:
+    again = build_bundle(Blueprint(DEMO, "fp16", TARGET), tmp_path / "again", _no_progress)
+    assert _steady(again.manifest) == _steady(built.manifest)
+    other = dataclasses.replace(TARGET, max_batch=2)
+    assert again.manifest["key"] == Blueprint(DEMO, "fp16", TARGET).key
+    assert again.manifest["key"] != Blueprint(DEMO, "fp16", other).key
+
+
+def _steady(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without what differs from build to build: costs, and TensorRT's own bytes."""
+    plans = {
+        name: {k: v for k, v in report.items() if k not in ("seconds", "peak_process_bytes")}
+        for name, report in manifest["plans"]["parts"].items()
+    }
+    files = {k: v for k, v in manifest["files"].items() if not k.endswith(".plan")}
+    return manifest | {"files": files, "plans": manifest["plans"] | {"parts": plans}}
+
+
+def test_a_damaged_plan_is_refused(built: Bundle) -> None:
+    plan = built.folder / "text_encoder.plan"
+    whole = plan.read_bytes()
+    try:
+        plan.write_bytes(whole[:-1])
+        with pytest.raises(BundleError, match=r"text_encoder\.plan.*fourstep build"):
+            open_bundle(built.folder)
+        plan.write_bytes(b"none" + whole[4:])
+        with pytest.raises(BuildError, match="no TensorRT-RTX plan"):
+            RtxHeader.read(plan)
+    finally:
+        plan.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compute_capabilities": (90,)}, r"capability 90 .*75, 80, 86, 89, 120, 121"),
+        ({"compute_capabilities": (89, 12)}, "capability 12 "),
+    ],
+)
+def test_a_gpu_it_cannot_compile_for(
+    change: dict[str, Any], message: str, built: Bundle, tmp_path: Path
+) -> None:
+    target = dataclasses.replace(TARGET, **change)
+    with pytest.raises(BuildError, match=message):
+        compile_plan(built.part("text_encoder"), tmp_path / "x.plan", [], target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_capabilities_known_are_those_of_the_package() -> None:
+    """Without one more that a newer package runs on, and with none that it has dropped."""
+    named = {name for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
+    assert {f"SM{capability}" for capability in RTX_CAPABILITY_BITS} == named
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU it asks for")
+@pytest.mark.parametrize("change", [{"refit": True}, {"compute_capabilities": ()}])
+def test_what_needs_a_gpu_says_so(change: dict[str, Any], built: Bundle, tmp_path: Path) -> None:
+    target = dataclasses.replace(TARGET, **change)
+    profile = {"input_ids": ((1, 32), (4, 32), (4, 32))}
+    with pytest.raises(BuildError, match="wants a GPU"):
+        compile_plan(built.part("text_encoder"), tmp_path / "x.plan", [profile], target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_falls_back_where_plans_do_not_load(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are for a GPU that is said to be here and is not."""
+    machine = Machine(89, frozenset({"torch", "onnxruntime", "tensorrt_rtx"}), "NVIDIA L4")
+    monkeypatch.setattr(Machine, "here", classmethod(lambda cls: machine))
+    with pytest.raises(BackendUnavailable, match=r"cannot load .*build the bundle again here"):
+        Runner.open(Order(str(built.folder), backend="tensorrt-rtx"))
+    runner = Runner.open(Order(str(built.folder), num_threads=1))
+    assert runner.info.backend == "onnxruntime"  # a bundle has no checkpoint for torch
+    assert runner.info.backend_reason.startswith("tensorrt-rtx failed: tensorrt_rtx")
+    (drawing,) = runner.draw([runner.default_recipe(0)])
+    assert drawing.pixels is not None
+    runner.close()
+
+
+def test_an_operator_it_does_not_take(tmp_path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    value = [helper.make_tensor_value_info(n, kind, [2]) for n in ("x", "y")]
+    node = helper.make_node("Unknown", ["x"], ["y"], domain="nobody")
+    graph = helper.make_graph([node], "g", value[:1], value[1:])
+    file = tmp_path / "odd.onnx"
+    onnx.save(helper.make_model(graph), file)
+    with pytest.raises(BuildError, match=r"odd\.onnx: .*Unknown.*--engine torch"):
+        _network(file)
+
+
+@pytest.mark.parametrize("size", [(130, 128), (128, 8), (4096, 128)])
+def test_a_size_the_model_does_not_draw(size: tuple[int, int], built: Bundle) -> None:
+    target = dataclasses.replace(TARGET, sizes_px=(size,))
+    with pytest.raises(InvalidInput, match=f"{size[0]}x{size[1]}; demo-lcm draws .* 8 from"):
+        check_target(target, built.facts)
+
+
+def test_a_missing_package_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendUnavailable, match=r"pip install tensorrt .*--engine torch"):
+        import_tensorrt("tensorrt")

@@ -1,0 +1,194 @@
+"""`fourstep serve` as a user runs it: real Ray Serve, real HAProxy, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from engines.drawing.model import prepare
+from engines.order import Order
+from service.ray_serve.environment import free_port
+from service.settings import SettingsError, load_settings
+from tests.service.processes import start, wait_until_ready
+
+
+@pytest.fixture
+def server(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    port = free_port()
+    process = start(lcm_checkpoint, cache_dir, port)
+    yield process, port
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def test_serves_through_haproxy_and_ctrl_c_ends_everything(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, port = server
+    wait_until_ready(process, port)
+    base = f"http://127.0.0.1:{port}"
+    client = openai.OpenAI(api_key="none", base_url=f"{base}/v1", max_retries=0)
+    answer = client.images.generate(prompt="a red star", n=2)
+    assert answer.data is not None
+    assert len(answer.data) == 2
+    raw = httpx.post(
+        f"{base}/v1/images/generations",
+        json={"prompt": "x"},
+        headers={"accept": "image/webp", "x-request-id": "given"},
+    )
+    assert raw.headers.get_list("x-request-id") == ["given"]
+    assert raw.headers["content-type"] == "image/webp"
+    events = list(client.images.generate(prompt="x", stream=True, partial_images=1))
+    assert events[-1].type == "image_generation.completed"
+    metrics = httpx.get(f"{base}/metrics").text
+    assert 'fourstep_images_total{model="tiny-lcm"} 4.0' in metrics
+    assert "autoscaler" not in metrics, "Ray's own processes must not write into our metrics"
+    children = psutil.Process(process.pid).children(recursive=True)
+    haproxy = next(child for child in children if "haproxy" in child.name())
+    config = Path(next(part for part in haproxy.cmdline() if part.endswith(".cfg"))).read_text()
+    sizes = dict(re.findall(r"^ *tune\.(bufsize|memory\.hot-size) (\d+)$", config, re.MULTILINE))
+    assert int(sizes["memory.hot-size"]) >= 8 * int(sizes["bufsize"]), "else pages come anew"
+    assert "http-request set-header x-request-disconnect-disabled ?1" in config
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    lines = [line[line.index("{") :] for line in output.splitlines() if '"logger": ' in line]
+    entries = [json.loads(line.removesuffix("\x1b[0m")) for line in lines]
+    (entry,) = [entry for entry in entries if entry["request_id"] == "given"]
+    assert entry["path"] == "/v1/images/generations"
+    assert entry["status"] == 200
+    assert entry["denoise_ms"] > 0
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_sigterm_finishes_what_was_accepted(server: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = server
+    wait_until_ready(process, port)
+    base = f"http://127.0.0.1:{port}"
+    body = {"prompt": "a red star", "n": 4, "num_inference_steps": 50}
+
+    def draw(seed: int) -> int:
+        url = f"{base}/v1/images/generations"
+        return httpx.post(url, json=body | {"seed": seed}, timeout=60).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(draw, seed) for seed in range(6)]
+        in_flight = 0.0
+        while in_flight < 4 and not any(answer.done() for answer in answers):
+            found = re.search(
+                r"^fourstep_running_rows.* (\S+)$", httpx.get(f"{base}/metrics").text, re.M
+            )
+            in_flight = float(found[1]) if found else 0.0
+        assert in_flight >= 4, "some requests must be running when the signal comes"
+        process.send_signal(signal.SIGTERM)
+        assert [answer.result() for answer in answers] == [200] * 6
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+
+
+def test_a_busy_port_is_one_clear_line(lcm_checkpoint: Path, cache_dir: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start(lcm_checkpoint, cache_dir, port)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert output.strip() == (
+        f"error: port {port} on 127.0.0.1 cannot be used (Address already in use); "
+        "choose one with --port"
+    )
+
+
+def test_a_config_file_serves_several_applications_and_replicas(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    port, config = free_port(), tmp_path / "serve.yaml"
+    applications = [
+        {
+            "name": name,
+            "route_prefix": f"/{name}",
+            "import_path": "service.ray_serve.deployment:build",
+            "args": {
+                "model": str(lcm_checkpoint),
+                "model_id": name,
+                "num_replicas": num_replicas,
+                "cache_dir": str(cache_dir),
+            },
+        }
+        for name, num_replicas in (("sketch", 2), ("poster", 1))
+    ]
+    config.write_text(json.dumps({"applications": applications}))  # JSON is YAML
+    process = start(lcm_checkpoint, cache_dir, port, "--config", config)
+    try:
+        wait_until_ready(process, port, "/sketch")
+        wait_until_ready(process, port, "/poster")
+        for name in ("sketch", "poster"):
+            base_url = f"http://127.0.0.1:{port}/{name}/v1"
+            client = openai.OpenAI(api_key="none", base_url=base_url, max_retries=0)
+            assert [model.id for model in client.models.list()] == [name]
+            assert client.images.generate(prompt="a red star").data
+        replicas = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if " ".join(child.cmdline()).startswith("ray::ServeReplica:")
+        ]
+        assert len(replicas) == 3, [child.cmdline() for child in replicas]
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_damaged_bundle_is_one_clear_line(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    bundle = prepare(Order(str(lcm_checkpoint), "onnxruntime", "fp32", cache_dir), lambda *_: None)
+    damaged = shutil.copytree(bundle.folder, tmp_path / "damaged")
+    graph = next(damaged.glob("denoiser*.onnx"))
+    graph.write_bytes(graph.read_bytes()[:-1])
+    process = start(damaged, cache_dir, free_port())
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.startswith("error: ")
+    assert graph.name in output
+    assert output.count("\n") == 1
+
+
+def test_a_model_that_fails_in_the_replica_is_one_clear_line(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(lcm_checkpoint, tmp_path / "broken")
+    (broken / "unet" / "config.json").write_text("{}")
+    process = start(broken, cache_dir, free_port(), "--engine", "torch")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "application 'fourstep' cannot start" in line
+    assert str(broken) in line
+
+
+def test_unknown_settings_name_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="did you mean 'max_batch'"):
+        load_settings({"max_bach": 4})
+    with pytest.raises(SettingsError, match=r"'png_level'.*less than or equal to 9.*got 12"):
+        load_settings({"png_level": 12})
+    monkeypatch.setenv("FOURSTEP_PNG_LEVLE", "3")
+    with pytest.raises(SettingsError, match="png_level"):
+        load_settings()
