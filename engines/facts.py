@@ -7,15 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SAMPLER_OF_SCHEDULER = {
-    "LCMScheduler": "lcm",
-    "DDIMScheduler": "ddim",
-    "PNDMScheduler": "ddim",  # same training schedule; PNDM's multistep rule is not a table
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "TCDScheduler": "tcd",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
@@ -42,7 +33,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Sizes in pixels unless named otherwise; ``scheduler`` is the checkpoint's own config."""
+    """Sizes in pixels unless named otherwise; ``scheduler``: what the checkpoint's config gives."""
 
     name: str
     family: str
@@ -65,6 +56,11 @@ class Facts:
         """Of a text, where no encoder is to cut it."""
         return min(window.max_tokens for window in self.windows)
 
+    @property
+    def scheduler_class(self) -> str | None:
+        """The checkpoint's own, of diffusers; None in manifests of before it was kept."""
+        return self.scheduler.get("_class_name")
+
     def with_defaults(self, defaults: Defaults) -> Facts:
         """These facts, with the defaults that were chosen."""
         chosen = {
@@ -86,5 +82,7 @@ class Facts:
             only = {name: values.pop(name) for name in names}
             values["windows"] = [{"input": "input_ids", "tokenizer": "tokenizer", **only}]
             values["num_coefficients"] = 6
+            # What Stable Diffusion's pipelines set, and options of a class without it lacked.
+            values["scheduler"] = {"clip_sample": False} | values["scheduler"]
         values["windows"] = tuple(Window(**window) for window in values["windows"])
         return cls(**values)

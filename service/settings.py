@@ -21,6 +21,7 @@ from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 MIB = 1024 * 1024
+SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde"]
 OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")  # browsers send it in lower case, without path
 IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -93,7 +94,7 @@ class Settings(BaseSettings):
 
     # What a request gets that does not say; None: the model's own.
     default_loras: dict[str, float] = Field({}, description="name → weight λ, of `loras`")
-    default_sampler: Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"] | None = None
+    default_sampler: SamplerName | None = None
     default_steps: int | None = Field(None, ge=1, le=1000)
     default_guidance: float | None = Field(None, ge=0, le=50)
 

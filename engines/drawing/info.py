@@ -11,7 +11,7 @@ from engines.drawing.batching import decode_rows
 from engines.drawing.model import Model
 from engines.errors import InvalidInput
 from engines.families.recipe import Recipe
-from engines.samplers import SAMPLERS
+from engines.samplers import NoiseSchedule, default_sampler, samplers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,9 @@ class ModelInfo:
     max_size_px: int
     max_tokens: int
     guidance_embedding: bool
+    scheduler: str | None  # diffusers' class that the checkpoint names, where that is known
     default_sampler: str
+    stands_in: bool  # the default sampler, for a scheduler that is none of ours
     default_num_steps: int
     default_guidance_scale: float
     samplers: tuple[str, ...]
@@ -43,6 +45,8 @@ class ModelInfo:
 def describe(model: Model, max_batch: int | None, model_id: str | None) -> ModelInfo:
     """What is said of a loaded model; None leaves batch and name to it."""
     facts = model.facts
+    noise = NoiseSchedule.from_config(facts.scheduler)
+    stand_in = facts.scheduler_class and default_sampler(noise) == (facts.default_sampler, True)
     lanes = model.batch_for(max_batch)
     return ModelInfo(
         model_id=model_id or facts.name,
@@ -57,10 +61,12 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         max_size_px=facts.max_size_px,
         max_tokens=facts.max_tokens,
         guidance_embedding=facts.time_cond_dim > 0,
+        scheduler=facts.scheduler_class,
         default_sampler=facts.default_sampler,
+        stands_in=bool(stand_in),
         default_num_steps=facts.default_num_steps,
         default_guidance_scale=facts.default_guidance_scale,
-        samplers=SAMPLERS,
+        samplers=samplers_of(noise),
         loras=model.adapters.names,
         max_batch=lanes,
         max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),

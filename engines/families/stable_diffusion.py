@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.facts import SAMPLER_OF_SCHEDULER, Facts, Window
+from engines.facts import Facts, Window
 from engines.families.family import Conditions, Lanewise
 from engines.families.guidance import guidance_embedding
 from engines.families.part import Part
 from engines.families.recipe import Recipe
-from engines.samplers import Schedule
+from engines.samplers import NoiseSchedule, Schedule, default_sampler, given_options
 
 NAME = "stable_diffusion"
 PIPELINES = (
@@ -25,6 +25,8 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+# What StableDiffusionPipeline does to any scheduler that it is given.
+SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 
 
 class TextEncoder(torch.nn.Module):
@@ -127,10 +129,10 @@ def facts(name: str, pipeline: Any) -> Facts:
     smallest = scale * 2 ** (len(unet.block_out_channels) - 1)  # one latent at the lowest level
     default = int(unet.sample_size) * scale
     embedding = int(unet.time_cond_proj_dim or 0)
-    sampler = SAMPLER_OF_SCHEDULER.get(type(pipeline.scheduler).__name__, "ddim")
+    scheduler = given_options(pipeline.scheduler) | ({} if embedding else SET_BY_PIPELINE)
+    sampler, _ = default_sampler(NoiseSchedule.from_config(scheduler))
     few = sampler in ("lcm", "tcd")
     window = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
-    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key[0] != "_"}
     return Facts(
         name=name,
         family=NAME,

@@ -205,6 +205,10 @@ def _warnings(
             "has its guidance built in" if info.guidance_embedding else "needs guidance above 1"
         )
         found.append(f"negative_prompt has no effect: this model {reason}")
+    if info.stands_in and params.sampler is None:
+        found.append(
+            f"the checkpoint names {info.scheduler}; the sampler {info.default_sampler} stands in"
+        )
     found += [
         f"{name} has no effect on this service"
         for name in ("style", "moderation", "input_fidelity")

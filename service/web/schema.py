@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import from_json
 
+from service.settings import SamplerName
+
 OutputFormat = Literal["png", "jpeg", "webp"]
-SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd"]
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
 Name = Annotated[str, StringConstraints(max_length=256)]  # longer than any that is served
 Note = Annotated[str, StringConstraints(max_length=1024)]  # kept nowhere

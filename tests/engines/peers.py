@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelImg2ImgPipeline,
@@ -32,7 +33,10 @@ SCHEDULERS = {
     "euler": EulerDiscreteScheduler,
     "euler_ancestral": EulerAncestralDiscreteScheduler,
     "tcd": TCDScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": DPMSolverMultistepScheduler,
 }
+ALGORITHMS = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}
 MAX_LATENT_ERROR = 1e-3
 MIN_PSNR_DB = 50.0
 
@@ -43,6 +47,12 @@ class Result:
 
     latents: np.ndarray
     pixels: np.ndarray
+
+
+def scheduler_of(sampler: str, config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler for one of our samplers, as its ``from_config`` makes it."""
+    algorithm = {"algorithm_type": ALGORITHMS[sampler]} if sampler in ALGORITHMS else {}
+    return SCHEDULERS[sampler].from_config(dict(config), **algorithm)
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -94,7 +104,7 @@ class Peer:
             self._pipeline.set_adapters(list(wanted.loras), list(wanted.loras.values()))
         elif self._loras:
             self._pipeline.disable_lora()
-        scheduler = SCHEDULERS[wanted.sampler].from_config(self._pipeline.scheduler.config)
+        scheduler = scheduler_of(wanted.sampler, self._pipeline.scheduler.config)
         parts = self._pipeline.components | {"scheduler": scheduler}
         parts |= {"safety_checker": None, "feature_extractor": None}
         arguments: dict[str, Any] = {

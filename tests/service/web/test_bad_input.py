@@ -73,7 +73,7 @@ def one_of(*names: str) -> str:
 FORMATS = one_of("png", "jpeg", "webp")
 QUALITIES = one_of("auto", "low", "medium", "high", "standard", "hd")
 PRIORITIES = "input should be 'low', 'normal' or 'high'"
-SAMPLERS = one_of("lcm", "ddim", "euler", "euler_ancestral", "tcd")
+SAMPLERS = one_of("lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde")
 BACKGROUNDS = one_of("auto", "opaque", "transparent")
 
 # Field → wrong values as JSON, each with the whole message.

@@ -1,0 +1,172 @@
+"""What a table or a schedule cannot hold is refused by name, for the samplers that have it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler, LCMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.errors import CheckpointError, InvalidInput
+from engines.samplers import (
+    SAMPLERS,
+    NoiseSchedule,
+    default_sampler,
+    given_options,
+    make_schedule,
+    samplers_of,
+)
+from tests.engines.peers import SCHEDULERS
+
+BASE: dict[str, Any] = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}  # fmt: skip
+DPMPP = {"dpmpp_2m", "dpmpp_2m_sde"}
+SPACED = {"ddim", "euler", "euler_ancestral"} | DPMPP
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("prediction_type", "flow_prediction"), ("beta_schedule", "sigmoid"),
+        ("trained_betas", [0.1, 0.2]), ("_class_name", "EDMEulerScheduler"),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_no_sampler_draws(option: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=value if option == "_class_name" else option):
+        NoiseSchedule.from_config(BASE | {option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "refusing"),
+    [
+        ("clip_sample", True, {"lcm", "ddim"}), ("thresholding", True, {"lcm", "ddim"} | DPMPP),
+        ("use_beta_sigmas", True, {"euler"} | DPMPP), ("use_flow_sigmas", True, DPMPP),
+        ("timestep_spacing", "random", SPACED), ("interpolation_type", "cubic", {"euler"}),
+        ("timestep_type", "random", {"euler"}), ("final_sigmas_type", "one", {"euler"} | DPMPP),
+        ("solver_order", 3, DPMPP), ("solver_type", "rk4", DPMPP),
+        ("variance_type", "learned_range", DPMPP),
+    ],
+)  # fmt: skip
+def test_an_option_refuses_the_samplers_that_have_it(
+    option: str, value: object, refusing: set[str]
+) -> None:
+    noise = NoiseSchedule.from_config(BASE | {option: value})
+    assert set(samplers_of(noise)) == set(SAMPLERS) - refusing
+    for sampler in SAMPLERS:
+        if sampler not in refusing:
+            assert np.isfinite(make_schedule(noise, sampler, 4).coefficients).all()
+            continue
+        with pytest.raises(InvalidInput, match=f"{option}={value!r}; use .*tcd") as caught:
+            make_schedule(noise, sampler, 4)
+        assert caught.value.field == "sampler"
+
+
+def test_noise_says_nothing_of_an_image_without_signal() -> None:
+    noise = NoiseSchedule.from_config(BASE | {"rescale_betas_zero_snr": True})
+    with pytest.raises(InvalidInput, match="rescale_betas_zero_snr"):
+        make_schedule(noise, "lcm", 4)
+    assert np.isfinite(make_schedule(noise, "euler", 4).coefficients).all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "strength", "eta", "field"),
+    [
+        ("dpm", 4, 1.0, None, "sampler"),
+        ("lcm", 0, 1.0, None, "num_steps"),
+        ("lcm", 51, 1.0, None, "num_steps"),
+        ("lcm", 8, 0.1, None, "num_steps"),
+        ("ddim", 1001, 1.0, None, "num_steps"),
+        ("dpmpp_2m", 1000, 1.0, None, "num_steps"),
+        ("ddim", 4, 0.1, None, "strength"),
+        ("lcm", 4, 0.0, None, "strength"),
+        ("euler", 4, 1.5, None, "strength"),
+        ("euler", 4, float("nan"), None, "strength"),
+        ("tcd", 4, 1.0, 1.5, "eta"),
+        ("ddim", 4, 1.0, -0.1, "eta"),
+    ],
+)
+def test_schedules(
+    sampler: str, num_steps: int, strength: float, eta: float | None, field: str
+) -> None:
+    noise = NoiseSchedule.from_config(BASE)
+    with pytest.raises(InvalidInput) as caught:
+        make_schedule(noise, sampler, num_steps, strength=strength, image_to_image=True, eta=eta)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "message"),
+    [("lcm", 51, "1 to 50"), ("heun", 4, "known are lcm, ddim, .*dpmpp_2m_sde")],
+)
+def test_limits_are_named(sampler: str, num_steps: int, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        make_schedule(NoiseSchedule.from_config(BASE), sampler, num_steps)
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.5, 0.8, 1.0])
+def test_lcm_takes_strength_into_its_schedule(strength: float) -> None:
+    peer = LCMScheduler(**BASE)
+    peer.set_timesteps(4, strength=strength)
+    schedule = make_schedule(
+        NoiseSchedule.from_config(BASE), "lcm", 4, strength=strength, image_to_image=True
+    )
+    np.testing.assert_array_equal(schedule.timesteps, peer.timesteps.numpy())
+
+
+@given(num_steps=st.integers(1, 50), sampler=st.sampled_from(SAMPLERS))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_tables_are_finite_and_end_without_noise(num_steps: int, sampler: str) -> None:
+    schedule = make_schedule(NoiseSchedule.from_config(BASE), sampler, num_steps)
+    assert np.isfinite(schedule.coefficients).all()
+    assert all(later < earlier for earlier, later in itertools.pairwise(schedule.timesteps))
+    assert schedule.coefficients[-1, 5] == 0.0
+    assert not schedule.coefficients[0, 6]  # there is no step before the first
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_class_of_ours_draws_by_itself(sampler: str) -> None:
+    algorithm = "sde-dpmsolver++" if sampler == "dpmpp_2m_sde" else "dpmsolver++"
+    config = BASE | {"_class_name": SCHEDULERS[sampler].__name__, "algorithm_type": algorithm}
+    assert default_sampler(NoiseSchedule.from_config(config)) == (sampler, False)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [
+        ("PNDMScheduler", "ddim"), ("DDPMScheduler", "ddim"), ("LMSDiscreteScheduler", "euler"),
+        ("HeunDiscreteScheduler", "euler"), ("KDPM2DiscreteScheduler", "euler"),
+        ("KDPM2AncestralDiscreteScheduler", "euler_ancestral"),
+        ("DPMSolverSinglestepScheduler", "dpmpp_2m"), ("DEISMultistepScheduler", "dpmpp_2m"),
+        ("UniPCMultistepScheduler", "dpmpp_2m"), ("DPMSolverSDEScheduler", "dpmpp_2m_sde"),
+        ("SomebodysScheduler", "ddim"),
+    ],
+)  # fmt: skip
+def test_another_class_has_a_stand_in(scheduler: str, sampler: str) -> None:
+    assert scheduler in ("SomebodysScheduler", *dir(diffusers))
+    noise = NoiseSchedule.from_config(BASE | {"_class_name": scheduler})
+    assert default_sampler(noise) == (sampler, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler"),
+    [
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "euler"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "ddim"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmpp_2m"),
+    ],
+)  # fmt: skip
+def test_a_stand_in_is_one_that_draws(config: dict[str, Any], sampler: str) -> None:
+    assert default_sampler(NoiseSchedule.from_config(BASE | config)) == (sampler, True)
+
+
+def test_what_diffusers_filled_in_is_not_given() -> None:
+    peer = DDIMScheduler.from_config({"beta_end": 0.012, "timestep_spacing": "leading"})
+    given = {"_class_name": "DDIMScheduler", "beta_end": 0.012, "timestep_spacing": "leading"}
+    assert given_options(peer) == given
