@@ -83,7 +83,7 @@ def fingerprint(source: Path) -> str:
 def load_pipeline(folder: Path, precision: str) -> Any:
     """The diffusers pipeline with weights in ``fp32``, ``fp16`` or ``bf16``, on the CPU."""
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -95,6 +95,7 @@ def load_pipeline(folder: Path, precision: str) -> Any:
             f"{folder} holds pickled weights ({unsafe[0]}); only safetensors are read, convert it "
             "with diffusers' save_pretrained(safe_serialization=True)"
         )
+    foreign = _foreign_scheduler(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
@@ -103,10 +104,29 @@ def load_pipeline(folder: Path, precision: str) -> Any:
             local_files_only=True,
             safety_checker=None,
             requires_safety_checker=False,
+            **({"scheduler": None} if foreign else {}),
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by diffusers: {error}") from error
+    if foreign:
+        scheduler = DDIMScheduler.from_config(foreign | {"_class_name": "DDIMScheduler"})
+        scheduler.register_to_config(_class_name=foreign["_class_name"])
+        pipeline.register_modules(scheduler=scheduler)
     return pipeline
+
+
+def _foreign_scheduler(folder: Path) -> dict[str, Any] | None:
+    """The scheduler's options where its class is not in diffusers, or wants a package besides."""
+    import diffusers
+    from diffusers.utils.import_utils import DummyObject
+
+    index = json.loads((folder / "model_index.json").read_text())
+    _, name = index.get("scheduler", (None, None))
+    file = folder / "scheduler" / "scheduler_config.json"
+    found = getattr(diffusers, str(name), None)
+    if name is None or not file.is_file() or (found and not isinstance(found, DummyObject)):
+        return None
+    return {**json.loads(file.read_text()), "_class_name": name}
 
 
 def whole(tokenizer: Tokenizer) -> Tokenizer:

@@ -214,7 +214,8 @@ def given_options(scheduler: Any) -> dict[str, Any]:
         for name, value in scheduler.config.items()
         if name[0] != "_" and name not in filled_in
     }
-    return {"_class_name": type(scheduler).__name__, **given}
+    named = scheduler.config.get("_class_name", type(scheduler).__name__)
+    return {"_class_name": named, **given}
 
 
 @functools.lru_cache(maxsize=16)

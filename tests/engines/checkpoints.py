@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -79,6 +81,16 @@ def make_checkpoint(
         scheduler = DDIMScheduler(**options, set_alpha_to_one=False, steps_offset=1)
         pipeline = StableDiffusionPipeline(scheduler=scheduler, **parts)
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def with_scheduler(config: dict[str, Any], checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint that names another scheduler."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

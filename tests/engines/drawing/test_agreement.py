@@ -41,7 +41,7 @@ LCM += [
 ]
 SD = [
     recipe(sampler=sampler, num_steps=n, seed=n, guidance_scale=w, negative_prompt=negative)
-    for sampler in ("ddim", "euler", "euler_ancestral", "tcd", "lcm")
+    for sampler in ("ddim", "euler", "euler_ancestral", "tcd", "lcm", "dpmpp_2m", "dpmpp_2m_sde")
     for n, w, negative in [
         (1, 1.0, ""), (2, 7.5, "blurry"), (3, 1.5, ""), (4, 1.0, ""), (5, 7.5, "a blue ball"),
         (6, 1.0, ""), (7, 4.0, "dark"), (8, 7.5, "blurry"),
@@ -55,7 +55,7 @@ SD += [
 ]
 SD_IMAGES = [
     recipe(sampler=sampler, num_steps=n, image=_image(n), strength=s, guidance_scale=w)
-    for sampler in ("ddim", "euler", "euler_ancestral")
+    for sampler in ("ddim", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")
     for n, s, w in [(4, 0.5, 1.0), (8, 0.75, 7.5)]
 ]
 # LCM-LoRA's and TCD's image-to-image over a plain checkpoint: strength drops steps there. TCD over
