@@ -223,7 +223,7 @@ def test_one_tenant_leaves_room_for_another(timed_loop: EngineLoop, runner: Runn
         timed_loop.submit(make_request(timed_loop, runner, "x", tenant="crowd")[0])
     guest, _ = make_request(timed_loop, runner, "x", tenant="guest", timeout_s=5.0)
     timed_loop.submit(guest)  # in turns: no more of the crowd's rows go before it than it has
-    assert timed_loop.num_open == 5
+    assert len(timed_loop._ledger.open) == 5
 
 
 def test_close_drains_then_refuses(gate: Gate, runner: Runner) -> None:
@@ -257,7 +257,7 @@ def test_a_lost_device_ends_the_loop_and_answers_everyone(
         thread.join(30)
     assert last(both[0][1]) is not None
     assert not loop.healthy
-    assert loop.num_open == 0
+    assert not loop._ledger.open
     with pytest.raises(NotReady):
         loop.submit(make_request(loop, runner, "later")[0])
     loop.close()
@@ -362,7 +362,7 @@ def test_everyone_is_answered_once_by_two_threads(
         assert events.empty(), "nothing follows Resolved"
         if request.status is Status.COMPLETED:
             assert kinds == [Finished] * len(request.rows) + [Resolved]
-    assert wide_loop.num_open == 0
+    assert not wide_loop._ledger.open
     assert {request.status for request, _ in made} >= {Status.COMPLETED, Status.FAILED}
 
 
