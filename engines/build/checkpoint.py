@@ -63,10 +63,15 @@ def name_of(folder: Path) -> str:
 
 def pipeline_class(folder: Path) -> str:
     """The diffusers class named in ``model_index.json``."""
+    return str(_index(folder)["_class_name"])
+
+
+def _index(folder: Path) -> dict[str, Any]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{folder} has no model_index.json: it is not a diffusers folder")
-    return str(json.loads(index.read_text())["_class_name"])
+    found: dict[str, Any] = json.loads(index.read_text())
+    return found
 
 
 def fingerprint(source: Path) -> str:
@@ -95,8 +100,8 @@ def load_pipeline(folder: Path, precision: str) -> Any:
             f"{folder} holds pickled weights ({unsafe[0]}); only safetensors are read, convert it "
             "with diffusers' save_pretrained(safe_serialization=True)"
         )
-    foreign = _foreign_scheduler(folder)
     try:
+        foreign = _foreign_scheduler(folder)
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             dtype=getattr(torch, DTYPES[precision]),
@@ -120,8 +125,7 @@ def _foreign_scheduler(folder: Path) -> dict[str, Any] | None:
     import diffusers
     from diffusers.utils.import_utils import DummyObject
 
-    index = json.loads((folder / "model_index.json").read_text())
-    _, name = index.get("scheduler", (None, None))
+    _, name = _index(folder).get("scheduler", (None, None))
     file = folder / "scheduler" / "scheduler_config.json"
     found = getattr(diffusers, str(name), None)
     if name is None or not file.is_file() or (found and not isinstance(found, DummyObject)):

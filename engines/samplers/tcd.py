@@ -35,4 +35,10 @@ def _make(options: Options, wanted: Wanted) -> Schedule:
     return Schedule.of(timesteps, steps, draws, spacing.start(alphas, timesteps[0], wanted))
 
 
-TCD = Sampler("TCDScheduler", _make, spacing.most_distilled, defaults=DISTILLED)
+TCD = Sampler(
+    "TCDScheduler",
+    _make,
+    spacing.most_distilled,
+    defaults=DISTILLED,
+    stands_in_for=("LCMScheduler",),  # where it clips
+)

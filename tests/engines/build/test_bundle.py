@@ -218,8 +218,8 @@ def test_refuses_an_unsupported_pipeline(checkpoints: Path, tmp_path: Path) -> N
 def test_refuses_an_unsupported_scheduler_option(checkpoints: Path, tmp_path: Path) -> None:
     source = _checkpoint(checkpoints, tmp_path)
     config = source / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"clip_sample": false', '"clip_sample": true'))
-    with pytest.raises(CheckpointError, match="clip_sample"):
+    config.write_text(config.read_text().replace('"epsilon"', '"flow_prediction"'))
+    with pytest.raises(CheckpointError, match="prediction_type='flow_prediction'"):
         Runner.open(Order(str(source), backend="torch"))
 
 

@@ -158,6 +158,7 @@ def test_another_class_has_a_stand_in(scheduler: str, sampler: str) -> None:
     ("config", "sampler"),
     [
         ({"_class_name": "DDIMScheduler", "clip_sample": True}, "euler"),
+        ({"_class_name": "LCMScheduler", "clip_sample": True}, "tcd"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "ddim"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmpp_2m"),
     ],
