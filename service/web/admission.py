@@ -20,9 +20,8 @@ from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
 from service.web.images import resize
-from service.web.schema import EditRequest, ImageParams
+from service.web.schema import MAX_SEED, EditRequest, ImageParams
 
-STEPS_OF_QUALITY = {"low": 2, "high": 8, "hd": 8}  # auto, medium, standard: the model's default
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
 
@@ -69,8 +68,9 @@ def admit(
     """
     info = runner.info
     width, height = _size(params.size, info, image)
-    of_quality = STEPS_OF_QUALITY.get(params.quality, info.default_num_steps)
-    num_steps = params.num_inference_steps or of_quality
+    num_steps = params.num_inference_steps or steps_of_quality(
+        params.quality, info.default_num_steps, settings.max_steps
+    )
     _at_most("num_inference_steps", num_steps, settings.max_steps)
     guidance = params.guidance_scale
     guidance = info.default_guidance_scale if guidance is None else guidance
@@ -108,6 +108,15 @@ def admit(
     return Admitted(
         drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings
     )
+
+
+def steps_of_quality(quality: str, default: int, max_steps: int) -> int:
+    """``low``: half the model's default, rounded up; ``high``, ``hd``: twice, as far as allowed."""
+    if quality == "low":
+        return (default + 1) // 2
+    if quality in ("high", "hd"):
+        return max(default, min(2 * default, max_steps))
+    return default
 
 
 def priority_of(params: ImageParams, tenant: Tenant) -> Priority:
@@ -150,6 +159,12 @@ def check_limits(params: ImageParams, settings: Settings) -> None:
         raise BadRequest(
             f"partial_images is {params.partial_images} but stream is false; set stream to true",
             param="partial_images",
+        )
+    if params.seed is not None and params.seed + params.n - 1 > MAX_SEED:
+        raise BadRequest(
+            f"seed is {params.seed} and n is {params.n}; image k uses seed + k, which may be "
+            f"{MAX_SEED} at most, send a smaller seed",
+            param="seed",
         )
     if params.output_compression is not None and params.output_format == "png":
         raise BadRequest(
