@@ -19,8 +19,8 @@ from engines.errors import InvalidInput
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
-from service.web.images import resize
 from service.web.schema import MAX_SEED, EditRequest, ImageParams
+from service.web.uploads import resize
 
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
