@@ -20,7 +20,7 @@ from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
 from service.web.schema import MAX_SEED, EditRequest, ImageParams
-from service.web.uploads import resize
+from service.web.uploads import describe_resize, resize
 
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
@@ -77,7 +77,8 @@ def admit(
     sampler = params.sampler or info.default_sampler
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
-    fitted = None if image is None else resize(image, width, height)
+    crop = params.size != "auto"
+    fitted = None if image is None else resize(image, width, height, crop=crop)
     drawings = []
     for index in range(params.n):
         recipe = Recipe(
@@ -100,6 +101,8 @@ def admit(
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _warnings(params, info, drawings[0], settings)
+    if image is not None and (done := describe_resize(image, width, height, crop=crop)):
+        warnings.append(done)
     priority = priority_of(params, tenant)
     if params.priority is not None and Priority[params.priority.upper()] != priority:
         warnings.append(
@@ -175,7 +178,11 @@ def check_limits(params: ImageParams, settings: Settings) -> None:
 
 
 def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, int]:
-    """Width and height; ``auto``: the model's own size, for an edit the nearest to the input's."""
+    """Width and height; ``auto``: the model's own, for an edit the nearest to the input's.
+
+    Nearest is of the same shape, but for the multiples that sides must be and for shapes that the
+    limits of a side leave no room for.
+    """
     step = info.size_multiple
     if size != "auto":
         width, height = (int(side) for side in size.split("x"))
@@ -183,7 +190,7 @@ def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, in
         return info.default_width, info.default_height
     else:
         sides = (image.shape[1], image.shape[0])
-        scale = min(1.0, info.max_size_px / max(sides))
+        scale = min(max(1.0, info.min_size_px / min(sides)), info.max_size_px / max(sides))
         width, height = (
             min(max(round(side * scale / step) * step, info.min_size_px), info.max_size_px)
             for side in sides

@@ -204,7 +204,7 @@ def _add_image_answers(answer: Object, event_name: str) -> None:
         for name, description in {
             "Server-Timing": "Milliseconds by stage; not of event streams.",
             "X-Fourstep-Seed": "Of a bare image.",
-            "X-Fourstep-Warnings": "Of a bare image: what had no effect.",
+            "X-Fourstep-Warnings": "Of a bare image: what had no effect or was changed.",
         }.items()
     }
 

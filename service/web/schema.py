@@ -75,7 +75,11 @@ class ImageParams(Input):
     prompt: str = Field(min_length=1, description="What to draw. Any Unicode text.")
     model: Name | None = Field(None, description="Model id, as GET /v1/models lists it.")
     n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
-    size: Size = Field("auto", description="`WIDTHxHEIGHT` in pixels, or `auto`.")
+    size: Size = Field(
+        "auto",
+        description="`WIDTHxHEIGHT` in pixels: of an image of another shape its centre is drawn "
+        "from. `auto`: the model's own; with an image the nearest to its own, all of it scaled.",
+    )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="`url` gives a self-contained `data:` URL; nothing is stored."
     )

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from service.errors import BadRequest, TooLarge
 from service.web.jpeg import MAX_SCANS, MAX_SEGMENTS, MAX_STRAY_BYTES
-from service.web.uploads import decode_image
+from service.web.uploads import MAX_PNG_CHUNKS, decode_image
 
 MAX_PX = 200 * 200
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
@@ -254,3 +254,17 @@ def test_what_a_jpeg_holds_is_bounded(repeated: bytes, at: int, limit: int, what
     for count in (limit + 1, 50 * limit):
         with pytest.raises(BadRequest, match=f"image has more than {what}"):
             decode_image(times(count), max_px=MAX_PX)
+
+
+def test_the_chunks_of_a_png_are_bounded() -> None:
+    png, padding = FILES["png"], chunk(b"teSt", b"")
+    num_chunks = len(re.findall(b"IHDR|IDAT", png))
+
+    def times(count: int) -> bytes:
+        return png[:33] + count * padding + png[33:] + 3 * MAX_PNG_CHUNKS * padding
+
+    plain = decode_image(png, max_px=MAX_PX)
+    most = MAX_PNG_CHUNKS - num_chunks
+    assert np.array_equal(decode_image(times(most), max_px=MAX_PX), plain)
+    with pytest.raises(BadRequest, match=f"image has more than {MAX_PNG_CHUNKS} PNG chunks"):
+        decode_image(times(most + 1), max_px=MAX_PX)
