@@ -28,9 +28,14 @@ CacheOption = Annotated[
     Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
 ]
 EngineOption = Annotated[
-    str, typer.Option(help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.")
+    str,
+    typer.Option(
+        help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.", envvar="FOURSTEP_ENGINE"
+    ),
 ]
-PrecisionOption = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="auto, fp32, fp16 or bf16.", envvar="FOURSTEP_PRECISION")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="FOURSTEP_DEVICE")]
 SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the model's.")]
 StepsOption = Annotated[

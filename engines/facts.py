@@ -30,6 +30,17 @@ OWN_DEFAULTS = Defaults()  # the checkpoint's
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """What the text encoder reads of a text: an input of its part, filled by one tokenizer."""
+
+    input: str
+    tokenizer: str  # of a pipeline and, as a file with the ending .json, of a bundle
+    max_tokens: int  # begin and end marks included
+    pad_token_id: int
+    eos_token_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Sizes in pixels unless named otherwise; ``scheduler`` is the checkpoint's own config."""
 
@@ -41,14 +52,18 @@ class Facts:
     size_multiple_px: int
     min_size_px: int
     max_size_px: int
-    max_tokens: int  # of the text encoder's window, begin and end marks included
-    pad_token_id: int
-    eos_token_id: int
+    windows: tuple[Window, ...]
     time_cond_dim: int  # of the guidance embedding; 0: the model has none
     default_sampler: str
     default_num_steps: int
     default_guidance_scale: float
     scheduler: Mapping[str, Any]
+    num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text, where no encoder is to cut it."""
+        return min(window.max_tokens for window in self.windows)
 
     def with_defaults(self, defaults: Defaults) -> Facts:
         """These facts, with the defaults that were chosen."""
@@ -64,4 +79,12 @@ class Facts:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
+        """As `to_json` wrote them, now or before there were windows and a seventh coefficient."""
+        values = dict(values)
+        if "windows" not in values:
+            names = ("max_tokens", "pad_token_id", "eos_token_id")
+            only = {name: values.pop(name) for name in names}
+            values["windows"] = [{"input": "input_ids", "tokenizer": "tokenizer", **only}]
+            values["num_coefficients"] = 6
+        values["windows"] = tuple(Window(**window) for window in values["windows"])
         return cls(**values)

@@ -1,10 +1,10 @@
-"""Samplers as tables of coefficients: six numbers for every step of a row, made once on the host.
+"""Samplers as tables of coefficients: seven numbers for every step of a row, made once on the host.
 
     model_input = i · sample
     denoised    = a · sample + b · model_output
-    next_sample = p · sample + q · model_output + r · noise
+    next_sample = p · sample + q · model_output + r · noise + s · denoised of the step before
 
-Every sampler here is linear in (sample, model_output, noise), so rows with different samplers,
+Every sampler here is linear in these, so rows with different samplers,
 step counts and strengths share one batch. Each table agrees with the diffusers scheduler named in
 `_TABLES`; options that are not linear or not known are refused, never ignored.
 """
@@ -104,9 +104,9 @@ class NoiseSchedule:
 class Schedule:
     """One row's way from noise to image.
 
-    ``coefficients`` float32 ``[num_steps, 6]`` in the order i, a, b, p, q, r; ``timesteps`` float32
-    ``[num_steps]`` (fractional with linspace spacing); ``draws_noise`` bool ``[num_steps]`` says
-    where diffusers draws from the generator. The first sample is
+    ``coefficients`` float32 ``[num_steps, 7]`` in the order i, a, b, p, q, r, s; ``timesteps``
+    float32 ``[num_steps]`` (fractional with linspace spacing); ``draws_noise`` bool ``[num_steps]``
+    says where diffusers draws from the generator. The first sample is
     ``sample_scale · image_latents + noise_scale · noise``.
     """
 
@@ -239,7 +239,7 @@ def _schedule(
 ) -> Schedule:
     return Schedule(
         timesteps=np.asarray(steps, np.float32),
-        coefficients=np.asarray(rows, np.float32).reshape(-1, 6),
+        coefficients=np.pad(np.asarray(rows, np.float32).reshape(-1, 6), ((0, 0), (0, 1))),
         draws_noise=np.asarray(draws, bool),
         sample_scale=start[0],
         noise_scale=start[1],

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from engines.drawing.drawing import Recipe
     from engines.drawing.runner import Runner
+    from engines.families.recipe import Recipe
 
 SECONDS = 0.6  # of each measurement, and at least five calls
 MIB = 2**20

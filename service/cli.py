@@ -27,7 +27,9 @@ from engines.order import DEFAULT_CACHE_DIR
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
+    model: Annotated[
+        str, typer.Option(help="As of `build`.", envvar="FOURSTEP_MODEL")
+    ] = "demo-lcm",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
 BUILT_WITH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
@@ -60,6 +59,9 @@ class Bundle:
 
     def part(self, name: str) -> Path:
         return self.folder / f"{name}.onnx"
+
+    def tokenizer(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
 def is_bundle(folder: Path) -> bool:
@@ -203,7 +205,9 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
             done.touch()
     plans = _compile(parts, facts, target, partial, progress) if target else None
     progress("writing the manifest", num_pieces - 1, num_pieces)
-    tokenizer_of(pipeline).save(str(partial / TOKENIZER))
+    for window in facts.windows:
+        file = partial / f"{window.tokenizer}.json"
+        tokenizer_of(pipeline, window.tokenizer).save(str(file))
     for mark in partial.glob("*.done"):
         mark.unlink()
     manifest = {

@@ -119,11 +119,11 @@ def whole(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_of(pipeline: Any) -> Tokenizer:
-    """A pipeline's, for the `tokenizers` library."""
+def tokenizer_of(pipeline: Any, name: str = "tokenizer") -> Tokenizer:
+    """A pipeline's of that name, for the `tokenizers` library."""
     from tokenizers import Tokenizer
 
-    return whole(Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str()))
+    return whole(Tokenizer.from_str(getattr(pipeline, name).backend_tokenizer.to_str()))
 
 
 def load_facts(folder: Path, pipeline: Any) -> Facts:

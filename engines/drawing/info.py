@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.drawing.batching import decode_rows
-from engines.drawing.drawing import Recipe
 from engines.drawing.model import Model
 from engines.errors import InvalidInput
+from engines.families.recipe import Recipe
 from engines.samplers import SAMPLERS
 
 

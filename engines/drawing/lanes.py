@@ -1,9 +1,9 @@
 """The rows of a denoise call laid out as the denoiser's inputs, one lane for each row of its batch.
 
 Made when rows meet and good for as many steps as no row joins or leaves: what a step reads of
-schedules, guidance and prompts goes to the device once, for all of these steps, and the latents of
-a step are the sample of the next without a copy. Owns no noise and makes no engine call: see
-`engines.drawing.runner`.
+schedules, guidance and conditioning goes to the device once, for all of these steps, and the
+latents of a step are the sample of the next without a copy. Owns no noise, knows no conditioning
+by its name and makes no engine call: see `engines.drawing.runner`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor
 from engines.drawing import transfers
 from engines.drawing.drawing import Drawing
 
+LOOKS_BACK = 6  # index of the coefficient of what the step before gave as denoised
 Table = np.ndarray | Tensor  # on the host as numpy has it, which costs an operation less
 
 
 class Lanes:
     """Rows of one group, a lane each and a second one for guidance.
 
-    Each row has its embeddings, its latents and, where its next step adds any, its noise.
+    Each row has its conditioning, its latents and, where its next step adds any, its noise.
     """
 
     def __init__(self, drawings: Sequence[Drawing], device: str) -> None:
@@ -38,31 +39,38 @@ class Lanes:
         uncond = np.arange(len(owners))
         lane = 0
         for drawing in drawings:
+            assert drawing.text_encoded, "encode_text comes first"
             self._first.append(lane)
             if drawing.num_lanes == 2:  # the second lane holds the unconditional prediction
                 guidance[lane] = drawing.recipe.guidance_scale
                 uncond[lane] = lane + 1
             lane += drawing.num_lanes
-        embeds = [each for drawing in drawings for each in drawing.prompt_embeds or ()]
-        assert len(embeds) == len(owners), "encode_text comes first"
         self._step = 0  # since these rows met
         self._sample: Tensor | None = None  # of the next step, where the last one left it whole
+        self._previous: Tensor | None = None  # what it gave as denoised, likewise
         self._noise: Tensor | None = None  # of the next step, where it was laid out ahead
+        tables = _tables(owners)
+        self._num_coefficients = tables["coefficients"].shape[-1]
+        # What the step before gave counts where its coefficient, the seventh, is not 0.
+        self._looks_back = bool(tables["coefficients"][..., LOOKS_BACK:].any())
         hosted = {
             "guidance": torch.from_numpy(guidance),
             "uncond_index": torch.from_numpy(uncond),
         }
-        conds = [drawing.timestep_cond for drawing in owners if drawing.timestep_cond is not None]
-        if conds:
-            hosted["timestep_cond"] = torch.stack(conds)
-        tables = _tables(owners)
         if device != "cpu":
             hosted |= {name: torch.from_numpy(table) for name, table in tables.items()}
-        self._inputs = transfers.upload(hosted, device)
+        conditions = [each.condition(lane) for each in drawings for lane in range(each.num_lanes)]
+        there: dict[str, Tensor] = {}
+        for name in conditions[0]:
+            values = [condition[name] for condition in conditions]
+            if device != "cpu" and all(value.device.type == "cpu" for value in values):
+                hosted[name] = torch.stack(values)
+            else:
+                there[name] = transfers.stack(values, device)
+        self._inputs = transfers.upload(hosted, device) | there
         self._tables: dict[str, Table] = {  # a line for each step
             name: self._inputs.pop(name, table) for name, table in tables.items()
         }
-        self._inputs["prompt_embeds"] = transfers.stack(embeds, device)
 
     def hold(self, drawings: Sequence[Drawing]) -> bool:
         """Whether these are exactly the rows laid out here, in their order, as they were left."""
@@ -78,15 +86,19 @@ class Lanes:
             self.lay_out_noise()
         assert self._noise is not None, "laid out just now"
         noise, self._noise = self._noise, None  # a call that is made again lays it out again
-        sample = self._sample
-        if sample is None:
-            sample = transfers.stack([_latents(each) for each in self._owners], self._device)
-        return {
+        if self._sample is None:
+            self._sample = transfers.stack([_latents(each) for each in self._owners], self._device)
+        if self._previous is None and self._looks_back:
+            self._previous = transfers.stack([_before(each) for each in self._owners], self._device)
+        inputs = {
             **self._inputs,
             **{name: _line(table, self._step) for name, table in self._tables.items()},
-            "sample": sample,
+            "sample": self._sample,
             "noise": noise,
         }
+        if self._num_coefficients > LOOKS_BACK:
+            inputs["previous"] = self._sample if self._previous is None else self._previous
+        return inputs
 
     def lay_out_noise(self) -> None:
         """The next step's noise, which its rows have drawn: best while an engine is at this one."""
@@ -109,19 +121,21 @@ class Lanes:
         self._step += 1
         self._step_indices = [drawing.step_index for drawing in self._drawings]
         # Of a guided row the second lane's outcome belongs to nobody.
-        self._sample = next_sample if len(self._drawings) == len(self._owners) else None
+        whole = len(self._drawings) == len(self._owners)
+        self._sample = next_sample if whole else None
+        self._previous = outputs["denoised"] if whole and self._looks_back else None
 
 
 def _tables(owners: Sequence[Drawing]) -> dict[str, np.ndarray]:
-    """Coefficients float32 ``[S, B, 6]`` and timestep ``[S, B]`` of steps that all rows have."""
+    """What changes with the step, float32 ``[S, B, ...]`` of the S steps that all rows have."""
     num_steps = min(drawing.num_steps - drawing.step_index for drawing in owners)
-    coefficients = np.empty((num_steps, len(owners), 6), np.float32)
-    timesteps = np.empty((num_steps, len(owners)), np.float32)
-    for lane, drawing in enumerate(owners):
-        left = slice(drawing.step_index, drawing.step_index + num_steps)
-        coefficients[:, lane] = drawing.schedule.coefficients[left]
-        timesteps[:, lane] = drawing.schedule.timesteps[left]
-    return {"coefficients": coefficients, "timestep": timesteps}
+    tables = {}
+    for name, first in owners[0].tables.items():
+        tables[name] = np.empty((num_steps, len(owners), *first.shape[1:]), np.float32)
+        for lane, drawing in enumerate(owners):
+            left = slice(drawing.step_index, drawing.step_index + num_steps)
+            tables[name][:, lane] = drawing.tables[name][left]
+    return tables
 
 
 def _line(table: Table, step: int) -> Tensor:
@@ -138,3 +152,8 @@ def _silence(shape: torch.Size) -> Tensor:
 def _latents(drawing: Drawing) -> Tensor:
     assert drawing.latents is not None, "the first noise is drawn before a step"
     return drawing.latents
+
+
+def _before(drawing: Drawing) -> Tensor:
+    """What the step before gave as denoised; at the first step no coefficient asks for it."""
+    return _latents(drawing) if drawing.denoised is None else drawing.denoised

@@ -1,4 +1,4 @@
-"""A model ready to run: its facts, its tokenizer and one engine for each part."""
+"""A model ready to run: its facts, its tokenizers and one engine for each part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
 from engines.backends.engine import Engine
 from engines.build.bundle import (
-    TOKENIZER,
     Blueprint,
     Bundle,
     Progress,
@@ -35,8 +34,11 @@ from engines.build.checkpoint import (
 )
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.drawing.batching import FULL_BATCH, denoise_rows
+from engines.drawing.prompts import Tokens
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
+from engines.families import family_named, family_of
+from engines.families.family import Family
 from engines.loras.file import read_lora
 from engines.order import Order
 
@@ -52,7 +54,7 @@ class Model:
     """What `Runner` drives."""
 
     facts: Facts
-    tokenizer: Tokenizer
+    tokenizers: Mapping[str, Tokenizer]  # by `Window.tokenizer`
     engines: Mapping[str, Engine]
     adapters: Adapters
     choice: Choice
@@ -67,15 +69,31 @@ class Model:
             return wanted or denoise_rows(self.device, self.facts.default_size_px)
         return min(wanted or self.target.max_batch, self.target.max_batch)
 
-    def tokenize(self, text: str) -> tuple[np.ndarray, int]:
-        """Token ids int64 ``[L]``, padded, and how many did not fit."""
-        facts = self.facts
-        ids = self.tokenizer.encode(text).ids
-        num_lost = max(0, len(ids) - facts.max_tokens)
-        if num_lost:
-            ids = [*ids[: facts.max_tokens - 1], facts.eos_token_id]
-        padding = [facts.pad_token_id] * (facts.max_tokens - len(ids))
-        return np.asarray(ids + padding, np.int64), num_lost
+    @property
+    def family(self) -> Family:
+        return family_named(self.facts.family)
+
+    def tokenize(self, text: str | None) -> tuple[Tokens | None, int]:
+        """A text as the text encoder takes it, and how many tokens found no room there.
+
+        None is no text at all: neither tokens nor any that are lost.
+        """
+        if text is None:
+            return None, 0
+        tokens, num_lost = {}, 0
+        for window in self.facts.windows:
+            ids = self.tokenizers[window.tokenizer].encode(text).ids
+            if len(ids) > window.max_tokens:
+                num_lost = max(num_lost, len(ids) - window.max_tokens)
+                ids = [*ids[: window.max_tokens - 1], window.eos_token_id]
+            padding = [window.pad_token_id] * (window.max_tokens - len(ids))
+            tokens[window.input] = np.asarray(ids + padding, np.int64)
+        return tokens, num_lost
+
+    def close(self) -> None:
+        """Free the engines."""
+        for engine in self.engines.values():
+            engine.close()
 
 
 def prepare(order: Order, progress: Progress) -> Bundle:
@@ -202,12 +220,13 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in PARTS}
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
-    tokenizer = whole(Tokenizer.from_file(str(bundle.folder / TOKENIZER)))
+    names = [window.tokenizer for window in bundle.facts.windows]
+    tokenizers = {name: whole(Tokenizer.from_file(str(bundle.tokenizer(name)))) for name in names}
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(order.loras, engines)
     facts = bundle.facts.with_defaults(order.defaults)
     precision = bundle.precision
-    return Model(facts, tokenizer, engines, adapters, choice, precision, device, target, max_calls)
+    return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
 
 
 def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
@@ -219,7 +238,6 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
 
     from engines.backends.fused.ops import keep_kernels
     from engines.backends.torch_engine import TorchEngine
-    from engines.families import family_of
 
     folder = resolve(order.model) or download(order.model)
     if is_bundle(folder):
@@ -235,9 +253,10 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     facts = load_facts(folder, pipeline).with_defaults(order.defaults)
     parts = family_of(pipeline_class(folder)).parts(pipeline, facts)
     engines = {part.name: TorchEngine(part, device) for part in parts}
-    tokenizer = tokenizer_of(pipeline)
+    names = [window.tokenizer for window in facts.windows]
+    tokenizers = {name: tokenizer_of(pipeline, name) for name in names}
     adapters = _load_adapters(order.loras, engines)
     max_calls = 1 if device == "cpu" else GPU_CALLS
     return Model(
-        facts, tokenizer, engines, adapters, choice, precision, device, max_calls=max_calls
+        facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls
     )

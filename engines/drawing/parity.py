@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from engines.backends.engine import Engine, Variant
-from engines.drawing.drawing import Recipe
 from engines.drawing.model import PARTS, Model
 from engines.drawing.runner import Runner
+from engines.families.recipe import Recipe
 
 MIN_PSNR_DB = 35.0  # of the decoder's pixels
 MAX_RELATIVE_ERROR = 0.02  # of every other output; half precision keeps 11 bits

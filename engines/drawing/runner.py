@@ -12,11 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
-import threading
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -28,39 +25,37 @@ from engines.backends.adapters import AdapterSet
 from engines.build.bundle import Progress
 from engines.drawing import transfers
 from engines.drawing.batching import rows_that_fit
-from engines.drawing.drawing import Drawing, Group, Recipe, guidance_embedding, spread_previews
+from engines.drawing.drawing import Drawing, Group, spread_previews
 from engines.drawing.faults import engine_call
 from engines.drawing.info import ModelInfo, check_recipe, describe
 from engines.drawing.lanes import Lanes
 from engines.drawing.model import Model, load_interim, load_model, must_be_built
+from engines.drawing.prompts import Encoded, Prompts, key_of
 from engines.drawing.stage import Stage
-from engines.drawing.turnstile import Turnstile
+from engines.drawing.succession import Succession
 from engines.drawing.warming import draw_every_batch
-from engines.errors import EngineError
+from engines.errors import EngineError, InvalidInput
+from engines.facts import Facts
+from engines.families.family import Lanewise
+from engines.families.recipe import Recipe
 from engines.order import Order
 from engines.samplers import NoiseSchedule, Schedule, make_schedule
 
 if TYPE_CHECKING:
     from engines.drawing.meanwhile import BackgroundBuild
 
-logger = logging.getLogger("fourstep.runner")
-NUM_CACHED_PROMPTS = 1024
-
 
 class Runner:
     """A loaded model and the cache of its prompts' embeddings."""
 
     def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
-        self._model = model
+        self._succession = Succession(model, self._describe)
         self._noise = NoiseSchedule.from_config(
             model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
         )
-        self._prompts: OrderedDict[tuple[AdapterSet, bytes], Tensor] = OrderedDict()
-        self._prompts_lock = threading.Lock()  # start() reads on other threads
+        self._prompts = Prompts()
         self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
-        self._turnstile = Turnstile()
         self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
-        self._successor: Model | None = None  # put here by any thread, taken by the engine's
         self._build: BackgroundBuild | None = None
         self.info: ModelInfo = describe(model, max_batch, model_id)
 
@@ -96,38 +91,19 @@ class Runner:
             EngineError: it does not draw; nothing has changed.
         """
         Runner(model, max_batch=self.info.max_batch).warm_up()
-        self._successor = model
+        self._succession.follow(model)
 
     def _stay(self, reason: str) -> None:
         backend_reason = f"what was to follow failed: {reason}"
         self.info = dataclasses.replace(self.info, backend_reason=backend_reason)
 
-    def _calling(self, loras: AdapterSet | None = None) -> AbstractContextManager[None]:
-        """Around every engine call: the model that is to draw now is there, with these LoRAs."""
-
-        def is_set() -> bool:
-            held = loras is None or self._model.adapters.hold(loras)
-            return held and self._successor is None
-
-        def set_up() -> None:
-            self._take_up()
-            if loras is not None:
-                self._model.adapters.switch(loras)
-
-        return self._turnstile.enter(is_set, set_up)
-
-    def _take_up(self) -> None:
-        """Change over to the successor, between calls."""
-        model, self._successor = self._successor, None
-        if model is None:
-            return
-        old, self._model, self._layouts = self._model, model, []
+    def _describe(self, model: Model) -> None:
+        self._layouts = []
         self.info = describe(model, self.info.max_batch, self.info.model_id)
-        for engine in old.engines.values():
-            engine.close()
-        if old.device == "cuda":
-            torch.cuda.empty_cache()  # what torch keeps, TensorRT cannot use
-        logger.info("%s draws from now on, %s did", model.choice.backend, old.choice.backend)
+
+    @property
+    def _model(self) -> Model:
+        return self._succession.model
 
     # -- any thread --------------------------------------------------------------------------
 
@@ -138,8 +114,7 @@ class Runner:
 
     def rows_that_fit(self, group: Group) -> int:
         """The most rows of a group's size that one call of the VAE may have."""
-        scale = self._model.facts.vae_scale_factor
-        return rows_that_fit(group.rows * group.columns * scale**2)
+        return rows_that_fit(math.prod(group.latents[1:]) * self._model.facts.vae_scale_factor**2)
 
     def start(self, recipe: Recipe) -> Drawing:
         """Validate a recipe and make its row. No engine call; about 0.1 ms.
@@ -147,35 +122,36 @@ class Runner:
         Raises:
             InvalidInput: a value the model or its samplers do not take.
         """
-        facts = self._model.facts
-        check_recipe(recipe, self._model)
+        model, facts = self._model, self._model.facts
+        check_recipe(recipe, model)
         image = recipe.image is not None
         schedule = self._schedule(
             recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
         )
-        guided = not facts.time_cond_dim and recipe.guidance_scale > 1
-        texts = (recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,)
-        tokens = [self._model.tokenize(text) for text in texts]
-        loras = self._model.adapters.settle(recipe.loras)
-        ids, num_lost = zip(*tokens, strict=True)
-        scale = facts.vae_scale_factor
+        conditions = model.family.conditions(facts, recipe, schedule)
+        loras = model.adapters.settle(recipe.loras)
+        texts = [model.tokenize(text) for text in conditions.texts]
         drawing = Drawing(
             recipe=recipe,
             schedule=schedule,
-            group=Group(recipe.height_px // scale, recipe.width_px // scale, loras),
-            num_lanes=len(ids),
+            group=Group(conditions.latents, loras, _shapes(conditions.tensors)),
             generator=torch.Generator().manual_seed(recipe.seed),
-            token_ids=ids,
-            num_truncated_tokens=num_lost,
+            texts=tuple(tokens for tokens, _ in texts),
+            tables={
+                "coefficients": _coefficients(schedule, recipe, facts),
+                "timestep": schedule.timesteps,
+                **conditions.tables,
+            },
+            conditioning=dict(conditions.tensors),
+            num_truncated_tokens=tuple(num_lost for _, num_lost in texts),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
         )
-        if facts.time_cond_dim:
-            drawing.timestep_cond = guidance_embedding(
-                recipe.guidance_scale - 1.0, facts.time_cond_dim
-            )
-        drawing.prompt_embeds = self._cached(loras, ids)
+        keys = [None if tokens is None else key_of(tokens) for tokens in drawing.texts]
+        known = {key: self._prompts.find(loras, key) for key in keys if key is not None}
+        if all(encoded is not None for encoded in known.values()):
+            _take_texts(drawing, known)
         if not image:
-            drawing.latents = schedule.noise_scale * self._draw_noise(drawing)
+            drawing.latents = schedule.noise_scale * _draw_noise(drawing)
         return drawing
 
     def _make_schedule(
@@ -185,57 +161,45 @@ class Runner:
             self._noise, sampler, num_steps, strength=strength, image_to_image=image, eta=eta
         )
 
-    def _cached(self, loras: AdapterSet, ids: tuple[np.ndarray, ...]) -> tuple[Tensor, ...] | None:
-        with self._prompts_lock:
-            found = [self._prompts.get((loras, row.tobytes())) for row in ids]
-            if any(embeds is None for embeds in found):
-                return None
-            for row in ids:
-                self._prompts.move_to_end((loras, row.tobytes()))
-        return tuple(embeds for embeds in found if embeds is not None)
-
     # -- the engine threads ------------------------------------------------------------------
 
     @engine_call("text_encoder")
     def encode_text(self, drawings: Sequence[Drawing]) -> None:
         """Prompts (and negative prompts) of the rows to embeddings; each text is encoded once."""
         for loras in dict.fromkeys(drawing.group.loras for drawing in drawings):
-            alike = [drawing for drawing in drawings if drawing.group.loras == loras]
-            self._encode_alike(loras, alike)
-        with self._prompts_lock:
-            while len(self._prompts) > NUM_CACHED_PROMPTS:
-                self._prompts.popitem(last=False)
+            self._encode_alike(loras, [each for each in drawings if each.group.loras == loras])
 
     def _encode_alike(self, loras: AdapterSet, drawings: list[Drawing]) -> None:
-        texts = {ids.tobytes(): ids for drawing in drawings for ids in drawing.token_ids}
-        with self._prompts_lock:
-            known = {key: self._prompts.get((loras, key)) for key in texts}
-        embeds = {key: found for key, found in known.items() if found is not None}
-        unknown = [key for key, found in known.items() if found is None]
+        texts = {key_of(each): each for drawing in drawings for each in drawing.texts if each}
+        known = {key: self._prompts.find(loras, key) for key in texts}
+        unknown = [key for key, encoded in known.items() if encoded is None]
         for start in range(0, len(unknown), self.info.max_batch):  # a row may have two texts
             keys = unknown[start : start + self.info.max_batch]
-            input_ids = torch.from_numpy(np.stack([texts[key] for key in keys]))  # [B, L]
-            with self._calling(loras):
-                outputs = self._run("text_encoder", input_ids=input_ids)
-            encoded = dict(zip(keys, outputs["prompt_embeds"].unbind(0), strict=True))  # [L, D]
-            with self._prompts_lock:
-                self._prompts.update({(loras, key): found for key, found in encoded.items()})
-            embeds |= encoded
+            inputs = {
+                name: torch.from_numpy(np.stack([texts[key][name] for key in keys]))  # [B, L]
+                for name in texts[keys[0]]
+            }
+            with self._succession.calling(loras):
+                outputs = self._run("text_encoder", **inputs)
+            for index, key in enumerate(keys):
+                encoded = {name: values[index] for name, values in outputs.items()}
+                self._prompts.add(loras, key, encoded)
+                known[key] = encoded
         for drawing in drawings:
-            drawing.prompt_embeds = tuple(embeds[ids.tobytes()] for ids in drawing.token_ids)
+            _take_texts(drawing, known)
 
     @engine_call("vae_encoder")
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
         images = [drawing.recipe.image for drawing in drawings]
         pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
-        with self._calling():
+        with self._succession.calling():
             moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
         for drawing, mean, std in zip(drawings, moments["mean"], moments["std"], strict=True):
             _restart(drawing)
-            latents = mean + std * self._draw_noise(drawing).to(mean.device)
+            latents = mean + std * _draw_noise(drawing).to(mean.device)
             schedule = drawing.schedule
-            noise = self._draw_noise(drawing).to(mean.device)
+            noise = _draw_noise(drawing).to(mean.device)
             drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
 
     @engine_call("denoiser")
@@ -248,15 +212,15 @@ class Runner:
         going in other threads then shares the processor with the engine, not with this one.
         """
         for drawing in drawings:
-            self._draw_ahead(drawing)
-        with self._calling(drawings[0].group.loras):
+            _draw_ahead(drawing)
+        with self._succession.calling(drawings[0].group.loras):
             lanes = self._layout(drawings)
             inputs = lanes.inputs()
             before_run()
             lanes.advance(self._run("denoiser", **inputs))
             done = transfers.mark() if self._model.device == "cuda" else None
             for drawing in drawings:  # a GPU still works on this step
-                self._draw_ahead(drawing)
+                _draw_ahead(drawing)
             go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
             if go_on:
                 with contextlib.suppress(torch.OutOfMemoryError):  # the next call tries again
@@ -287,8 +251,8 @@ class Runner:
             for drawing, done in zip(drawings, final, strict=True)
         ]
         batch = torch.stack([tensor for tensor in latents if tensor is not None])
-        sums = batch.sum(dim=(1, 2, 3))  # finite where all of a row's latents are
-        with self._calling():
+        sums = batch.flatten(1).sum(dim=1)  # finite where all of a row's latents are
+        with self._succession.calling():
             outputs = self._run("vae_decoder", latents=batch)
             sums_drawn = outputs.get("pixel_sums", sums)  # older bundles have none
             fetched, sums, sums_drawn = transfers.fetch(outputs["pixels"], sums, sums_drawn)
@@ -313,18 +277,6 @@ class Runner:
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
         return self._model.engines[part].run(inputs)
-
-    def _draw_noise(self, drawing: Drawing) -> Tensor:
-        """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
-        group = drawing.group
-        shape = (self._model.facts.latent_channels, group.rows, group.columns)
-        return torch.randn(shape, generator=drawing.generator)
-
-    def _draw_ahead(self, drawing: Drawing) -> None:
-        """Noise for a row's next step, where it adds any and has none yet."""
-        step, draws = drawing.step_index, drawing.schedule.draws_noise
-        if drawing.step_noise is None and step < len(draws) and draws[step]:
-            drawing.step_noise = self._draw_noise(drawing)
 
     # -- whole images ------------------------------------------------------------------------
 
@@ -386,9 +338,47 @@ class Runner:
         """Free the engines."""
         if self._build is not None:
             self._build.close()
-        self._take_up()
-        for engine in self._model.engines.values():
-            engine.close()
+        self._succession.close()
+
+
+def _coefficients(schedule: Schedule, recipe: Recipe, facts: Facts) -> np.ndarray:
+    """As many a step as the denoiser takes: float32 ``[num_steps, K]``."""
+    known, unknown = np.split(schedule.coefficients, [facts.num_coefficients], axis=1)
+    if unknown.any():
+        raise InvalidInput(
+            "sampler",
+            recipe.sampler,
+            f"sampler is {recipe.sampler!r}, which this model's bundle was built too early for; "
+            "fourstep build MODEL --out DIR makes another",
+        )
+    return known
+
+
+def _shapes(tensors: Mapping[str, Lanewise]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(values[0].shape)) for name, values in tensors.items())
+
+
+def _take_texts(drawing: Drawing, known: Mapping[bytes, Encoded | None]) -> None:
+    """What the text encoder said of each lane's text; zeros for a lane that is to have none."""
+    found = [None if tokens is None else known[key_of(tokens)] for tokens in drawing.texts]
+    sample = next(encoded for encoded in found if encoded is not None)
+    for name, like in sample.items():
+        drawing.conditioning[name] = tuple(
+            torch.zeros_like(like) if encoded is None else encoded[name] for encoded in found
+        )
+    drawing.text_encoded = True
+
+
+def _draw_noise(drawing: Drawing) -> Tensor:
+    """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
+    return torch.randn(drawing.group.latents, generator=drawing.generator)
+
+
+def _draw_ahead(drawing: Drawing) -> None:
+    """Noise for a row's next step, where it adds any and has none yet."""
+    step, draws = drawing.step_index, drawing.schedule.draws_noise
+    if drawing.step_noise is None and step < len(draws) and draws[step]:
+        drawing.step_noise = _draw_noise(drawing)
 
 
 def _restart(drawing: Drawing) -> None:

@@ -1,20 +1,19 @@
-"""Which model families there are: each says how its pipeline becomes parts and facts.
+"""What a model is, family by family: how a pipeline becomes parts, what a recipe asks of them.
 
-A family module offers ``PIPELINES`` (diffusers class names), ``facts(name, pipeline)`` and
-``parts(pipeline, precision)``. Adding one means adding a module and a line here.
+A family is a module that offers what `family.Family` lists; adding one means adding it below. Knows
+diffusers' modules and no engine, no file and no request.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
-from engines.errors import CheckpointError
+from engines.errors import BundleError, CheckpointError
 from engines.families import stable_diffusion
+from engines.families.family import Family
 
-FAMILIES: tuple[ModuleType, ...] = (stable_diffusion,)
+FAMILIES: tuple[Family, ...] = (stable_diffusion,)
 
 
-def family_of(pipeline_class: str) -> ModuleType:
+def family_of(pipeline_class: str) -> Family:
     """The family that handles a diffusers pipeline class.
 
     Raises:
@@ -25,3 +24,16 @@ def family_of(pipeline_class: str) -> ModuleType:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.PIPELINES)
     raise CheckpointError(f"pipeline class {pipeline_class!r} is not supported; known are {known}")
+
+
+def family_named(name: str) -> Family:
+    """The family of a name that `Facts` carry.
+
+    Raises:
+        BundleError: there is none of that name, in this version.
+    """
+    for family in FAMILIES:
+        if name == family.NAME:
+            return family
+    known = ", ".join(family.NAME for family in FAMILIES)
+    raise BundleError(f"the bundle is of family {name!r}; this version knows {known}")

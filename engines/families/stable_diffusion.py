@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.facts import SAMPLER_OF_SCHEDULER, Facts
+from engines.facts import SAMPLER_OF_SCHEDULER, Facts, Window
+from engines.families.family import Conditions, Lanewise
+from engines.families.guidance import guidance_embedding
 from engines.families.part import Part
+from engines.families.recipe import Recipe
+from engines.samplers import Schedule
 
+NAME = "stable_diffusion"
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -36,12 +41,12 @@ class TextEncoder(torch.nn.Module):
 class Denoiser(torch.nn.Module):
     """One whole step: input scaling, UNet, guidance, sampler and re-noising in one graph.
 
-    ``sample, noise`` float32 ``[B, C, h, w]``; ``timestep, guidance`` float32 ``[B]``;
-    ``prompt_embeds`` float32 ``[B, L, D]``; ``coefficients`` float32 ``[B, 6]`` (see
-    `engines.samplers`); ``uncond_index`` int64 ``[B]``: for each row the row that holds its
-    unconditional prediction, itself where there is none (then guidance must be 1);
-    ``timestep_cond`` float32 ``[B, K]`` for models with a guidance embedding.
-    Returns ``next_sample, denoised`` float32 ``[B, C, h, w]``.
+    ``sample, noise, previous`` float32 ``[B, C, h, w]``, the last of them what the step before
+    gave as ``denoised``; ``timestep, guidance`` float32 ``[B]``; ``coefficients`` float32
+    ``[B, 7]`` (see `engines.samplers`); ``uncond_index`` int64 ``[B]``: for each row the row that
+    holds its unconditional prediction, itself where there is none (then guidance must be 1).
+    Conditioning: ``prompt_embeds`` float32 ``[B, L, D]``; ``timestep_cond`` float32 ``[B, K]`` for
+    models with a guidance embedding. Returns ``next_sample, denoised`` float32 ``[B, C, h, w]``.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -58,12 +63,13 @@ class Denoiser(torch.nn.Module):
         prompt_embeds: Tensor,
         coefficients: Tensor,
         noise: Tensor,
+        previous: Tensor,
         guidance: Tensor,
         uncond_index: Tensor,
         timestep_cond: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         dtype = self.unet.dtype
-        i, a, b, p, q, r = (c[:, None, None, None] for c in coefficients.unbind(1))  # [B,1,1,1]
+        i, a, b, p, q, r, s = (c[:, None, None, None] for c in coefficients.unbind(1))  # [B,1,1,1]
         noise_pred = self.unet(
             (i * sample).to(dtype),
             timestep,
@@ -73,7 +79,7 @@ class Denoiser(torch.nn.Module):
         )[0].float()
         uncond = noise_pred.index_select(0, uncond_index)
         noise_pred = uncond + guidance[:, None, None, None] * (noise_pred - uncond)
-        next_sample = p * sample + q * noise_pred + r * noise
+        next_sample = p * sample + q * noise_pred + r * noise + s * previous
         return next_sample, a * sample + b * noise_pred
 
 
@@ -127,21 +133,42 @@ def facts(name: str, pipeline: Any) -> Facts:
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if key[0] != "_"}
     return Facts(
         name=name,
-        family="stable_diffusion",
+        family=NAME,
         latent_channels=int(unet.in_channels),
         vae_scale_factor=scale,
         default_size_px=default,
         size_multiple_px=scale,
         min_size_px=max(smallest, default // 2 // scale * scale),
         max_size_px=default * 2,
-        max_tokens=int(window),
-        pad_token_id=int(tokenizer.pad_token_id),
-        eos_token_id=int(tokenizer.eos_token_id),
+        windows=(
+            Window(
+                input="input_ids",
+                tokenizer="tokenizer",
+                max_tokens=int(window),
+                pad_token_id=int(tokenizer.pad_token_id),
+                eos_token_id=int(tokenizer.eos_token_id),
+            ),
+        ),
         time_cond_dim=embedding,
         default_sampler=sampler,
         default_num_steps=4 if few else 25,
         default_guidance_scale=8.5 if embedding else 1.0 if few else 7.5,
         scheduler=scheduler,
+    )
+
+
+def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
+    """A second lane for guidance above 1, or the weight itself where the model takes it."""
+    guided = not facts.time_cond_dim and recipe.guidance_scale > 1
+    tensors: dict[str, Lanewise] = {}
+    if facts.time_cond_dim:
+        embedding = guidance_embedding(recipe.guidance_scale - 1.0, facts.time_cond_dim)
+        tensors["timestep_cond"] = (embedding,)
+    scale = facts.vae_scale_factor
+    return Conditions(
+        texts=(recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,),
+        latents=(facts.latent_channels, recipe.height_px // scale, recipe.width_px // scale),
+        tensors=tensors,
     )
 
 
@@ -160,8 +187,9 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
         "sample": latents,
         "timestep": torch.tensor([999.0, 499.0]),
         "prompt_embeds": torch.randn(2, known.max_tokens, width),
-        "coefficients": torch.rand(2, 6),
+        "coefficients": torch.rand(2, known.num_coefficients),
         "noise": torch.randn_like(latents),
+        "previous": torch.randn_like(latents),
         "guidance": torch.ones(2),
         "uncond_index": torch.arange(2),
     }
@@ -171,13 +199,15 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
         "prompt_embeds": [batch, None, None],
         "coefficients": [batch, None],
         "noise": latent_dims,
+        "previous": latent_dims,
         "guidance": [batch],
         "uncond_index": [batch],
     }
     if known.time_cond_dim:
         denoiser["timestep_cond"] = torch.randn(2, known.time_cond_dim)
         dims["timestep_cond"] = [batch, None]
-    ids = torch.full((2, known.max_tokens), known.pad_token_id, dtype=torch.int64)
+    (window,) = known.windows
+    ids = torch.full((2, window.max_tokens), window.pad_token_id, dtype=torch.int64)
     return [
         Part("text_encoder", TextEncoder(pipeline.text_encoder), {"input_ids": ids},
              {"input_ids": [batch, None]}, ("prompt_embeds",)),

@@ -134,7 +134,7 @@ def open_runner(
     engines = {part.name: engine(part, device) for part in parts_of(pipeline, shape)}
     model = Model(
         facts=stable_diffusion.facts(shape.name, pipeline),
-        tokenizer=tokenizer_of(pipeline),
+        tokenizers={"tokenizer": tokenizer_of(pipeline)},
         engines=engines,
         adapters=Adapters({}, engines),
         choice=Choice("torch", "measured"),

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engines.drawing.drawing import Recipe
 from engines.drawing.runner import Runner
+from engines.families.recipe import Recipe
 from engines.order import DEFAULT_CACHE_DIR, Order
 from loadtests.peers.sleeping import open_sleeping
 from service.settings import Settings

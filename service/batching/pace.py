@@ -19,8 +19,8 @@ class Pace:
     """The fastest recent calls by kind, size and number of rows; times in seconds, 0 if unknown."""
 
     def __init__(self) -> None:
-        self._fastest_s: defaultdict[tuple[WorkKind, int, int], dict[int, float]]
-        self._fastest_s = defaultdict(dict)  # kind and size of the latents → rows → seconds
+        self._fastest_s: defaultdict[tuple[WorkKind, tuple[int, ...]], dict[int, float]]
+        self._fastest_s = defaultdict(dict)  # kind and shape of the latents → rows → seconds
 
     def note(self, kind: WorkKind, group: Group, num_rows: int, seconds: float) -> None:
         """A call came back."""
@@ -61,4 +61,4 @@ class Pace:
         return fastest_s.get(largest, 0.0)
 
     def _of(self, kind: WorkKind, group: Group) -> dict[int, float]:
-        return self._fastest_s[kind, group.rows, group.columns]
+        return self._fastest_s[kind, group.latents]

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.drawing.drawing import Drawing, Recipe
+from engines.drawing.drawing import Drawing
 from engines.drawing.info import ModelInfo
 from engines.drawing.runner import Runner
 from engines.errors import InvalidInput
+from engines.families.recipe import Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings

@@ -48,11 +48,13 @@ def build_router(replica: Replica) -> APIRouter:
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
-        _check_room(replica, request, params)
+        timeout_s = _check_room(replica, request, params)
         admitted = admit(params, replica.runner, replica.settings, tenant)
         if replica.safety is not None:
             await _in_worker(replica, replica.safety.check_prompt, params.prompt)
-        return await _answer(replica, request, params, admitted, output_format, "image_generation")
+        return await _answer(
+            replica, request, params, admitted, output_format, "image_generation", timeout_s
+        )
 
     async def edits(request: Request) -> Response:
         """Redraw one image after a prompt (image-to-image); `strength` says how far."""
@@ -61,7 +63,7 @@ def build_router(replica: Replica) -> APIRouter:
         output_format = accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
         tenant = request.state.exchange.tenant
-        _check_room(replica, request, params)
+        timeout_s = _check_room(replica, request, params)
 
         def prepare() -> Admitted:
             pixels = decode_image(data, max_px=max_px)
@@ -71,7 +73,9 @@ def build_router(replica: Replica) -> APIRouter:
             return admitted
 
         admitted = await _in_worker(replica, prepare)
-        return await _answer(replica, request, params, admitted, output_format, "image_edit")
+        return await _answer(
+            replica, request, params, admitted, output_format, "image_edit", timeout_s
+        )
 
     for path, endpoint in (("/images/generations", generations), ("/images/edits", edits)):
         router.add_api_route(
@@ -96,12 +100,15 @@ def build_router(replica: Replica) -> APIRouter:
     return router
 
 
-def _check_room(replica: Replica, request: Request, params: ImageParams) -> None:
-    """Raise `Overloaded` before a request that will be refused has cost more than its parsing."""
+def _check_room(replica: Replica, request: Request, params: ImageParams) -> float:
+    """The seconds that a request has. Raises `Overloaded` before one that will be refused has cost
+    more than its parsing.
+    """
     check_limits(params, replica.settings)
     tenant = request.state.exchange.tenant
     timeout_s = _timeout_s(request, replica.settings.request_timeout_s)
     replica.loop.check(params.n, tenant.name, priority_of(params, tenant), timeout_s)
+    return timeout_s
 
 
 async def _in_worker(replica: Replica, work: Callable[..., T], *arguments: object) -> T:
@@ -142,6 +149,7 @@ async def _answer(
     admitted: Admitted,
     raw_format: OutputFormat | None,
     event_name: str,
+    timeout_s: float,
 ) -> Response:
     exchange = request.state.exchange
     job = Job(
@@ -151,7 +159,7 @@ async def _answer(
         request_id=exchange.request_id,
         tenant=exchange.tenant,
         output_format=raw_format or params.output_format,
-        timeout_s=_timeout_s(request, replica.settings.request_timeout_s),
+        timeout_s=timeout_s,
     )
     job.request.timings.parse_s = time.perf_counter() - exchange.begun
     if exchange.trace is not None:

@@ -22,9 +22,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from engines.drawing.drawing import Recipe
 from engines.drawing.runner import Runner
 from engines.drawing.stage import Stage
+from engines.families.recipe import Recipe
 
 SCHEDULERS = {
     "lcm": LCMScheduler,

@@ -58,16 +58,18 @@ def test_agrees_with_diffusers(
     shape = (1, 4, 6, 6)
     theirs = torch.randn(shape, generator=theirs_generator) * peer.init_noise_sigma
     ours = torch.randn(shape, generator=ours_generator) * table.noise_scale
+    before = torch.zeros(shape)
     extra = {"eta": eta} if sampler in ("ddim", "tcd") else {}
     for index, timestep in enumerate(peer.timesteps):
         output = fake_unet(peer.scale_model_input(theirs, timestep), timestep)
         theirs = peer.step(output, timestep, theirs, generator=theirs_generator, **extra)[0]
-        i, _, _, p, q, r = (float(c) for c in table.coefficients[index])
+        i, a, b, p, q, r, s = (float(c) for c in table.coefficients[index])
         output = fake_unet(i * ours, timestep)
         noise = torch.zeros(shape)
         if table.draws_noise[index]:
             noise = torch.randn(shape, generator=ours_generator)
-        ours = p * ours + q * output + r * noise
+        denoised = a * ours + b * output
+        ours, before = p * ours + q * output + r * noise + s * before, denoised
     scale = max(1.0, float(theirs.abs().max()))
     assert float((ours - theirs).abs().max()) / scale < 1e-3
 

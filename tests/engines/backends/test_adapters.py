@@ -157,11 +157,12 @@ def test_a_prompt_is_encoded_anew_for_another_set(runner: Runner) -> None:
     plain = runner.start(recipe(prompt="one text"))
     runner.encode_text([plain])
     styled = runner.start(recipe(prompt="one text", loras={"both": 1.0}))
-    assert styled.prompt_embeds is None
+    assert not styled.text_encoded
     runner.encode_text([styled])
-    assert plain.prompt_embeds is not None
-    assert styled.prompt_embeds is not None
-    assert not torch.equal(plain.prompt_embeds[0], styled.prompt_embeds[0])
+    assert plain.text_encoded
+    assert styled.text_encoded
+    ours, theirs = (each.conditioning["prompt_embeds"][0] for each in (plain, styled))
+    assert not torch.equal(ours, theirs)
     assert plain.group != styled.group
 
 

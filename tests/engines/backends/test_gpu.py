@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from engines.backends.choice import Machine, choose_backend
 from engines.build.bundle import Blueprint, build_bundle
 from engines.build.plan import MODULES, PlanTarget
-from engines.drawing.drawing import Recipe
 from engines.drawing.runner import Runner
 from engines.errors import BackendUnavailable, InvalidInput, OutOfMemory
+from engines.families.recipe import Recipe
 from engines.order import Order
 from tests.engines.peers import draw_together, psnr_db, recipe
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from engines.drawing.drawing import Recipe
 from engines.drawing.runner import Runner
+from engines.families.recipe import Recipe
 from engines.order import Order
 from tests.engines.conftest import BACKENDS, COMBINATIONS
 from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe

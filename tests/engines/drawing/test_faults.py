@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.drawing import runner as module
 from engines.drawing import transfers
 from engines.drawing.drawing import Drawing
 from engines.drawing.faults import faults_of
 from engines.drawing.model import load_model
 from engines.drawing.runner import Runner
+from engines.drawing.succession import Succession
 from engines.errors import BackendUnavailable, DeviceLost, OutOfMemory
 from engines.order import Order
 from tests.engines.peers import recipe
@@ -94,16 +96,16 @@ def test_noise_that_finds_no_memory_is_drawn_again_the_same(
     expected = [drawing.pixels for drawing in runner.draw(wanted)]
     rows = [runner.start(each) for each in wanted]
     runner.encode_text(rows)
-    draw, moved = runner._draw_noise, []
+    draw, moved = module._draw_noise, []
 
-    def draw_once(drawing: object) -> Tensor:
+    def draw_once(drawing: Drawing) -> Tensor:
         moved.append(drawing)
-        noise = draw(drawing)  # type: ignore[arg-type]
+        noise = draw(drawing)
         if drawing is rows[1] and moved.count(drawing) == 1:
             raise torch.OutOfMemoryError
         return noise
 
-    monkeypatch.setattr(runner, "_draw_noise", draw_once)
+    monkeypatch.setattr(module, "_draw_noise", draw_once)
     with pytest.raises(OutOfMemory, match="of 2 rows"):
         runner.encode_image(rows)
     runner.encode_image(rows)
@@ -122,7 +124,7 @@ def test_rows_that_find_no_memory_together_draw_the_same_pictures(
 
     def stack_once(tensors: Sequence[Tensor], device: str) -> Tensor:
         calls.append(len(tensors))
-        if len(calls) in (2, 3, 7):  # noise; prompts of the call made again; noise ahead of a step
+        if len(calls) in (3, 5, 10):  # noise; prompts of the call made again; noise ahead of a step
             raise torch.OutOfMemoryError
         return stack(tensors, device)
 
@@ -145,8 +147,10 @@ def _finish(runner: Runner, rows: list[Drawing], expected: list[np.ndarray]) -> 
 def test_a_successor_finds_the_memory_of_the_one_before(runner: Runner, cuda: list[str]) -> None:
     """torch keeps what a closed engine held, and TensorRT takes its own from what is left."""
     old = dataclasses.replace(runner._model, device="cuda")
-    runner._model, runner._successor = old, runner._model
+    succession = Succession(old, lambda model: cuda.append("changed"))
+    succession.follow(runner._model)
     for engine in old.engines.values():
         engine.close = lambda: cuda.append("close")  # type: ignore[method-assign]
-    runner._take_up()
-    assert cuda == [*["close"] * len(old.engines), "empty_cache"]
+    with succession.calling():
+        assert succession.model is runner._model
+    assert cuda == ["changed", *["close"] * len(old.engines), "empty_cache"]

@@ -84,7 +84,7 @@ def test_no_call_has_more_texts_than_lanes(counted: tuple[Model, dict[str, list[
     rows = [runner.start(each) for each in wanted]
     runner.encode_text(rows)
     assert max(sizes["text_encoder"]) == 4
-    assert all(row.prompt_embeds is not None for row in rows)
+    assert all(row.text_encoded for row in rows)
 
 
 def test_what_draws_no_picture_is_not_warm(

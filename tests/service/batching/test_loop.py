@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +224,7 @@ def test_one_tenant_leaves_room_for_another(timed_loop: EngineLoop, runner: Runn
         timed_loop.submit(make_request(timed_loop, runner, "x", tenant="crowd")[0])
     guest, _ = make_request(timed_loop, runner, "x", tenant="guest", timeout_s=5.0)
     timed_loop.submit(guest)  # in turns: no more of the crowd's rows go before it than it has
-    assert timed_loop.num_open == 5
+    assert len(timed_loop._ledger.open) == 5
 
 
 def test_close_drains_then_refuses(gate: Gate, runner: Runner) -> None:
@@ -257,7 +258,7 @@ def test_a_lost_device_ends_the_loop_and_answers_everyone(
         thread.join(30)
     assert last(both[0][1]) is not None
     assert not loop.healthy
-    assert loop.num_open == 0
+    assert not loop._ledger.open
     with pytest.raises(NotReady):
         loop.submit(make_request(loop, runner, "later")[0])
     loop.close()
@@ -349,12 +350,14 @@ def test_everyone_is_answered_once_by_two_threads(
     for index in range(120):
         prompt = "poison" if index % 7 == 0 else f"a {index % 5}"
         timeout_s = 0.01 if index % 11 == 0 else 60.0
-        made.append(
-            make_request(wide_loop, runner, prompt, num_images=1 + index % 3, timeout_s=timeout_s)
+        request = make_request(
+            wide_loop, runner, prompt, num_images=1 + index % 3, timeout_s=timeout_s
         )
-        wide_loop.submit(made[-1][0])
+        with contextlib.suppress(Overloaded):  # a slow machine knows by now what a row costs
+            wide_loop.submit(request[0])
+            made.append(request)
         if index % 13 == 0:
-            wide_loop.cancel(made[index // 2][0])
+            wide_loop.cancel(made[len(made) // 2][0])
     for request, events in made:
         kinds = []
         while not kinds or kinds[-1] is not Resolved:
@@ -362,7 +365,7 @@ def test_everyone_is_answered_once_by_two_threads(
         assert events.empty(), "nothing follows Resolved"
         if request.status is Status.COMPLETED:
             assert kinds == [Finished] * len(request.rows) + [Resolved]
-    assert wide_loop.num_open == 0
+    assert not wide_loop._ledger.open
     assert {request.status for request, _ in made} >= {Status.COMPLETED, Status.FAILED}
 
 

@@ -13,7 +13,7 @@ from engines.drawing.drawing import Group
 from service.batching.pace import Pace
 from service.batching.scheduler import WorkKind
 
-SMALL, LARGE = Group(16, 16, ()), Group(32, 32, ())
+SMALL, LARGE = Group((4, 16, 16), ()), Group((4, 32, 32), ())
 
 
 @given(

@@ -290,7 +290,7 @@ def test_a_stream_whose_client_goes_before_its_first_event_holds_nothing(
     with contextlib.suppress(OSError):
         asyncio.run(http.app(scope, receive, send))
     deadline = time.monotonic() + 30
-    while replica.loop.num_open:
+    while replica.loop._ledger.open:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     shown = [line for line in before.splitlines() if line.startswith(images)]

@@ -31,8 +31,9 @@ def _inputs(rows: int, columns: int, embedding: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     inputs = {
         "sample": torch.randn(3, 4, rows, columns), "timestep": torch.tensor([999.0, 499.0, 19.0]),
-        "prompt_embeds": torch.randn(3, 7, 48), "coefficients": torch.rand(3, 6),
-        "noise": torch.randn(3, 4, rows, columns), "guidance": torch.tensor([1.0, 5.0, 1.0]),
+        "prompt_embeds": torch.randn(3, 7, 48), "coefficients": torch.rand(3, 7),
+        "noise": torch.randn(3, 4, rows, columns),
+        "previous": torch.randn(3, 4, rows, columns), "guidance": torch.tensor([1.0, 5.0, 1.0]),
         "uncond_index": torch.tensor([0, 2, 2]),
     }  # fmt: skip
     return inputs | ({"timestep_cond": torch.randn(3, embedding)} if embedding else {})

@@ -1,0 +1,27 @@
+"""What one image is to be: all that a model and its samplers need to know of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image."""
+
+    prompt: str
+    width_px: int
+    height_px: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    sampler: str
+    negative_prompt: str = ""
+    strength: float = 1.0
+    eta: float | None = None
+    image: np.ndarray | None = None
+    num_previews: int = 0
+    loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed

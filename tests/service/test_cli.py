@@ -1,0 +1,47 @@
+"""``fourstep serve``: what is on the command line, in the environment, or nowhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engines.cli import app
+from service import cli
+from service.ray_serve import serve
+from service.ray_serve.serve_config import ServeConfig
+from service.settings import Settings
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings that were to be served; nothing is."""
+    found: list[Settings] = []
+
+    def serve_here(what: ServeConfig, **_: Any) -> int:
+        found.extend(application.settings for application in what.applications)
+        return 0
+
+    monkeypatch.setattr(serve, "serve_here", serve_here)
+    return found
+
+
+@pytest.mark.parametrize("name", ["model", "engine", "precision", "device"])
+def test_a_flag_wins_over_the_environment_and_that_over_the_default(
+    name: str, served: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "model": ("demo-base", "demo-lcm"), "engine": ("torch", "onnxruntime"),
+        "precision": ("bf16", "fp16"), "device": ("cpu", "cuda"),
+    }  # fmt: skip
+    in_environment, on_command_line = values[name]
+    assert cli.app is app
+    assert CliRunner().invoke(app, ["serve"]).exit_code == 0
+    monkeypatch.setenv(f"FOURSTEP_{name.upper()}", in_environment)
+    assert CliRunner().invoke(app, ["serve"]).exit_code == 0
+    assert CliRunner().invoke(app, ["serve", f"--{name}", on_command_line]).exit_code == 0
+    default, from_environment, from_flag = (getattr(each, name) for each in served)
+    assert default == Settings.model_fields[name].default
+    assert from_environment == in_environment
+    assert from_flag == on_command_line
