@@ -20,10 +20,9 @@ from engines.families.recipe import Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
-from service.web.images import resize
-from service.web.schema import EditRequest, ImageParams
+from service.web.schema import MAX_SEED, EditRequest, ImageParams
+from service.web.uploads import describe_resize, resize
 
-STEPS_OF_QUALITY = {"low": 2, "high": 8, "hd": 8}  # auto, medium, standard: the model's default
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
 
@@ -70,15 +69,17 @@ def admit(
     """
     info = runner.info
     width, height = _size(params.size, info, image)
-    of_quality = STEPS_OF_QUALITY.get(params.quality, info.default_num_steps)
-    num_steps = params.num_inference_steps or of_quality
+    num_steps = params.num_inference_steps or steps_of_quality(
+        params.quality, info.default_num_steps, settings.max_steps
+    )
     _at_most("num_inference_steps", num_steps, settings.max_steps)
     guidance = params.guidance_scale
     guidance = info.default_guidance_scale if guidance is None else guidance
     sampler = params.sampler or info.default_sampler
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
-    fitted = None if image is None else resize(image, width, height)
+    crop = params.size != "auto"
+    fitted = None if image is None else resize(image, width, height, crop=crop)
     drawings = []
     for index in range(params.n):
         recipe = Recipe(
@@ -101,6 +102,8 @@ def admit(
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _warnings(params, info, drawings[0], settings)
+    if image is not None and (done := describe_resize(image, width, height, crop=crop)):
+        warnings.append(done)
     priority = priority_of(params, tenant)
     if params.priority is not None and Priority[params.priority.upper()] != priority:
         warnings.append(
@@ -109,6 +112,15 @@ def admit(
     return Admitted(
         drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings
     )
+
+
+def steps_of_quality(quality: str, default: int, max_steps: int) -> int:
+    """``low``: half the model's default, rounded up; ``high``, ``hd``: twice, as far as allowed."""
+    if quality == "low":
+        return (default + 1) // 2
+    if quality in ("high", "hd"):
+        return max(default, min(2 * default, max_steps))
+    return default
 
 
 def priority_of(params: ImageParams, tenant: Tenant) -> Priority:
@@ -152,6 +164,12 @@ def check_limits(params: ImageParams, settings: Settings) -> None:
             f"partial_images is {params.partial_images} but stream is false; set stream to true",
             param="partial_images",
         )
+    if params.seed is not None and params.seed + params.n - 1 > MAX_SEED:
+        raise BadRequest(
+            f"seed is {params.seed} and n is {params.n}; image k uses seed + k, which may be "
+            f"{MAX_SEED} at most, send a smaller seed",
+            param="seed",
+        )
     if params.output_compression is not None and params.output_format == "png":
         raise BadRequest(
             f"output_compression is {params.output_compression} but output_format is 'png', which "
@@ -161,7 +179,11 @@ def check_limits(params: ImageParams, settings: Settings) -> None:
 
 
 def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, int]:
-    """Width and height; ``auto``: the model's own size, for an edit the nearest to the input's."""
+    """Width and height; ``auto``: the model's own, for an edit the nearest to the input's.
+
+    Nearest is of the same shape, but for the multiples that sides must be and for shapes that the
+    limits of a side leave no room for.
+    """
     step = info.size_multiple
     if size != "auto":
         width, height = (int(side) for side in size.split("x"))
@@ -169,7 +191,7 @@ def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, in
         return info.default_width, info.default_height
     else:
         sides = (image.shape[1], image.shape[0])
-        scale = min(1.0, info.max_size_px / max(sides))
+        scale = min(max(1.0, info.min_size_px / min(sides)), info.max_size_px / max(sides))
         width, height = (
             min(max(round(side * scale / step) * step, info.min_size_px), info.max_size_px)
             for side in sides

@@ -16,7 +16,7 @@ from service.errors import BadRequest, Cancelled
 from service.replica import Replica
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.web.events import EventStream
-from service.web.images import MEDIA_TYPES, decode_image, to_base64
+from service.web.images import MEDIA_TYPES, to_base64
 from service.web.job import EncodedImage, Job, withheld_warnings
 from service.web.parsing import accepted_format, parse_edit, parse_generation
 from service.web.schema import (
@@ -26,6 +26,7 @@ from service.web.schema import (
     ModelObject,
     OutputFormat,
 )
+from service.web.uploads import decode_image
 
 T = TypeVar("T")
 

@@ -48,6 +48,7 @@ DRAWING_ERRORS = (
     NotReady,
     DeadlineExceeded,
 )
+EMPTY: Object = {"type": "string", "maxLength": 0}
 REQUEST_ID = {"X-Request-ID": {"schema": {"type": "string"}, "description": "Stands in every log."}}
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
 
@@ -109,7 +110,7 @@ def _schemas(model: type[BaseModel]) -> Object:
 
 def _set_limits(properties: Object, settings: Settings) -> None:
     """This service's own limits, where they are narrower than the protocol's."""
-    properties["n"]["maximum"] = settings.max_images
+    _typed(properties["n"])["maximum"] = settings.max_images
     _typed(properties["num_inference_steps"])["maximum"] = settings.max_steps
     for name in ("prompt", "negative_prompt"):
         _typed(properties[name])["maxLength"] = settings.max_prompt_chars
@@ -124,23 +125,23 @@ def _typed(schema: Object) -> Object:
 
 
 def _form(schema: Object) -> Object:
-    """A form of ``schema``: it knows no null, carries a list as JSON text, and has a file."""
-    properties = {}
-    for name, each in schema["properties"].items():
-        about = {key: value for key, value in each.items() if key != "anyOf"}
-        properties[name] = _typed(each) | about
-    properties["loras"] = {
+    """A form of ``schema``: null is an empty field, a list is JSON text, and there is a file."""
+    properties = schema["properties"]
+    loras = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": _typed(schema["properties"]["loras"]),
-        "description": properties["loras"]["description"],
+        "contentSchema": _typed(properties["loras"]),
     }
+    for name, each in properties.items():
+        if "anyOf" in each:
+            each["anyOf"] = [loras if name == "loras" else _typed(each), EMPTY]
+    properties["mask"] = EMPTY | {"description": "Inpainting is not served: an empty part alone."}
     properties["image"] = {
         "type": "string",
         "format": "binary",
         "description": "One PNG, JPEG or WebP file; `image[]` is taken as well.",
     }
-    return schema | {"properties": properties, "required": ["image", *schema["required"]]}
+    return schema | {"required": ["image", *schema["required"]]}
 
 
 def _body(media_type: str, model: str) -> Object:
@@ -203,7 +204,7 @@ def _add_image_answers(answer: Object, event_name: str) -> None:
         for name, description in {
             "Server-Timing": "Milliseconds by stage; not of event streams.",
             "X-Fourstep-Seed": "Of a bare image.",
-            "X-Fourstep-Warnings": "Of a bare image: what had no effect.",
+            "X-Fourstep-Warnings": "Of a bare image: what had no effect or was changed.",
         }.items()
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
@@ -30,16 +31,48 @@ MAX_PARAM_CHARS = 64  # longer than the name of any field
 
 async def parse_generation(request: Request, max_prompt_chars: int) -> GenerationRequest:
     """The JSON body of ``POST /v1/images/generations``."""
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if media_type.lower() != "application/json":
-        raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be application/json")
-    body = await _read(request, max_json_bytes(max_prompt_chars))
+    _check_plain(request)
+    media_type, options = parse_options_header(
+        request.headers.get("content-type", "application/json")
+    )
+    if media_type != b"application/json":
+        raise BadRequest(
+            f"the Content-Type is {_shown(media_type.decode('latin-1'))}; it must be "
+            "application/json"
+        )
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise BadRequest(
+            f"the Content-Type says that the body is {_shown(charset)}; JSON is read as UTF-8, "
+            "send it as that"
+        )
+    body = _utf8(await _read(request, max_json_bytes(max_prompt_chars)))
     try:
         params = GenerationRequest.model_validate_json(body)
     except ValidationError as error:
         raise bad_request(error, GenerationRequest) from error
     json.loads(body, object_pairs_hook=_unique)  # small and known to be right: a few microseconds
     return params
+
+
+def _check_plain(request: Request) -> None:
+    """Bodies are read as they are: one that unfolds could be any size."""
+    coding = request.headers.get("content-encoding", "identity").strip()
+    if coding.lower() not in ("", "identity"):
+        raise BadRequest(
+            f"the Content-Encoding is {_shown(coding)}; compressed bodies are not read, send it "
+            "uncompressed and without that header"
+        )
+
+
+def _utf8(body: bytes) -> bytes:
+    """The body without the byte-order mark that some editors and shells put before UTF-8."""
+    encoding = json.detect_encoding(body)
+    if encoding.startswith(("utf-16", "utf-32")):
+        raise BadRequest(
+            f"the JSON body is {encoding[:6].upper()} text; JSON is read as UTF-8, send it as that"
+        )
+    return body.removeprefix(codecs.BOM_UTF8)
 
 
 def max_json_bytes(max_prompt_chars: int) -> int:
@@ -70,28 +103,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 
 async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
     """The multipart body of ``POST /v1/images/edits``: parameters and the one image."""
+    _check_plain(request)
     form = await _read_form(request)
     try:
-        for name, reason in NOT_YET.items():
-            if name in form:
-                raise BadRequest(reason, param=name, code="unsupported_parameter")
-        fields: dict[str, str] = {}
-        files: list[UploadFile] = []
-        for as_it_came, value in form.multi_items():
-            name = _text(as_it_came, of="the name of a field")
-            is_image = name in ("image", "image[]")
-            if isinstance(value, UploadFile) != is_image:
-                raise BadRequest(
-                    "image is text; send it as a file" if is_image else
-                    f"{_cut(name)} is a file; only image is one",
-                    param="image" if is_image else _cut(name),
-                )  # fmt: skip
-            if isinstance(value, UploadFile):
-                files.append(value)
-            elif name in fields:
-                raise BadRequest(f"{_cut(name)} is given twice; send it once", param=_cut(name))
-            else:
-                fields[name] = _text(value, of=_cut(name))
+        fields, files = _sort(form)
         if len(files) != 1:
             raise BadRequest(f"image must be exactly one file, got {len(files)}", param="image")
         data = await files[0].read()
@@ -101,6 +116,34 @@ async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
         return EditRequest.model_validate(fields), data
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
+
+
+def _sort(form: FormData) -> tuple[dict[str, str], list[UploadFile]]:
+    """Text by name, and the images. An empty file is empty text; without a name it is no image."""
+    fields: dict[str, str] = {}
+    images: list[UploadFile] = []
+    for as_it_came, value in form.multi_items():
+        name = _text(as_it_came, of="the name of a field")
+        is_image = name in ("image", "image[]")
+        if isinstance(value, UploadFile) and not value.size and not (is_image and value.filename):
+            value = ""  # what browsers send where no file was chosen
+        if not value and (is_image or name in NOT_YET):
+            continue
+        if name in NOT_YET:
+            raise BadRequest(NOT_YET[name], param=name, code="unsupported_parameter")
+        if isinstance(value, UploadFile) != is_image:
+            raise BadRequest(
+                "image is text; send it as a file" if is_image else
+                f"{_cut(name)} is a file; only image is one",
+                param="image" if is_image else _cut(name),
+            )  # fmt: skip
+        if isinstance(value, UploadFile):
+            images.append(value)
+        elif name in fields:
+            raise BadRequest(f"{_cut(name)} is given twice; send it once", param=_cut(name))
+        else:
+            fields[name] = _text(value, of=_cut(name))
+    return fields, images
 
 
 async def _read_form(request: Request) -> FormData:

@@ -7,37 +7,80 @@ and shown in ``/docs``; what depends on the model or on settings is checked in
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
-from pydantic_core import from_json
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, from_json
 
 from service.settings import SamplerName
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+MAX_SEED = 2**63 - 1  # also of the last image, so that every seed returned can be sent again
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
 Name = Annotated[str, StringConstraints(max_length=256)]  # longer than any that is served
 Note = Annotated[str, StringConstraints(max_length=1024)]  # kept nowhere
+ABOUT = ("title", "description", "default")  # of a field's JSON schema: what says nothing of a type
 
 
-class LoraChoice(BaseModel):
-    """One LoRA of a request."""
+class Input(BaseModel):
+    """What a client sends: unknown fields are refused, and an optional one may be null."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    absent: ClassVar[tuple[object, ...]] = (None,)  # of an optional field: as if it were not there
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_absent(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {
+            name: value
+            for name, value in given.items()
+            if name not in optional or value not in cls.absent
+        }
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """``X`` that may be left out is ``X | None`` to clients."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, typed in schema["properties"].items():
+            if name in schema.get("required", ()) or "anyOf" in typed:
+                continue
+            about = {key: typed.pop(key) for key in ABOUT if key in typed}
+            schema["properties"][name] = {"anyOf": [typed, {"type": "null"}]} | about
+        return schema
+
+
+class LoraChoice(Input):
+    """One LoRA of a request."""
 
     name: Name = Field(description="As GET /v1/models lists it under `loras`.")
     weight: float = Field(1.0, ge=-4, le=4, description="Its share λ; 0 leaves it out.")
 
 
-class ImageParams(BaseModel):
+class ImageParams(Input):
     """Fields that generations and edits share."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, description="What to draw. Any Unicode text.")
     model: Name | None = Field(None, description="Model id, as GET /v1/models lists it.")
     n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
-    size: Size = Field("auto", description="`WIDTHxHEIGHT` in pixels, or `auto`.")
+    size: Size = Field(
+        "auto",
+        description="`WIDTHxHEIGHT` in pixels: of an image of another shape its centre is drawn "
+        "from. `auto`: the model's own; with an image the nearest to its own, all of it scaled.",
+    )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="`url` gives a self-contained `data:` URL; nothing is stored."
     )
@@ -46,7 +89,9 @@ class ImageParams(BaseModel):
         None, ge=0, le=100, description="Quality of jpeg and webp, in percent (default 90)."
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = Field(
-        "auto", description="Without num_inference_steps: low is 2 steps, high and hd are 8."
+        "auto",
+        description="Without num_inference_steps: low draws half the model's default steps, "
+        "rounded up, high and hd draw twice as many, or as many as this service takes.",
     )
     background: Literal["auto", "opaque", "transparent"] = Field(
         "auto", description="Images are opaque; `transparent` is refused."
@@ -66,7 +111,7 @@ class ImageParams(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=50, description="Guidance weight.")
     negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="Of the first image; image k uses seed + k."
+        None, ge=0, lt=MAX_SEED + 1, description="Of the first image; image k uses seed + k."
     )
     sampler: SamplerName | None = Field(None, description="Default: the checkpoint's own.")
     eta: float | None = Field(
@@ -79,6 +124,14 @@ class ImageParams(BaseModel):
         None, description="Higher goes first. At most, and by default, what the API key has."
     )
 
+    @field_validator(
+        "n", "output_compression", "partial_images", "num_inference_steps", "seed", mode="before"
+    )
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """JSON has one kind of number: 2.0 is an integer there."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 class GenerationRequest(ImageParams):
     """``POST /v1/images/generations``."""
@@ -88,6 +141,7 @@ class EditRequest(ImageParams):
     """``POST /v1/images/edits``: image-to-image. Scalars arrive as form strings."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+    absent = (None, "")  # an HTML form sends every field, one that was left blank as ""
 
     strength: float = Field(
         0.8, gt=0, le=1, description="How far from the input: 1 keeps nothing of it."

@@ -5,6 +5,7 @@ A field of the schema without a row here fails the test.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -94,7 +95,6 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         ("m" * 257, f'model is "{"m" * 76}...: string should have at most 256 characters'),
     ],
     "n": [
-        (None, f"n is null: {INTEGER}"),
         (0, "n is 0: input should be greater than or equal to 1"),
         (11, "n is 11: input should be less than or equal to 10"),
         (5, "n is 5; at most 4 are accepted"),
@@ -105,7 +105,6 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         (10**30, f"n is {10**30}: input should be less than or equal to 10"),
     ],
     "size": [
-        (None, f"size is null: {STRING}"),
         (64, f"size is 64: {STRING}"),
         ("", f'size is "": {SIZE}'),
         ("64", f'size is "64": {SIZE}'),
@@ -122,12 +121,10 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
     ],
     "response_format": [
         ("png", f'response_format is "png": {one_of("b64_json", "url")}'),
-        (None, f"response_format is null: {one_of('b64_json', 'url')}"),
     ],
     "output_format": [
         ("gif", f'output_format is "gif": {FORMATS}'),
         ("PNG", f'output_format is "PNG": {FORMATS}'),
-        (None, f"output_format is null: {FORMATS}"),
     ],
     "output_compression": [
         (101, "output_compression is 101: input should be less than or equal to 100"),
@@ -141,7 +138,6 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
     ],
     "quality": [
         ("best", f'quality is "best": {QUALITIES}'),
-        (None, f"quality is null: {QUALITIES}"),
     ],
     "background": [
         ("blue", f'background is "blue": {BACKGROUNDS}'),
@@ -256,7 +252,6 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
     ],
     "model": [("m" * 257, f'model is "{"m" * 76}...: string should have at most 256 characters')],
     "n": [
-        ("", f'n is "": {AS_INTEGER}'),
         ("two", f'n is "two": {AS_INTEGER}'),
         ("0", 'n is "0": input should be greater than or equal to 1'),
         ("5", "n is 5; at most 4 are accepted"),
@@ -357,6 +352,22 @@ BODIES: list[tuple[bytes, str, str | None, str]] = [
     (b'{"prompt":"x","seed":' + b"9" * 5000 + b"}",
      f"{UNREADABLE}Invalid JSON: number out of range at line 1 column 4323", None, ""),
     (b"{}", "prompt is required", "prompt", "missing_required_parameter"),
+    (b'{"prompt":"x","strength":null}', "unknown field 'strength'", "strength",
+     "unknown_parameter"),
+    (b'{"prompt":"x","loras":[{"name":null}]}', f"loras.0.name is null: {STRING}", "loras.0.name",
+     ""),
+    (b'{"prompt":"x","n":3,"seed":9223372036854775806}',
+     "seed is 9223372036854775806 and n is 3; image k uses seed + k, which may be "
+     "9223372036854775807 at most, send a smaller seed", "seed", ""),
+    *(
+        (codecs.BOM_UTF16_LE * has_mark + '{"prompt":"x"}'.encode(encoding),
+         f"the JSON body is {name} text; JSON is read as UTF-8, send it as that", None, "")
+        for encoding, name, has_mark in (
+            ("utf-16-le", "UTF-16", True), ("utf-16-le", "UTF-16", False),
+            ("utf-16-be", "UTF-16", False), ("utf-32", "UTF-32", False),
+            ("utf-32-be", "UTF-32", False),
+        )
+    ),
     (b'{"prompt":"a","prompt":"b"}', "prompt is given twice; send it once", "prompt", ""),
     (b'{"prompt":"x","loras":[{"name":"a","name":"b"}]}',
      "name is given twice; send it once", "name", ""),
@@ -404,6 +415,15 @@ HEADERS: list[tuple[dict[str, str], str, str | None]] = [
      'the Content-Type is "text/plain"; it must be application/json', None),
     ({"content-type": "multipart/form-data; boundary=b"},
      'the Content-Type is "multipart/form-data"; it must be application/json', None),
+    ({"content-type": "application/json; charset=UTF-16"},
+     'the Content-Type says that the body is "UTF-16"; JSON is read as UTF-8, send it as that',
+     None),
+    *(
+        ({"content-encoding": coding},
+         f'the Content-Encoding is "{coding}"; compressed bodies are not read, send it '
+         "uncompressed and without that header", None)
+        for coding in ("gzip", "deflate", "br", "identity, zstd")
+    ),
     ({"accept": "image/webp"},
      "output_format is 'png' but the Accept header asks for 'webp'; send one of them",
      "output_format"),
@@ -418,6 +438,15 @@ def test_wrong_headers(
 ) -> None:
     body = json.dumps({"prompt": "x", "n": 2, "output_format": "png"})
     assert_error(http.post(GENERATIONS, content=body, headers=headers), message, param)
+
+
+def test_a_compressed_form_is_refused(http: TestClient) -> None:
+    answer = http.post(EDITS, content=b"", headers={"content-encoding": "gzip"})
+    message = (
+        'the Content-Encoding is "gzip"; compressed bodies are not read, send it uncompressed and '
+        "without that header"
+    )
+    assert_error(answer, message)
 
 
 def test_a_raw_image_cannot_be_streamed(http: TestClient) -> None:
@@ -473,6 +502,15 @@ UPLOADS: list[tuple[dict[str, Any], list[tuple[str, Any]], str, str | None, str]
      "unknown field 'strenght'; did you mean 'strength'?", "strenght", "unknown_parameter"),
     ({"prompt": "x"}, [("image", ("x.png", b""))],
      "image is empty; send a PNG, JPEG or WebP file", "image", ""),
+    ({"prompt": "x"}, [("image", FILE), ("prompt", ("", b""))],
+     "prompt is given twice; send it once", "prompt", ""),
+    ({"prompt": "x"}, [("image", FILE), ("other", ("y.png", b""))],
+     "unknown field 'other'", "other", "unknown_parameter"),
+    ({"prompt": "x", "other": ""}, [("image", FILE)],
+     "unknown field 'other'", "other", "unknown_parameter"),
+    ({"prompt": "x", "mask": "data:image/png;base64,"}, [("image", FILE)],
+     "inpainting is not served; leave mask out to redraw the whole image", "mask",
+     "unsupported_parameter"),
     ({"prompt": "x"}, [("image", FILE)] * 9,
      "the multipart body cannot be read: Too many files. Maximum number of files is 8.", None, ""),
     ({f"f{i}": "x" for i in range(65)}, [("image", FILE)],

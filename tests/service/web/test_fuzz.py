@@ -52,7 +52,7 @@ def app(
 # of them stands word for word in test_bad_input.
 JOINED = {
     "background", "guidance_scale", "image", "loras", "num_inference_steps", "output_compression",
-    "partial_images", "prompt", "size", "strength",
+    "partial_images", "prompt", "seed", "size", "strength",
 }  # fmt: skip
 
 

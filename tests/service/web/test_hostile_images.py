@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from service.errors import BadRequest, TooLarge
-from service.web.images import MAX_JPEG_SCANS, decode_image
+from service.web.jpeg import MAX_SCANS, MAX_SEGMENTS, MAX_STRAY_BYTES
+from service.web.uploads import MAX_PNG_CHUNKS, decode_image
 
 MAX_PX = 200 * 200
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
@@ -70,9 +72,10 @@ def test_every_kind_is_read_as_pillow_reads_it(name: str) -> None:
     assert np.abs(found - wanted).max() <= 1
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("value", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-def test_every_orientation_is_turned_upright(value: int) -> None:
-    data = saved(PICTURE, "PNG", exif=oriented(value))
+def test_every_orientation_is_turned_upright(value: int, file_format: str) -> None:
+    data = saved(PICTURE, file_format, exif=oriented(value))
     with Image.open(io.BytesIO(data)) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
     assert np.array_equal(decode_image(data, max_px=MAX_PX), wanted)
@@ -226,10 +229,42 @@ def survive() -> None:
         print(f"{name}: {(peak_kib() - before) // 1024}")
 
 
-def test_the_scans_of_a_jpeg_are_counted() -> None:
-    jpeg = FILES["jpeg progressive"]
-    scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
-    allowed = MAX_JPEG_SCANS - jpeg.count(b"\xff\xda")
-    decode_image(jpeg[:-2] + allowed * scan + b"\xff\xd9", max_px=MAX_PX)
-    with pytest.raises(BadRequest, match=f"{MAX_JPEG_SCANS + 1} JPEG scans; at most"):
-        decode_image(jpeg[:-2] + (allowed + 1) * scan + b"\xff\xd9", max_px=MAX_PX)
+PROGRESSIVE = FILES["jpeg progressive"]
+SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+NUM_SCANS = PROGRESSIVE.count(b"\xff\xda")
+NUM_SEGMENTS = len(re.findall(rb"\xff[\xc0-\xcf\xda-\xfe]", PROGRESSIVE))
+JFIF = slice(2, 20)  # where its first segment is
+COMMENT = b"\xff\xfe\x00\x03x"
+
+
+@pytest.mark.parametrize(
+    ("repeated", "at", "limit", "what"),
+    [
+        (SCAN, -2, MAX_SCANS - NUM_SCANS, f"{MAX_SCANS} JPEG scans"),
+        (COMMENT, JFIF.stop, MAX_SEGMENTS - NUM_SEGMENTS, f"{MAX_SEGMENTS} JPEG segments"),
+        (b"\0", JFIF.stop, MAX_STRAY_BYTES, f"{MAX_STRAY_BYTES} bytes between"),
+    ],
+    ids=["scans", "segments", "stray bytes"],
+)
+def test_what_a_jpeg_holds_is_bounded(repeated: bytes, at: int, limit: int, what: str) -> None:
+    def times(count: int) -> bytes:
+        return PROGRESSIVE[:at] + count * repeated + PROGRESSIVE[at:]
+
+    assert decode_image(times(limit), max_px=MAX_PX).shape == PIXELS.shape
+    for count in (limit + 1, 50 * limit):
+        with pytest.raises(BadRequest, match=f"image has more than {what}"):
+            decode_image(times(count), max_px=MAX_PX)
+
+
+def test_the_chunks_of_a_png_are_bounded() -> None:
+    png, padding = FILES["png"], chunk(b"teSt", b"")
+    num_chunks = len(re.findall(b"IHDR|IDAT", png))
+
+    def times(count: int) -> bytes:
+        return png[:33] + count * padding + png[33:] + 3 * MAX_PNG_CHUNKS * padding
+
+    plain = decode_image(png, max_px=MAX_PX)
+    most = MAX_PNG_CHUNKS - num_chunks
+    assert np.array_equal(decode_image(times(most), max_px=MAX_PX), plain)
+    with pytest.raises(BadRequest, match=f"image has more than {MAX_PNG_CHUNKS} PNG chunks"):
+        decode_image(times(most + 1), max_px=MAX_PX)
