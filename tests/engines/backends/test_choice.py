@@ -19,7 +19,7 @@ from engines.build.bundle import Bundle
 from engines.build.plan import PlanTarget
 from engines.drawing.model import Model, check_plans
 from engines.errors import BackendUnavailable, BundleError
-from engines.facts import Facts
+from engines.facts import Facts, Window
 
 EVERYTHING = frozenset({"onnxruntime", "torch", "tensorrt", "tensorrt_rtx"})
 WITHOUT_TENSORRT = frozenset({"onnxruntime", "torch"})
@@ -100,7 +100,8 @@ def test_what_was_asked_for_is_kept() -> None:
 
 def _bundle(target: PlanTarget | None, version: str) -> Bundle:
     plans = {"plans": {"target": json.loads(json.dumps(_values(target))), "version": version}}
-    facts = Facts("m", "stable_diffusion", 4, 8, 64, 8, 64, 128, 16, 0, 1, 0, "lcm", 4, 1.0, {})
+    windows = (Window("input_ids", "tokenizer", 16, 0, 1),)
+    facts = Facts("m", "stable_diffusion", 4, 8, 64, 8, 64, 128, windows, 0, "lcm", 4, 1.0, {})
     return Bundle(Path("bundle"), plans if target else {}, facts)
 
 
