@@ -35,6 +35,7 @@ from engines.build.checkpoint import (
 )
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.drawing.batching import FULL_BATCH, denoise_rows
+from engines.drawing.textual_inversion import expand
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.loras.file import read_lora
@@ -70,7 +71,7 @@ class Model:
     def tokenize(self, text: str) -> tuple[np.ndarray, int]:
         """Token ids int64 ``[L]``, padded, and how many did not fit."""
         facts = self.facts
-        ids = self.tokenizer.encode(text).ids
+        ids = self.tokenizer.encode(expand(self.tokenizer, text)).ids
         num_lost = max(0, len(ids) - facts.max_tokens)
         if num_lost:
             ids = [*ids[: facts.max_tokens - 1], facts.eos_token_id]

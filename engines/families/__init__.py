@@ -1,7 +1,8 @@
 """Which model families there are: each says how its pipeline becomes parts and facts.
 
-A family module offers ``PIPELINES`` (diffusers class names), ``facts(name, pipeline)`` and
-``parts(pipeline, precision)``. Adding one means adding a module and a line here.
+A family module offers ``PIPELINES`` (diffusers class names), ``COMPONENTS`` (the classes of theirs
+that it takes, by name), ``facts(name, pipeline)`` and ``parts(pipeline, facts)``.
+Adding one means adding a module and a line here.
 """
 
 from __future__ import annotations

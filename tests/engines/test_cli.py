@@ -123,6 +123,21 @@ def test_errors_are_one_clear_line(arguments: tuple[str, ...], word: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("arguments", "field"),
+    [((b"\xff",), "prompt"), (("x", "--negative", b"\xe9"), "negative_prompt")],
+)
+def test_a_prompt_in_no_utf_8_is_one_clear_line(
+    arguments: tuple[str | bytes, ...], field: str, bundle: Path
+) -> None:
+    command = [sys.executable, "-c", PROGRAM, "generate", *arguments, "-o", "x.png"]
+    done = subprocess.run([*command, "--model", str(bundle)], capture_output=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith(f"error: {field} is '\\udc")
+    assert line.endswith("which is no Unicode text; write it in UTF-8")
+
+
+@pytest.mark.parametrize(
     ("option", "value", "word"),
     [("--size", "big", "512x512"), ("--steps", "0.5", "steps"), ("--size", "63x64", "multiple")],
 )
