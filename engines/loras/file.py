@@ -132,9 +132,9 @@ def _named_as_by_diffusers(
 def _check_pairs(path: Path, raw: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for the first tensor that is no half of a plain pair, and no α."""
     for key, tensor in raw.items():
-        end = next((end for end in HALVES if key.endswith(end)), None)
         if key.endswith(".alpha"):
             continue
+        end = next((end for end in HALVES if key.endswith(end)), None)
         if end is None:
             raise CheckpointError(
                 f"LoRA {path} holds {key}: only plain pairs of matrices can be fused (no DoRA, "
