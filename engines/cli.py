@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,14 +146,20 @@ def parse_loras(texts: list[str] | None) -> tuple[dict[str, Path], dict[str, flo
 
 
 def _weighted(text: str) -> tuple[Path, float | None]:
-    """FILE or FILE@WEIGHT."""
-    path, at, weight = text.rpartition("@")
+    """FILE or FILE@WEIGHT; a path may have an @ of its own."""
+    whole = find_lora(text)
+    path, _, weight = text.rpartition("@")
+    if whole.exists() or not path or "/" in weight:
+        return whole, None
     try:
-        return (find_lora(path), float(weight)) if at else (find_lora(text), None)
+        strength = float(weight)
     except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
         raise typer.BadParameter(
             f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"
-        ) from None
+        )
+    return find_lora(path), strength
 
 
 def find_lora(text: str) -> Path:

@@ -17,6 +17,12 @@ class EngineError(Exception):
     """Base of everything `engines` raises on purpose."""
 
 
+def reason_of(error: Exception) -> str:
+    """What another library says went wrong, as part of one line of ours."""
+    lines = str(error).split("\n")
+    return lines[0].strip()[:300] or type(error).__name__
+
+
 class InvalidInput(EngineError):
     """``field`` has a ``value`` that cannot be served; the message names limit and way out."""
 

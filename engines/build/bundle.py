@@ -35,6 +35,7 @@ from engines.build.checkpoint import (
 from engines.build.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
+from engines.loras.file import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from engines.families.part import Part
@@ -88,6 +89,8 @@ class Blueprint:
         versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
         lines = [str(FORMAT), self.source_hash, self.precision, _exporter_hash(), *versions]
         lines += [f"{fingerprint(path)} {weight}" for path, weight in self.loras]
+        beside = [path.with_name(ADAPTER_CONFIG) for path, _ in self.loras if path.is_file()]
+        lines += [fingerprint(config) for config in beside if config.is_file()]
         lines += [str(self.defaults)]
         if self.target:
             lines += [str(self.target), str(import_tensorrt(self.target.engine).__version__)]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.errors import CheckpointError
+from engines.errors import CheckpointError, reason_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,17 +22,31 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 DEMO_MODELS = Path(__file__).parents[1] / "demo"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # their folders may be absent
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+# `model.safetensors`, and with a variant's name or a shard's number, in either order.
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?"
+    r"\.safetensors"
+)
 
 
 def resolve(model: str) -> Path | None:
     """The local folder of a model, or None when only the hub can know it.
 
     Raises:
-        CheckpointError: it looks like a path or a shipped name, and there is nothing there.
+        CheckpointError: it looks like a path or a shipped name, and there is nothing there, or one
+            file with everything in it.
     """
     for folder in (Path(model).expanduser(), DEMO_MODELS / model):
         if folder.is_dir():
             return folder
+    if Path(model).expanduser().is_file() or model.endswith(SINGLE_FILES):
+        raise CheckpointError(
+            f"model {model!r} is a single file, only diffusers folders are served; make one with: "
+            'python -c "from diffusers import StableDiffusionPipeline as P; '
+            f"P.from_single_file({model!r}).save_pretrained('FOLDER')\""
+        )
     if "/" not in model or model.startswith((".", "/", "~")):
         names = sorted(path.parent.name for path in DEMO_MODELS.glob("*/model_index.json"))
         shipped = ", ".join(names) or "none"
@@ -49,7 +65,7 @@ def download(hub_id: str) -> Path:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:  # the hub client raises many kinds; all mean the same here
         raise CheckpointError(
-            f"model {hub_id!r} cannot be fetched from the hub: {str(error).splitlines()[0][:300]}; "
+            f"model {hub_id!r} cannot be fetched from the hub: {reason_of(error)}; "
             "check the name and the network, or give a local folder"
         ) from error
 
@@ -62,16 +78,30 @@ def name_of(folder: Path) -> str:
 
 
 def pipeline_class(folder: Path) -> str:
-    """The diffusers class named in ``model_index.json``."""
-    return str(_index(folder)["_class_name"])
+    """The diffusers class named in ``model_index.json``.
 
-
-def _index(folder: Path) -> dict[str, Any]:
+    Raises:
+        CheckpointError: there is no such file, or it names none.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{folder} has no model_index.json: it is not a diffusers folder")
-    found: dict[str, Any] = json.loads(index.read_text())
-    return found
+    name = _read_json(index).get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"{index} has the _class_name {name!r}; it must be the name of a diffusers pipeline"
+        )
+    return name
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {reason_of(error)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds {values!r:.40}; it must be a JSON object")
+    return values
 
 
 def fingerprint(source: Path) -> str:
@@ -86,14 +116,24 @@ def fingerprint(source: Path) -> str:
 
 
 def load_pipeline(folder: Path, precision: str) -> Any:
-    """The diffusers pipeline with weights in ``fp32``, ``fp16`` or ``bf16``, on the CPU."""
+    """The diffusers pipeline with weights in ``fp32``, ``fp16`` or ``bf16``, on the CPU.
+
+    Raises:
+        CheckpointError: a component is of a class that its family does not know, its weights are
+            pickled, or diffusers cannot load it.
+    """
+    import diffusers
     import torch
-    from diffusers import DDIMScheduler, DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from engines.families import family_of
+
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    name = pipeline_class(folder)
+    known = family_of(name).COMPONENTS
+    _check_components(folder, known)
     unsafe = [path.name for path in folder.rglob("*.bin")]
     if unsafe and not list(folder.rglob("*.safetensors")):
         raise CheckpointError(
@@ -102,19 +142,22 @@ def load_pipeline(folder: Path, precision: str) -> Any:
         )
     try:
         foreign = _foreign_scheduler(folder)
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = getattr(diffusers, name).from_pretrained(
             folder,
             dtype=getattr(torch, DTYPES[precision]),
             use_safetensors=True,
             local_files_only=True,
-            safety_checker=None,
+            variant=_variant(folder, known),
             requires_safety_checker=False,
+            **dict.fromkeys(UNUSED),
             **({"scheduler": None} if foreign else {}),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded by diffusers: {error}") from error
+    except Exception as error:  # diffusers raises many kinds; all mean the same here
+        raise CheckpointError(
+            f"{folder} cannot be loaded by diffusers: {reason_of(error)}"
+        ) from error
     if foreign:
-        scheduler = DDIMScheduler.from_config(foreign | {"_class_name": "DDIMScheduler"})
+        scheduler = diffusers.DDIMScheduler.from_config(foreign | {"_class_name": "DDIMScheduler"})
         scheduler.register_to_config(_class_name=foreign["_class_name"])
         pipeline.register_modules(scheduler=scheduler)
     return pipeline
@@ -125,12 +168,58 @@ def _foreign_scheduler(folder: Path) -> dict[str, Any] | None:
     import diffusers
     from diffusers.utils.import_utils import DummyObject
 
-    _, name = _index(folder).get("scheduler", (None, None))
+    _, name = _read_json(folder / "model_index.json").get("scheduler", (None, None))
     file = folder / "scheduler" / "scheduler_config.json"
     found = getattr(diffusers, str(name), None)
     if name is None or not file.is_file() or (found and not isinstance(found, DummyObject)):
         return None
-    return {**json.loads(file.read_text()), "_class_name": name}
+    return {**_read_json(file), "_class_name": name}
+
+
+def _check_components(folder: Path, known: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise CheckpointError where a component is of a class that nothing here can run.
+
+    ``known`` has the classes of each. What diffusers would load by one class and was saved by
+    another loads too, with weights of nobody.
+    """
+    index = _read_json(folder / "model_index.json")
+    for name, classes in known.items():
+        entry = index.get(name)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found not in classes:
+            raise CheckpointError(
+                f"{folder} has {found!r} as its {name}; known are {', '.join(classes)}: put one of "
+                "them in its place with diffusers' save_pretrained"
+            )
+        config = folder / name / "config.json"
+        saved = _read_json(config).get("_class_name", found) if config.is_file() else found
+        if saved != found:
+            raise CheckpointError(
+                f"{folder / 'model_index.json'} calls the {name} {found}, {config} calls it "
+                f"{saved}; make the first say what the weights are"
+            )
+
+
+def _variant(folder: Path, components: Iterable[str]) -> str | None:
+    """The variant of the weights, where a component has them in no other form.
+
+    diffusers takes it then for each component that has it, and plain weights for the others.
+    """
+    alone = []
+    for name in components:
+        files = [path.name for path in (folder / name).glob("*.safetensors")]
+        found = {match["variant"] for file in files if (match := WEIGHTS.fullmatch(file))}
+        if found and None not in found:
+            alone.append(found)
+    if not alone:
+        return None
+    shared = set.intersection(*alone)
+    if not shared:
+        listed = ", ".join(sorted(set().union(*alone)))
+        raise CheckpointError(
+            f"{folder} has its components in different variants ({listed}); save them in one"
+        )
+    return "fp16" if "fp16" in shared else min(shared)
 
 
 def whole(tokenizer: Tokenizer) -> Tokenizer:

@@ -100,6 +100,12 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         raise InvalidInput(
             "guidance_scale", recipe.guidance_scale, "guidance_scale must be a finite number"
         )
+    for name, text in (("prompt", recipe.prompt), ("negative_prompt", recipe.negative_prompt)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
+            message = f"{name} is {text!a:.80}, which is no Unicode text; write it in UTF-8"
+            raise InvalidInput(name, text, message) from error
     shape = (recipe.height_px, recipe.width_px, 3)
     if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
         found = f"{recipe.image.dtype} {recipe.image.shape}"

@@ -35,6 +35,7 @@ from engines.build.checkpoint import (
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.drawing.batching import FULL_BATCH, denoise_rows
 from engines.drawing.prompts import Tokens
+from engines.drawing.textual_inversion import expand
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.families import family_named, family_of
@@ -82,7 +83,8 @@ class Model:
             return None, 0
         tokens, num_lost = {}, 0
         for window in self.facts.windows:
-            ids = self.tokenizers[window.tokenizer].encode(text).ids
+            tokenizer = self.tokenizers[window.tokenizer]
+            ids = tokenizer.encode(expand(tokenizer, text)).ids
             if len(ids) > window.max_tokens:
                 num_lost = max(num_lost, len(ids) - window.max_tokens)
                 ids = [*ids[: window.max_tokens - 1], window.eos_token_id]

@@ -195,11 +195,13 @@ class Runner:
         pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
         with self._succession.calling():
             moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
-        for drawing, mean, std in zip(drawings, moments["mean"], moments["std"], strict=True):
+        for index, drawing in enumerate(drawings):
             _restart(drawing)
-            latents = mean + std * _draw_noise(drawing).to(mean.device)
-            schedule = drawing.schedule
-            noise = _draw_noise(drawing).to(mean.device)
+            latents, schedule = moments["mean"][index], drawing.schedule
+            if "std" in moments:  # a tiny autoencoder answers with the latents themselves
+                noise = _draw_noise(drawing).to(latents.device)
+                latents = latents + moments["std"][index] * noise
+            noise = _draw_noise(drawing).to(latents.device)
             drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
 
     @engine_call("denoiser")

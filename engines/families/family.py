@@ -54,6 +54,10 @@ class Family(Protocol):
     @property
     def PIPELINES(self) -> tuple[str, ...]: ...  # noqa: N802
 
+    @property
+    def COMPONENTS(self) -> Mapping[str, tuple[str, ...]]:  # noqa: N802
+        """Of a pipeline, by name: the classes that the parts can be made of."""
+
     def facts(self, name: str, pipeline: Any) -> Facts:
         """What serving must know of a loaded diffusers pipeline."""
 

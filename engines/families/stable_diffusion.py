@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.errors import CheckpointError
 from engines.facts import Facts, Window
 from engines.families.family import Conditions, Lanewise
 from engines.families.guidance import guidance_embedding
@@ -27,6 +28,12 @@ PIPELINES = (
 )
 # What StableDiffusionPipeline does to any scheduler that it is given.
 SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
+COMPONENTS = {  # of a pipeline → the classes that the parts below can be made of
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}  # fmt: skip
 
 
 class TextEncoder(torch.nn.Module):
@@ -122,12 +129,39 @@ class VaeEncoder(torch.nn.Module):
         return mean * scale, std * scale
 
 
+class TinyVaeEncoder(torch.nn.Module):
+    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean`` float32 ``[B, C, h, w]``, scaled.
+
+    An `AutoencoderTiny` answers with latents, not with a distribution to sample them from.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
+        latents = self.vae.encode(image.to(self.vae.dtype), return_dict=False)[0].float()
+        return latents * self.vae.config.scaling_factor  # type: ignore[no-any-return]
+
+
+def _latent_side(sample_size: Any) -> int:
+    """Of the pictures that a UNet was trained on, as its ``sample_size`` says."""
+    sides = sample_size if isinstance(sample_size, list | tuple) else [sample_size]
+    if not sides or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
+        raise CheckpointError(
+            f"unet/config.json has the sample_size {sample_size!r}; write one whole number there, "
+            "the side in latents that it was trained on (64 for 512 px)"
+        )
+    return int(sides[0])
+
+
 def facts(name: str, pipeline: Any) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
     unet, vae, tokenizer = pipeline.unet.config, pipeline.vae.config, pipeline.tokenizer
     scale = 2 ** (len(vae.block_out_channels) - 1)
     smallest = scale * 2 ** (len(unet.block_out_channels) - 1)  # one latent at the lowest level
-    default = int(unet.sample_size) * scale
+    default = _latent_side(unet.sample_size) * scale
     embedding = int(unet.time_cond_proj_dim or 0)
     scheduler = given_options(pipeline.scheduler) | ({} if embedding else SET_BY_PIPELINE)
     sampler, _ = default_sampler(NoiseSchedule.from_config(scheduler))
@@ -208,6 +242,8 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     if known.time_cond_dim:
         denoiser["timestep_cond"] = torch.randn(2, known.time_cond_dim)
         dims["timestep_cond"] = [batch, None]
+    tiny = type(pipeline.vae).__name__ == "AutoencoderTiny"
+    encoder = TinyVaeEncoder(pipeline.vae) if tiny else VaeEncoder(pipeline.vae)
     (window,) = known.windows
     ids = torch.full((2, window.max_tokens), window.pad_token_id, dtype=torch.int64)
     return [
@@ -215,7 +251,7 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
              {"input_ids": [batch, None]}, ("prompt_embeds",)),
         Part("vae_decoder", VaeDecoder(pipeline.vae), {"latents": latents},
              {"latents": latent_dims}, ("pixels", "pixel_sums")),
-        Part("vae_encoder", VaeEncoder(pipeline.vae), {"pixels": pixels.to(torch.uint8)},
-             {"pixels": pixel_dims}, ("mean", "std")),
+        Part("vae_encoder", encoder, {"pixels": pixels.to(torch.uint8)},
+             {"pixels": pixel_dims}, ("mean",) if tiny else ("mean", "std")),
         Part("denoiser", Denoiser(unet), denoiser, dims, ("next_sample", "denoised")),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 16
@@ -116,3 +118,20 @@ def make_lora(
         layers[f"{kind}_lora_adapter_metadata"] = config.to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder
+
+
+def as_kohya(layers: Mapping[str, Tensor], factor: float = 4.0) -> dict[str, Tensor]:
+    """Layers under peft's names as kohya has them: `up` times the factor, α = rank / factor."""
+    state = {}
+    for key, down in layers.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        layer = key.removesuffix(".lora_A.weight")
+        part, _, name = layer.partition(".")
+        if part == "text_encoder" and not name.startswith("text_model."):
+            name = f"text_model.{name}"
+        base = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + name.replace(".", "_")
+        state[f"{base}.lora_down.weight"] = down
+        state[f"{base}.lora_up.weight"] = layers[f"{layer}.lora_B.weight"] * factor
+        state[f"{base}.alpha"] = torch.tensor(down.shape[0] / factor)
+    return state

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 from engines.build.bundle import Blueprint, ensure_bundle, open_bundle
+from engines.cli import parse_loras
 
 PROGRAM = "from engines.cli import app, run; run(app)"
 # Runs a command and then says which heavy packages it has imported, on the last line of stdout.
@@ -120,6 +122,51 @@ def test_errors_are_one_clear_line(arguments: tuple[str, ...], word: str) -> Non
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ")
     assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [((b"\xff",), "prompt"), (("x", "--negative", b"\xe9"), "negative_prompt")],
+)
+def test_a_prompt_in_no_utf_8_is_one_clear_line(
+    arguments: tuple[str | bytes, ...], field: str, bundle: Path
+) -> None:
+    command = [sys.executable, "-c", PROGRAM, "generate", *arguments, "-o", "x.png"]
+    done = subprocess.run([*command, "--model", str(bundle)], capture_output=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith(f"error: {field} is '\\udc")
+    assert line.endswith("which is no Unicode text; write it in UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [
+        ("a@b/it.safetensors", "a@b/it.safetensors", None),
+        ("a@b/it.safetensors@0.8", "a@b/it.safetensors", 0.8),
+        ("a@b/it.safetensors@-1e-1", "a@b/it.safetensors", -0.1),
+        ("a@b/it@2", "a@b/it@2", None),  # there is such a file
+        ("a@b/it@2@3", "a@b/it@2", 3.0),
+        ("a@b/absent.safetensors", "a@b/absent.safetensors", None),
+        ("absent.safetensors@2", "absent.safetensors", 2.0),
+        ("a@b", "a@b", None),
+    ],
+)
+def test_an_at_sign_in_a_path_is_no_weight(
+    text: str, path: str, weight: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a@b").mkdir()
+    for name in ("it.safetensors", "it@2"):
+        (tmp_path / "a@b" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    weights = {} if weight is None else {"x": weight}
+    assert parse_loras([f"x={text}"]) == ({"x": Path(path)}, weights)
+
+
+@pytest.mark.parametrize("weight", ["", "strong", "nan", "inf"])
+def test_a_weight_that_is_no_number(weight: str) -> None:
+    with pytest.raises(typer.BadParameter, match=f"weight '{weight}', which is no number"):
+        parse_loras([f"x=it.safetensors@{weight}"])
 
 
 @pytest.mark.parametrize(

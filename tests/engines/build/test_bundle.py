@@ -137,6 +137,8 @@ def test_the_key_covers_all_that_a_bundle_is_made_of(
     ]
     lora.write_bytes(b"two")
     keys.append(Blueprint(source, loras=((lora, 1.0),)).key)
+    (tmp_path / "adapter_config.json").write_text("{}")  # peft's alphas
+    keys.append(Blueprint(source, loras=((lora, 1.0),)).key)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
     keys.append(Blueprint(source).key)
     assert len(set(keys)) == len(keys)
