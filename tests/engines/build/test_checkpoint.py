@@ -59,18 +59,6 @@ def test_weights_of_another_class_than_the_index_says(folder: Path) -> None:
     assert "calls it AutoencoderTiny" in line
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"]
-)
-def test_a_scheduler_without_a_sampler_here_gives_its_training_schedule(
-    scheduler: str, folder: Path
-) -> None:
-    _edit(folder / "model_index.json", scheduler=["diffusers", scheduler])
-    pipeline = load_pipeline(folder, "fp32")
-    assert type(pipeline.scheduler).__name__ == scheduler
-    assert load_facts(folder, pipeline).default_sampler == "ddim"
-
-
 @pytest.mark.parametrize("size", [None, [8, 16], [], 0, True, [[8]], "8"])
 def test_a_sample_size_that_is_no_side(size: Any, folder: Path) -> None:
     _edit(folder / "unet" / "config.json", sample_size=size)
