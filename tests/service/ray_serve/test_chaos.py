@@ -284,7 +284,7 @@ def test_haproxy_killed_under_load_comes_back_and_the_client_tries_again(service
             return repr(error)
 
     load = Load(ask)
-    load.run(service.ray_serve.haproxy.kill)
+    load.run(service.haproxy.kill)
     assert _failures(load) == []
 
 
