@@ -6,7 +6,9 @@ a tokenizer alone says how many there are.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 
@@ -16,12 +18,21 @@ def expand(tokenizer: Tokenizer, prompt: str) -> str:
 
     Agrees with `maybe_convert_prompt` of diffusers' loaders/textual_inversion.py.
     """
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    if not any(f"{word}_1" in added for word in added):
-        return prompt
-    for word in dict.fromkeys(tokenizer.encode(prompt, add_special_tokens=False).tokens):
-        if word in added:
-            further = (f"{word}_{number}" for number in itertools.count(1))
-            vectors = itertools.takewhile(added.__contains__, further)
-            prompt = prompt.replace(word, " ".join([word, *vectors]))
+    words = _words_of_several(tokenizer)
+    if words:
+        for token in dict.fromkeys(tokenizer.encode(prompt, add_special_tokens=False).tokens):
+            prompt = prompt.replace(token, words.get(token, token))
     return prompt
+
+
+@functools.lru_cache(maxsize=16)  # a tokenizer is not added to once it is loaded
+def _words_of_several(tokenizer: Tokenizer) -> Mapping[str, str]:
+    """Word → the tokens of its vectors, where it has more than one."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    words = {}
+    for word in added:
+        further = (f"{word}_{number}" for number in itertools.count(1))
+        vectors = [word, *itertools.takewhile(added.__contains__, further)]
+        if len(vectors) > 1:
+            words[word] = " ".join(vectors)
+    return words

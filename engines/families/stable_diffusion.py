@@ -119,8 +119,7 @@ class VaeEncoder(torch.nn.Module):
         self.vae = vae
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
-        moments = self.vae.encoder(image.to(self.vae.dtype))
+        moments = self.vae.encoder(_input_of(self.vae, pixels))
         if self.vae.quant_conv is not None:
             moments = self.vae.quant_conv(moments)
         mean, logvar = moments.float().chunk(2, dim=1)
@@ -140,9 +139,14 @@ class TinyVaeEncoder(torch.nn.Module):
         self.vae = vae
 
     def forward(self, pixels: Tensor) -> Tensor:
-        image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
-        latents = self.vae.encode(image.to(self.vae.dtype), return_dict=False)[0].float()
+        latents = self.vae.encode(_input_of(self.vae, pixels), return_dict=False)[0].float()
         return latents * self.vae.config.scaling_factor  # type: ignore[no-any-return]
+
+
+def _input_of(vae: Any, pixels: Tensor) -> Tensor:
+    """uint8 ``[B, H, W, 3]`` as a VAE takes it: ``[B, 3, H, W]`` from -1 to 1, in its own type."""
+    image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
+    return image.to(vae.dtype)
 
 
 def _latent_side(sample_size: Any) -> int:

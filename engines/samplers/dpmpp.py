@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from engines.samplers import prediction, sigmas, spacing
 from engines.samplers.schedule import (
     OFF,
-    SPACINGS,
     TRAINING,
     Options,
     Sampler,
@@ -19,6 +18,7 @@ from engines.samplers.schedule import (
     Wanted,
 )
 
+SDE = "sde-dpmsolver++"
 FEW_STEPS = 15  # below it diffusers' lower_order_final counts
 
 
@@ -55,7 +55,8 @@ def _levels(options: Options, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.trunc(timesteps), sigmas.ended(options, levels, training)
 
 
-def _make(noisy: bool, options: Options, wanted: Wanted) -> Schedule:
+def _make(options: Options, wanted: Wanted) -> Schedule:
+    noisy = options["algorithm_type"] == SDE
     every, levels = _levels(options, wanted.num_steps)
     timesteps = spacing.after_strength(every, wanted.strength)
     first = len(every) - len(timesteps)
@@ -95,28 +96,24 @@ def _integrals(h: float, *, noisy: bool, heun: bool) -> tuple[float, float]:
     return weight, 1 - weight / rate
 
 
-DPMPP = TRAINING | {
-    "timestep_spacing": "linspace",
-    "steps_offset": 0,
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "algorithm_type": "dpmsolver++",
-    "lower_order_final": True,
-    "euler_at_final": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "sigma_min": None,  # not the class's own, but read where a config has it
-    "sigma_max": None,
-    "final_sigmas_type": "zero",
-    "lambda_min_clipped": -math.inf,
-    "thresholding": False,
-    "variance_type": None,
-}
+# sigma_min and sigma_max are not the class's own, but it reads them where a config has them.
+DPMPP = (
+    TRAINING
+    | sigmas.RESPACED
+    | {
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "algorithm_type": "dpmsolver++",
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "lambda_min_clipped": -math.inf,
+        "thresholding": False,
+        "variance_type": None,
+    }
+)
 KNOWN = sigmas.KNOWN | {
-    "timestep_spacing": SPACINGS,
     "solver_order": (1, 2),
     # The last three are other classes', which DPMSolverMultistepScheduler takes for midpoint.
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
@@ -132,7 +129,7 @@ def _most_steps(options: Options, wanted: Wanted) -> int:
 
 DPMPP_2M = Sampler(
     "DPMSolverMultistepScheduler",
-    functools.partial(_make, False),
+    _make,
     _most_steps,
     defaults=DPMPP,
     known=KNOWN,
@@ -145,12 +142,6 @@ DPMPP_2M = Sampler(
         "SASolverScheduler",
     ),
 )
-DPMPP_2M_SDE = Sampler(
-    "DPMSolverMultistepScheduler",
-    functools.partial(_make, True),
-    _most_steps,
-    defaults=DPMPP,
-    known=KNOWN,
-    fixed={"algorithm_type": "sde-dpmsolver++"},
-    stands_in_for=("DPMSolverSDEScheduler",),
+DPMPP_2M_SDE = dataclasses.replace(
+    DPMPP_2M, fixed={"algorithm_type": SDE}, stands_in_for=("DPMSolverSDEScheduler",)
 )

@@ -58,26 +58,15 @@ def _make(ancestral: bool, options: Options, wanted: Wanted) -> Schedule:
     return Schedule.of(timesteps, steps, [ancestral] * len(steps), start)
 
 
-SPACED = TRAINING | {"timestep_spacing": "linspace", "steps_offset": 0}
-
 EULER = Sampler(
     "EulerDiscreteScheduler",
     functools.partial(_make, False),
     spacing.most_spaced,
-    defaults=SPACED
-    | {
-        "interpolation_type": "linear",
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "sigma_min": None,
-        "sigma_max": None,
-        "timestep_type": "discrete",
-        "final_sigmas_type": "zero",
-    },
+    defaults=TRAINING
+    | sigmas.RESPACED
+    | {"interpolation_type": "linear", "timestep_type": "discrete"},
     known=sigmas.KNOWN
     | {
-        "timestep_spacing": SPACINGS,
         "interpolation_type": ("linear", "log_linear"),
         "timestep_type": ("discrete", "continuous"),
     },
@@ -87,7 +76,7 @@ EULER_ANCESTRAL = Sampler(
     "EulerAncestralDiscreteScheduler",
     functools.partial(_make, True),
     spacing.most_spaced,
-    defaults=SPACED,
+    defaults=TRAINING | sigmas.SPACED,
     known={"timestep_spacing": SPACINGS},
     stands_in_for=("KDPM2AncestralDiscreteScheduler",),
 )

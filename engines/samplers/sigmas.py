@@ -11,10 +11,20 @@ import math
 import numpy as np
 import torch
 
-from engines.samplers.schedule import OFF, Options
+from engines.samplers.schedule import OFF, SPACINGS, Options
 
 RHO = 7.0  # arXiv 2206.00364, and diffusers' _convert_to_karras
+SPACED = {"timestep_spacing": "linspace", "steps_offset": 0}  # defaults of all that step over σ
+RESPACED = SPACED | {  # and of those that may space σ itself
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "sigma_min": None,
+    "sigma_max": None,
+    "final_sigmas_type": "zero",
+}
 KNOWN = {
+    "timestep_spacing": SPACINGS,
     "use_beta_sigmas": OFF,  # needs scipy, which nothing else here does
     "final_sigmas_type": ("zero", "sigma_min"),
 }

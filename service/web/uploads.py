@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 from service.errors import BadRequest, ServiceError, TooLarge
 from service.web import jpeg
 from service.web.icc import to_srgb
+from service.web.images import PNG_SIGNATURE
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 OTHER_FORMATS = {  # how a file begins → what it is
@@ -28,7 +29,6 @@ OTHER_FORMATS = {  # how a file begins → what it is
 }
 AVIF_BRANDS = {b"avif", b"avis"}  # of ISO/IEC 14496-12 files, in their first box
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PNG_CHUNKS = 2**16  # 20 MB are 2,560 of libpng's 8 KiB; Pillow takes 4 µs for each
 EXIF_TURNS = {  # Exif 2.3, 4.6.4 A: the value of Orientation → what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

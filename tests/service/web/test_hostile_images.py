@@ -20,16 +20,11 @@ from PIL import Image, ImageCms, ImageOps
 from service.errors import BadRequest, TooLarge
 from service.web.jpeg import MAX_SCANS, MAX_SEGMENTS, MAX_STRAY_BYTES
 from service.web.uploads import MAX_PNG_CHUNKS, decode_image
+from tests.service.web.files import chunk, saved
 
 MAX_PX = 200 * 200
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 PICTURE = Image.fromarray(PIXELS)
-
-
-def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def oriented(value: int) -> Image.Exif:
@@ -151,10 +146,6 @@ def test_damaged_files_are_read_or_refused(name: str, damage: list[tuple[Any, in
     assert error.param == "image"
     assert len(error.message) < 400
     assert "\n" not in error.message
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_of(width: int, height: int, *chunks: bytes, rows: bytes = b"") -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from PIL import Image, ImageCms
 from service.errors import BadRequest
 from service.web import icc
 from service.web.uploads import decode_image
+from tests.service.web.files import chunk, saved
 
 MAX_PX = 300 * 300
 GRADIENT = np.stack(  # smooth, so that JPEG keeps it nearly as it is
@@ -30,12 +30,6 @@ GRADIENT = np.stack(  # smooth, so that JPEG keeps it nearly as it is
 PICTURE = Image.fromarray(GRADIENT)
 
 
-def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
 def read_by_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
@@ -43,10 +37,6 @@ def read_by_pillow(data: bytes) -> np.ndarray:
 
 def read(data: bytes) -> np.ndarray:
     return decode_image(data, max_px=MAX_PX)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_of(samples: np.ndarray, colour_type: int, *chunks: bytes) -> bytes:
