@@ -71,9 +71,10 @@ class Drawing:
             return Stage.PREVIEW
         return Stage.DENOISE if self.step_index < self.num_steps else Stage.DECODE
 
-    def condition(self, lane: int) -> dict[str, Tensor]:
-        """A lane's conditioning by the denoiser's inputs, without the batch."""
-        return {name: values[lane % len(values)] for name, values in self.conditioning.items()}
+    def condition(self, name: str) -> Lanewise:
+        """What an input of the denoiser's is to be, for each lane."""
+        values = self.conditioning[name]
+        return values if len(values) == len(self.texts) else values * len(self.texts)
 
 
 def spread_previews(num_previews: int, num_steps: int) -> frozenset[int]:

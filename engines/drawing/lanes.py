@@ -52,17 +52,16 @@ class Lanes:
         tables = _tables(owners)
         self._num_coefficients = tables["coefficients"].shape[-1]
         # What the step before gave counts where its coefficient, the seventh, is not 0.
-        self._looks_back = bool(tables["coefficients"][..., LOOKS_BACK:].any())
+        self._looks_back = np.count_nonzero(tables["coefficients"][..., LOOKS_BACK:]) > 0
         hosted = {
             "guidance": torch.from_numpy(guidance),
             "uncond_index": torch.from_numpy(uncond),
         }
         if device != "cpu":
             hosted |= {name: torch.from_numpy(table) for name, table in tables.items()}
-        conditions = [each.condition(lane) for each in drawings for lane in range(each.num_lanes)]
         there: dict[str, Tensor] = {}
-        for name in conditions[0]:
-            values = [condition[name] for condition in conditions]
+        for name in drawings[0].conditioning:
+            values = [value for drawing in drawings for value in drawing.condition(name)]
             if device != "cpu" and all(value.device.type == "cpu" for value in values):
                 hosted[name] = torch.stack(values)
             else:
@@ -129,12 +128,12 @@ class Lanes:
 def _tables(owners: Sequence[Drawing]) -> dict[str, np.ndarray]:
     """What changes with the step, float32 ``[S, B, ...]`` of the S steps that all rows have."""
     num_steps = min(drawing.num_steps - drawing.step_index for drawing in owners)
+    left = [slice(drawing.step_index, drawing.step_index + num_steps) for drawing in owners]
     tables = {}
     for name, first in owners[0].tables.items():
-        tables[name] = np.empty((num_steps, len(owners), *first.shape[1:]), np.float32)
+        tables[name] = table = np.empty((num_steps, len(owners), *first.shape[1:]), np.float32)
         for lane, drawing in enumerate(owners):
-            left = slice(drawing.step_index, drawing.step_index + num_steps)
-            tables[name][:, lane] = drawing.tables[name][left]
+            table[:, lane] = drawing.tables[name][left[lane]]
     return tables
 
 
