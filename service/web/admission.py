@@ -20,9 +20,10 @@ from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
 from service.web.images import resize
-from service.web.schema import EditRequest, ImageParams
+from service.web.schema import EditParams, ImageParams
 
 STEPS_OF_QUALITY = {"low": 2, "high": 8, "hd": 8}  # auto, medium, standard: the model's default
+MAX_IGNORED = 10  # unknown fields that are named: warnings of a raw image travel in its head
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
 
@@ -89,7 +90,7 @@ def admit(
             num_steps=num_steps,
             guidance_scale=guidance,
             sampler=sampler,
-            strength=params.strength if isinstance(params, EditRequest) else 1.0,
+            strength=params.strength if isinstance(params, EditParams) else 1.0,
             eta=params.eta,
             image=fitted,
             num_previews=params.partial_images if params.stream else 0,
@@ -99,7 +100,7 @@ def admit(
             drawings.append(runner.start(recipe))
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
-    warnings = _warnings(params, info, drawings[0], settings)
+    warnings = _ignored(params) + _warnings(params, info, drawings[0], settings)
     priority = priority_of(params, tenant)
     if params.priority is not None and Priority[params.priority.upper()] != priority:
         warnings.append(
@@ -184,6 +185,15 @@ def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, in
     return width, height
 
 
+def _ignored(params: ImageParams) -> list[str]:
+    """A warning of each unknown field, where the service ignores them."""
+    names = [name if len(name) <= 64 else f"{name[:61]}..." for name in params.unknown_fields()]
+    found = [f"unknown field {name!r} was ignored" for name in names[:MAX_IGNORED]]
+    if len(names) > MAX_IGNORED:
+        found.append(f"{len(names) - MAX_IGNORED} more unknown fields were ignored")
+    return found
+
+
 def _warnings(
     params: ImageParams, info: ModelInfo, drawing: Drawing, settings: Settings
 ) -> list[str]:
@@ -204,6 +214,8 @@ def _warnings(
             "has its guidance built in" if info.guidance_embedding else "needs guidance above 1"
         )
         found.append(f"negative_prompt has no effect: this model {reason}")
+    if params.response_format == "url" and params.stream:
+        found.append("response_format has no effect on a stream: its events carry b64_json")
     found += [
         f"{name} has no effect on this service"
         for name in ("style", "moderation", "input_fidelity")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import difflib
 import json
 import re
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
@@ -14,8 +16,19 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from service.errors import BadRequest, TooLarge
-from service.web.schema import EditRequest, GenerationRequest, ImageParams, OutputFormat
+from service.settings import Settings
+from service.web.schema import (
+    EditBody,
+    EditParams,
+    EditRequest,
+    GenerationRequest,
+    ImageParams,
+    OutputFormat,
+)
 
+T = TypeVar("T", bound=ImageParams)
+
+JSON = "application/json"
 NOT_YET = {  # OpenAI fields this service does not act on: refused, never silently dropped
     "mask": "inpainting is not served; leave mask out to redraw the whole image",
 }
@@ -28,18 +41,34 @@ MAX_SHOWN_CHARS = 80  # of a wrong value, in the message about it
 MAX_PARAM_CHARS = 64  # longer than the name of any field
 
 
-async def parse_generation(request: Request, max_prompt_chars: int) -> GenerationRequest:
+class Upload(NamedTuple):
+    """An image as it came, and the field that it came in."""
+
+    data: bytes
+    field: str
+
+
+async def parse_generation(request: Request, settings: Settings) -> GenerationRequest:
     """The JSON body of ``POST /v1/images/generations``."""
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if media_type.lower() != "application/json":
+    media_type = request.headers.get("content-type", JSON).partition(";")[0].strip()
+    if media_type.lower() != JSON:
         raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be application/json")
-    body = await _read(request, max_json_bytes(max_prompt_chars))
+    body = await _read(request, max_json_bytes(settings.max_prompt_chars))
+    return _from_json(body, GenerationRequest, settings)
+
+
+def _from_json(body: bytes, model: type[T], settings: Settings) -> T:
     try:
-        params = GenerationRequest.model_validate_json(body)
+        params = model.model_validate_json(body, extra=_extra(settings))
     except ValidationError as error:
-        raise bad_request(error, GenerationRequest) from error
-    json.loads(body, object_pairs_hook=_unique)  # small and known to be right: a few microseconds
+        raise bad_request(error, model) from error
+    json.loads(body, object_pairs_hook=_unique)  # known to be right: a few microseconds a KiB
     return params
+
+
+def _extra(settings: Settings) -> Literal["forbid", "allow"]:
+    """What becomes of unknown fields; those that are allowed stay in sight, to be warned of."""
+    return "allow" if settings.unknown_fields == "ignore" else "forbid"
 
 
 def max_json_bytes(max_prompt_chars: int) -> int:
@@ -68,25 +97,87 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
         seen.add(name)
 
 
-async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
-    """The multipart body of ``POST /v1/images/edits``: parameters and the one image."""
+async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, Upload]:
+    """The body of ``POST /v1/images/edits``, a form or JSON: parameters and the one image."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    if media_type.lower() == JSON:
+        body = await request.body()  # as large as an upload: read beside the event loop
+        return await asyncio.to_thread(_edit_from_json, body, settings)
+    return await _edit_from_form(request, settings)
+
+
+def _edit_from_json(body: bytes, settings: Settings) -> tuple[EditBody, Upload]:
+    params = _from_json(body, EditBody, settings)
+    for name in NOT_YET.keys() & (params.model_extra or {}):
+        raise _not_yet(name)
+    sent = [] if params.image is None else [("image", params.image)]
+    for index, reference in enumerate(params.images or ()):
+        if reference.file_id is not None:
+            field = f"images.{index}.file_id"
+            raise BadRequest(
+                f"{field} is given; this service keeps no uploads, send the image in image_url as "
+                "a data: URL",
+                param=field,
+                code="unsupported_parameter",
+            )
+        if reference.image_url is not None:
+            sent.append((f"images.{index}.image_url", reference.image_url))
+    if len(sent) != 1:
+        raise BadRequest(
+            f"image must be exactly one, got {len(sent)}; send it in base64 as image, or as a "
+            "data: URL in images[0].image_url",
+            param="image",
+        )
+    ((field, text),) = sent
+    return params, Upload(_decoded(text, field), field)
+
+
+def _decoded(text: str, field: str) -> bytes:
+    """The bytes of base64 text, bare or in a ``data:`` URL; its media type is not believed."""
+    head, comma, payload = text.partition(",")
+    shown = _shown(text[:MAX_SHOWN_CHARS])
+    if not comma and ":" not in head:
+        payload = head
+    elif not re.match(r"data:.*;base64$", head, re.IGNORECASE):
+        raise BadRequest(
+            f"{field} is {shown}; this service fetches no URL, send the image itself in "
+            "base64 or as data:image/png;base64,...",
+            param=field,
+        )
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)  # some wrap their lines
+    except ValueError as error:
+        raise BadRequest(
+            f"{field} is {shown}, which is not base64; send the whole file, encoded with padding",
+            param=field,
+        ) from error
+
+
+def _not_yet(name: str) -> BadRequest:
+    return BadRequest(NOT_YET[name], param=name, code="unsupported_parameter")
+
+
+async def _edit_from_form(request: Request, settings: Settings) -> tuple[EditRequest, Upload]:
     form = await _read_form(request)
     try:
-        for name, reason in NOT_YET.items():
+        for name in NOT_YET:
             if name in form:
-                raise BadRequest(reason, param=name, code="unsupported_parameter")
+                raise _not_yet(name)
         fields: dict[str, str] = {}
         files: list[UploadFile] = []
         for as_it_came, value in form.multi_items():
             name = _text(as_it_came, of="the name of a field")
             is_image = name in ("image", "image[]")
-            if isinstance(value, UploadFile) != is_image:
+            is_known = is_image or name in EditRequest.model_fields
+            if isinstance(value, UploadFile) and not is_known and _extra(settings) == "allow":
+                fields[name] = ""
+            elif isinstance(value, UploadFile) != is_image:
                 raise BadRequest(
                     "image is text; send it as a file" if is_image else
                     f"{_cut(name)} is a file; only image is one",
                     param="image" if is_image else _cut(name),
                 )  # fmt: skip
-            if isinstance(value, UploadFile):
+            elif isinstance(value, UploadFile):
                 files.append(value)
             elif name in fields:
                 raise BadRequest(f"{_cut(name)} is given twice; send it once", param=_cut(name))
@@ -98,9 +189,10 @@ async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
     finally:
         await form.close()
     try:
-        return EditRequest.model_validate(fields), data
+        params = EditRequest.model_validate(fields, extra=_extra(settings))
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
+    return params, Upload(data, "image")
 
 
 async def _read_form(request: Request) -> FormData:
@@ -109,7 +201,7 @@ async def _read_form(request: Request) -> FormData:
     if media_type != b"multipart/form-data":
         raise BadRequest(
             f"the Content-Type is {_shown(media_type.decode('latin-1'))}; it must be "
-            "multipart/form-data, with one file field `image`"
+            "multipart/form-data, with one file field `image`, or application/json"
         )
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not BOUNDARY.fullmatch(boundary):
@@ -149,6 +241,8 @@ def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
         )
     first = error.errors(include_url=False)[0]
     where = _cut(".".join(str(part) for part in first["loc"]))
+    if first["type"] == "extra_forbidden" and where in NOT_YET:
+        return _not_yet(where)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
