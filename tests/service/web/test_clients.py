@@ -105,7 +105,7 @@ url, prompt = sys.argv[1], "a red star"
 options = {"model": "openai/tiny-lcm", "api_base": f"{url}/v1", "api_key": "none"}
 drawn = litellm.image_generation(prompt=prompt, n=2, size="64x64", **options)
 named = litellm.image_generation(
-    prompt=prompt, response_format="url", allowed_openai_params=["response_format"], **options
+    prompt=prompt, extra_body={"response_format": "url"}, **options  # it knows it of DALL-E alone
 )
 image = io.BytesIO(sys.stdin.buffer.read())
 image.name = "in.png"
