@@ -228,6 +228,16 @@ def test_an_unknown_or_expired_file_is_openais_404(
         assert gone.headers["cache-control"] == "no-store"
 
 
+@pytest.mark.parametrize(
+    "path", ["%2e%2e/generations", "..%2fgenerations", "%2e%2e%2f%2e%2e/models"]
+)
+def test_without_a_key_the_files_lead_nowhere_else(http: TestClient, path: str) -> None:
+    for method in ("GET", "POST"):
+        answer = http.request(method, f"/v1/images/files/{path}", json={"prompt": "x"})
+        assert answer.status_code in (404, 405)
+    assert http.get("/v1/models").status_code == 401
+
+
 def test_a_replica_answers_for_what_another_drew_and_after_its_end(
     http: TestClient, client: openai.OpenAI, settings: dict[str, Any]
 ) -> None:
