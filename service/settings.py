@@ -24,6 +24,7 @@ MIB = 1024 * 1024
 SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde"]
 OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")  # browsers send it in lower case, without path
+BASE_URL = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~\-/]*)?")
 IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -77,6 +78,9 @@ class Settings(BaseSettings):
         "truncate", description="what happens to a prompt longer than the text encoder's window"
     )
     request_timeout_s: float = Field(60.0, gt=0, le=3600, description="deadline; X-Request-Timeout")
+    unknown_fields: Literal["refuse", "ignore"] = Field(
+        "refuse", description="what happens to fields that are none; ignored ones are warned of"
+    )
 
     api_keys_file: Path | None = Field(
         None, description="file of NAME:SHA256 lines; with it /v1/ needs a key (see `fourstep key`)"
@@ -104,6 +108,21 @@ class Settings(BaseSettings):
     )
     webp_method: int = Field(2, ge=0, le=6, description="libwebp effort of WebP answers")
     num_image_workers: int = Field(2, ge=1, le=64, description="threads that encode images")
+    public_url: str | None = Field(
+        None, description="what clients reach this by, for `url` answers; default: as they asked"
+    )
+    image_files_s: float = Field(
+        3600.0, ge=0, le=31 * 86_400, description="life of a `url`; 0: `data:` URLs, nothing kept"
+    )
+    image_files_bytes: int = Field(
+        256 * MIB, ge=MIB, description="of all images kept for `url`; the oldest go first"
+    )
+    image_files_dir: Path | None = Field(
+        None, description="where they are, for all replicas; default: `images` in `cache_dir`"
+    )
+    image_cache_bytes: int = Field(
+        0, ge=0, description="images with explicit seeds, kept in memory for equal requests; 0: off"
+    )
     drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
     metrics_dir: Path | None = Field(
         None, description="folder that the replicas of a node share for their metrics; environment"
@@ -123,6 +142,16 @@ class Settings(BaseSettings):
                     "like https://shop.example or http://localhost:3000"
                 )
         return origins
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_a_base_url(cls, url: str | None) -> str | None:
+        if url is not None and not BASE_URL.fullmatch(url):
+            raise ValueError(
+                f"{url!r} is no base URL: write scheme, host and, where there is one, the path "
+                "before /v1, like https://images.example or https://example.org/draw"
+            )
+        return None if url is None else url.rstrip("/")
 
     @model_validator(mode="after")
     def _safety_can_be_found(self) -> Settings:

@@ -31,6 +31,7 @@ LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})((?: +\w+=\w+)*)")
 LIMITS = ("images_per_minute", "max_open_images")
 RELOAD_S = 1.0  # the file's date is looked at no more often
 PROTECTED = "/v1/"
+IMAGE_FILES = "/v1/images/files/"  # their names are secrets themselves, and an <img> sends no key
 
 
 class KeyFileError(SettingsError):
@@ -137,7 +138,10 @@ class KeyRing:
 
 
 class Authentication:
-    """Middleware: what is under /v1/ needs a key; probes, metrics and the studio page do not."""
+    """Middleware: what is under /v1/ needs a key, but for images by their unguessable names.
+
+    Probes, metrics and the studio page need none.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
@@ -146,7 +150,7 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             exchange = scope["state"]["exchange"]  # put there by Telemetry, which is around this
-            if exchange.path.startswith(PROTECTED):
+            if exchange.path.startswith(PROTECTED) and not exchange.path.startswith(IMAGE_FILES):
                 authorization = Headers(scope=scope).get("authorization", "")
                 exchange.tenant = self._check(authorization)
                 exchange.log_fields["key"] = exchange.tenant.name

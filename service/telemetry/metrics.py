@@ -98,6 +98,7 @@ class Metrics:
             "stage",
             "outcome",
         )
+        self._make_kept_metrics()
         self._make_engine_metrics(model)
         self._make_replica_metrics(model)
         for endpoint in ENDPOINTS:
@@ -106,6 +107,25 @@ class Metrics:
                 self._requests.labels(model, endpoint, str(status))
         self._starts.inc()
         self._replicas.set(1)
+
+    def _make_kept_metrics(self) -> None:
+        lookups = self._counter(
+            "fourstep_image_cache_lookups_total",
+            "Images with explicit seeds that were looked up in the image cache: hit or miss.",
+            "outcome",
+        )
+        self._cache_lookups = {
+            hit: lookups.labels(self._model, outcome)
+            for hit, outcome in ((True, "hit"), (False, "miss"))
+        }
+        self._cache_bytes = self._gauge("fourstep_image_cache_bytes", "Images in image caches.")
+        # The replicas of a node share one folder: theirs is the same value, seen at other times.
+        self._files = self._gauge(
+            "fourstep_image_files", "Images kept for `url` answers.", "livemostrecent"
+        )
+        self._file_bytes = self._gauge(
+            "fourstep_image_files_bytes", "Bytes of the images kept.", "livemostrecent"
+        )
 
     def _make_engine_metrics(self, model: str) -> None:
         self._stages = {
@@ -167,7 +187,10 @@ class Metrics:
         return Histogram(name, text, names, buckets=buckets, registry=self.registry)
 
     def _gauge(
-        self, name: str, text: str, mode: Literal["livesum", "livemax"] = "livesum"
+        self,
+        name: str,
+        text: str,
+        mode: Literal["livesum", "livemax", "livemostrecent"] = "livesum",
     ) -> Gauge:
         """``mode`` says how the values of a node's replicas become one."""
         gauge = Gauge(name, text, ("model",), multiprocess_mode=mode, registry=self.registry)
@@ -202,11 +225,23 @@ class Metrics:
     def first_preview(self, seconds: float) -> None:
         self._first_preview.observe(seconds)
 
-    def image(self, width: int, height: int, encode_s: float) -> None:
-        """Count one delivered image."""
+    def image(self, width: int, height: int, encode_s: float | None) -> None:
+        """Count one delivered image; None: it was encoded for an earlier request."""
         self._images.inc()
         self._pixels.inc(width * height)
-        self._image_encode.observe(encode_s)
+        if encode_s is not None:
+            self._image_encode.observe(encode_s)
+
+    def cache_lookup(self, hit: bool) -> None:
+        self._cache_lookups[hit].inc()
+
+    def cache_bytes(self, num_bytes: int) -> None:
+        self._cache_bytes.set(num_bytes)
+
+    def image_files(self, num_files: int, num_bytes: int) -> None:
+        """What is kept for `url` answers, as a replica has just seen it."""
+        self._files.set(num_files)
+        self._file_bytes.set(num_bytes)
 
     def safety_check(self, stage: str, outcome: str) -> None:
         """Count one; ``outcome`` is ``passed``, ``filtered`` or ``error``."""

@@ -20,9 +20,10 @@ from engines.families.recipe import Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
-from service.web.schema import MAX_SEED, EditRequest, ImageParams
+from service.web.schema import MAX_SEED, EditParams, ImageParams
 from service.web.uploads import describe_resize, resize
 
+MAX_IGNORED = 10  # unknown fields that are named: warnings of a raw image travel in its head
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
 
@@ -91,7 +92,7 @@ def admit(
             num_steps=num_steps,
             guidance_scale=guidance,
             sampler=sampler,
-            strength=params.strength if isinstance(params, EditRequest) else 1.0,
+            strength=params.strength if isinstance(params, EditParams) else 1.0,
             eta=params.eta,
             image=fitted,
             num_previews=params.partial_images if params.stream else 0,
@@ -101,7 +102,7 @@ def admit(
             drawings.append(runner.start(recipe))
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
-    warnings = _warnings(params, info, drawings[0], settings)
+    warnings = _ignored(params) + _warnings(params, info, drawings[0], settings)
     if image is not None and (done := describe_resize(image, width, height, crop=crop)):
         warnings.append(done)
     priority = priority_of(params, tenant)
@@ -207,6 +208,15 @@ def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, in
     return width, height
 
 
+def _ignored(params: ImageParams) -> list[str]:
+    """A warning of each unknown field, where the service ignores them."""
+    names = [name if len(name) <= 64 else f"{name[:61]}..." for name in params.unknown_fields()]
+    found = [f"unknown field {name!r} was ignored" for name in names[:MAX_IGNORED]]
+    if len(names) > MAX_IGNORED:
+        found.append(f"{len(names) - MAX_IGNORED} more unknown fields were ignored")
+    return found
+
+
 def _warnings(
     params: ImageParams, info: ModelInfo, drawing: Drawing, settings: Settings
 ) -> list[str]:
@@ -231,6 +241,8 @@ def _warnings(
         found.append(
             f"the checkpoint names {info.scheduler}; the sampler {info.default_sampler} stands in"
         )
+    if params.response_format == "url" and params.stream:
+        found.append("response_format has no effect on a stream: its events carry b64_json")
     found += [
         f"{name} has no effect on this service"
         for name in ("style", "moderation", "input_fidelity")

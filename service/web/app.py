@@ -26,9 +26,12 @@ from service.errors import (
 )
 from service.replica import Replica
 from service.telemetry.versions import version_of
+from service.web.answers import Answers
 from service.web.api import build_router
 from service.web.exchange import Telemetry
 from service.web.headers import SecurityHeaders, cors_options
+from service.web.image_cache import ImageCache
+from service.web.image_files import ImageFiles
 from service.web.openapi import complete_document
 from service.web.pages import add_pages
 
@@ -41,11 +44,19 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     ``behind_ray`` leaves the ``X-Request-ID`` answer header to Ray Serve, which sends it already.
     """
 
+    settings = replica.settings
+    files = _image_files(replica) if settings.image_files_s else None
+    cache = _image_cache(replica) if settings.image_cache_bytes else None
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if not replica.started:
             await asyncio.to_thread(replica.start)
+        if files is not None:
+            files.start()
         yield
+        if files is not None:
+            await asyncio.to_thread(files.close)
         await asyncio.to_thread(replica.close)
 
     app = FastAPIOffline(
@@ -56,11 +67,10 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(build_router(replica))
+    app.include_router(build_router(replica, Answers(replica, files, cache), files))
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)
-    settings = replica.settings
     complete_document(app, settings)
     # Each of these goes around those before it.
     if settings.api_keys_file:
@@ -71,6 +81,24 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         app.add_middleware(CORSMiddleware, **cors_options(settings.cors_origins))
     app.add_middleware(SecurityHeaders)
     return app
+
+
+def _image_files(replica: Replica) -> ImageFiles:
+    settings = replica.settings
+    return ImageFiles(
+        settings.image_files_dir or settings.cache_dir / "images",
+        life_s=settings.image_files_s,
+        max_bytes=settings.image_files_bytes,
+        observe=lambda num_files, num_bytes: replica.metrics.image_files(num_files, num_bytes),
+    )
+
+
+def _image_cache(replica: Replica) -> ImageCache:
+    return ImageCache(
+        replica.settings.image_cache_bytes,
+        observe_lookup=lambda hit: replica.metrics.cache_lookup(hit),
+        observe_bytes=lambda num_bytes: replica.metrics.cache_bytes(num_bytes),
+    )
 
 
 class UnforeseenErrors:

@@ -14,7 +14,7 @@ from service.errors import Cancelled, ServiceError
 from service.web.admission import Admitted
 from service.web.exchange import Exchange
 from service.web.images import to_base64
-from service.web.job import EncodedImage, Job, withheld_warnings
+from service.web.job import EncodedImage, Job, flags, withheld_warnings
 from service.web.schema import ImageParams
 
 NO_BUFFERING = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -77,7 +77,7 @@ class EventStream(StreamingResponse):
             return event | {"partial_image_index": image.preview_index}
         event["timings"] = self._job.request.timings.milliseconds()
         event["warnings"] = admitted.warnings + withheld_warnings([image])
-        return event | ({"filtered": True} if image.filtered else {})
+        return event | flags(image)
 
 
 def _sse(name: str, data: dict[str, Any]) -> bytes:

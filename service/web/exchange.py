@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access.keys import IMAGE_FILES
 from service.access.quota import Tenant
 from service.errors import ServiceError, TooLarge
 from service.replica import Replica
@@ -75,7 +76,8 @@ class Telemetry:
         if (endpoint := COUNTED.get(path)) and self._replica.started:
             self._replica.metrics.request(endpoint, exchange.status, seconds)
         if path not in QUIET:
-            fields = {"method": exchange.method, "path": path, "status": exchange.status}
+            shown = f"{IMAGE_FILES}..." if path.startswith(IMAGE_FILES) else path  # a secret
+            fields = {"method": exchange.method, "path": shown, "status": exchange.status}
             fields |= {"duration_ms": round(seconds * 1e3, 2)} | exchange.log_fields
             logger.info("request", extra={"fields": fields})
 

@@ -29,6 +29,7 @@ EXPOSED = (
     "x-should-retry",
     "x-fourstep-seed",
     "x-fourstep-warnings",
+    "x-fourstep-cached",
 )
 
 

@@ -21,6 +21,7 @@ from service.batching.request import Event, Finished, Preview, Request, Resolved
 from service.errors import DeadlineExceeded, NotReady, ServiceError
 from service.replica import Replica
 from service.web.admission import Admitted
+from service.web.image_cache import CachedRows
 from service.web.images import encode_image
 from service.web.schema import ImageParams, OutputFormat
 
@@ -32,16 +33,20 @@ class EncodedImage:
     """A file ready to send. ``preview_index`` is None for a final image.
 
     ``filtered``: the safety filter withheld it, and ``data`` is a black picture in its place.
+    ``cached``: it was drawn for an earlier request.
     """
 
     row_index: int
     preview_index: int | None
     data: bytes
     filtered: bool = False
+    cached: bool = False
 
 
 class Job:
     """One accepted request as its handler sees it. Use as an async context manager.
+
+    What ``cached_rows`` has is not drawn; with all of them nothing is submitted to the engine.
 
     Raises on entry what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
     """
@@ -56,6 +61,7 @@ class Job:
         tenant: Tenant,
         output_format: OutputFormat,
         timeout_s: float,
+        cached_rows: CachedRows | None = None,
     ) -> None:
         self._replica = replica
         self._params = params
@@ -64,6 +70,12 @@ class Job:
         self._tenant = tenant
         self._mailbox = replica.mailbox()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
+        self._cached_rows = cached_rows
+        self._cached = [
+            EncodedImage(index, None, data, cached=True)
+            for index in range(len(admitted.drawings))
+            if cached_rows is not None and (data := cached_rows.get(index)) is not None
+        ]
         now = replica.loop.clock()
         self.request = Request(
             request_id,
@@ -73,15 +85,19 @@ class Job:
             tenant=tenant.name,
             priority=admitted.priority,
         )
+        found = {image.row_index for image in self._cached}
         self.request.rows = [
-            Row(self.request, index, drawing) for index, drawing in enumerate(admitted.drawings)
+            Row(self.request, index, drawing)
+            for index, drawing in enumerate(admitted.drawings)
+            if index not in found
         ]
 
     async def __aenter__(self) -> Job:
-        quotas, num_images = self._replica.quotas, len(self.request.rows)
-        quotas.take(self._tenant, num_images)
+        quotas, num_images = self._replica.quotas, len(self._admitted.drawings)
+        quotas.take(self._tenant, num_images)  # cached images count: what a key gets is bounded
         try:
-            self._replica.loop.submit(self.request)
+            if self.request.rows:
+                self._replica.loop.submit(self.request)
         except ServiceError:
             quotas.refund(self._tenant, num_images)
             raise
@@ -94,7 +110,7 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         self._replica.loop.cancel(self.request)  # no effect once it is resolved
-        self._replica.quotas.give_back(self._tenant, len(self.request.rows))
+        self._replica.quotas.give_back(self._tenant, len(self._admitted.drawings))
 
     async def items(self) -> AsyncIterator[EncodedImage]:
         """Previews and images, each as soon as it is encoded.
@@ -107,7 +123,10 @@ class Job:
             ServiceError: the request ended any other way than with all its images.
         """
         withheld: list[EncodedImage] = []
-        any_passed = any_previewed = False
+        any_passed, any_previewed = bool(self._cached), False
+        for image in self._cached:
+            self._replica.metrics.image(self._admitted.width, self._admitted.height, None)
+            yield image
         while not isinstance(item := await self._next(), Resolved):
             image = await asyncio.wrap_future(item)
             if not image.filtered:
@@ -133,6 +152,8 @@ class Job:
 
     async def _next(self) -> Future[EncodedImage] | Resolved:
         """The next item; a wedged engine, which cannot see deadlines, leaves nobody waiting."""
+        if not self.request.rows:
+            return Resolved(None)
         left_s = self.request.deadline - self._replica.loop.clock() + DEADLINE_GRACE_S
         try:
             async with asyncio.timeout(max(0.0, left_s)):
@@ -180,8 +201,16 @@ class Job:
         if final and not filtered:
             height, width = np.shape(pixels)[:2]
             self._replica.metrics.image(width, height, seconds)
+            if self._cached_rows is not None:
+                self._cached_rows.put(event.row_index, data)
         preview_index = event.preview_index if isinstance(event, Preview) else None
         return EncodedImage(event.row_index, preview_index, data, filtered)
+
+
+def flags(image: EncodedImage) -> dict[str, bool]:
+    """What an answer says of an image that is not as any other."""
+    told = {"filtered": image.filtered, "cached": image.cached}
+    return {name: True for name, holds in told.items() if holds}
 
 
 def withheld_warnings(images: Sequence[EncodedImage]) -> list[str]:

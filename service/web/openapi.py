@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from service.access.keys import IMAGE_FILES, PROTECTED
 from service.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -28,6 +29,7 @@ from service.settings import Settings
 from service.web.images import MEDIA_TYPES
 from service.web.schema import (
     CompletedEvent,
+    EditBody,
     EditRequest,
     ErrorResponse,
     GenerationRequest,
@@ -69,10 +71,10 @@ def complete_document(app: FastAPI, settings: Settings) -> None:
 
 def _complete(document: Object, settings: Settings) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    models = (GenerationRequest, EditRequest, PartialImageEvent, CompletedEvent, ErrorResponse)
-    for model in models:
+    requests = (GenerationRequest, EditRequest, EditBody)
+    for model in (*requests, PartialImageEvent, CompletedEvent, ErrorResponse):
         schemas |= _schemas(model)
-    for model in (GenerationRequest, EditRequest):
+    for model in requests:
         _set_limits(schemas[model.__name__]["properties"], settings)
     schemas["EditForm"] = _form(schemas.pop(EditRequest.__name__))
 
@@ -81,6 +83,7 @@ def _complete(document: Object, settings: Settings) -> None:
     edits = paths["/v1/images/edits"]["post"]
     generations["requestBody"] = _body("application/json", GenerationRequest.__name__)
     edits["requestBody"] = _body("multipart/form-data", "EditForm")
+    edits["requestBody"]["content"] |= _body("application/json", EditBody.__name__)["content"]
     for operation, event_name in ((generations, "image_generation"), (edits, "image_edit")):
         operation["parameters"] = _drawing_parameters(settings)
         _add_image_answers(operation["responses"]["200"], event_name)
@@ -88,12 +91,16 @@ def _complete(document: Object, settings: Settings) -> None:
     _add_errors(paths["/v1/models"]["get"], EngineFailure)
     _add_errors(paths["/v1/models/{model_id}"]["get"], NotFound, EngineFailure)
     _add_errors(paths["/readyz"]["get"], NotReady)
-    paths["/v1/models/{model_id}"]["get"]["responses"].pop("422", None)  # any text is a name
+    file = paths[f"{IMAGE_FILES}{{name}}"]["get"]
+    file["responses"]["200"]["content"] = _images()
+    _add_errors(file, NotFound, EngineFailure)
+    for operation in (paths["/v1/models/{model_id}"]["get"], file):
+        operation["responses"].pop("422", None)  # any text is a name
 
     if settings.api_keys_file:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in paths.items():
-            if path.startswith("/v1/"):
+            if path.startswith(PROTECTED) and not path.startswith(IMAGE_FILES):
                 for operation in operations.values():
                     operation["security"] = [{"key": []}]
                     _add_errors(operation, Unauthorized)
@@ -171,13 +178,17 @@ def _drawing_parameters(settings: Settings) -> list[Object]:
     ]
 
 
+def _images() -> Object:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return dict.fromkeys(MEDIA_TYPES.values(), binary)
+
+
 def _add_image_answers(answer: Object, event_name: str) -> None:
     answer["description"] = (
         "JSON; the bare image where `Accept` names its media type; "
         "events, the last of them `[DONE]`, with `stream`."
     )
-    for media_type in MEDIA_TYPES.values():
-        answer["content"][media_type] = {"schema": {"type": "string", "format": "binary"}}
+    answer["content"] |= _images()
     events: Mapping[str, str] = {
         f"{event_name}.partial_image": PartialImageEvent.__name__,
         f"{event_name}.completed": CompletedEvent.__name__,
@@ -205,6 +216,7 @@ def _add_image_answers(answer: Object, event_name: str) -> None:
             "Server-Timing": "Milliseconds by stage; not of event streams.",
             "X-Fourstep-Seed": "Of a bare image.",
             "X-Fourstep-Warnings": "Of a bare image: what had no effect or was changed.",
+            "X-Fourstep-Cached": "Of a bare image: `true` where it was not drawn anew.",
         }.items()
     }
 

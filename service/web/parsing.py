@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import codecs
 import difflib
 import json
 import re
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
@@ -15,8 +17,19 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from service.errors import BadRequest, TooLarge
-from service.web.schema import EditRequest, GenerationRequest, ImageParams, OutputFormat
+from service.settings import Settings
+from service.web.schema import (
+    EditBody,
+    EditParams,
+    EditRequest,
+    GenerationRequest,
+    ImageParams,
+    OutputFormat,
+)
 
+T = TypeVar("T", bound=ImageParams)
+
+JSON = "application/json"
 NOT_YET = {  # OpenAI fields this service does not act on: refused, never silently dropped
     "mask": "inpainting is not served; leave mask out to redraw the whole image",
 }
@@ -29,30 +42,51 @@ MAX_SHOWN_CHARS = 80  # of a wrong value, in the message about it
 MAX_PARAM_CHARS = 64  # longer than the name of any field
 
 
-async def parse_generation(request: Request, max_prompt_chars: int) -> GenerationRequest:
+class Upload(NamedTuple):
+    """An image as it came, and the field that it came in."""
+
+    data: bytes
+    field: str
+
+
+async def parse_generation(request: Request, settings: Settings) -> GenerationRequest:
     """The JSON body of ``POST /v1/images/generations``."""
     _check_plain(request)
-    media_type, options = parse_options_header(
-        request.headers.get("content-type", "application/json")
-    )
-    if media_type != b"application/json":
-        raise BadRequest(
-            f"the Content-Type is {_shown(media_type.decode('latin-1'))}; it must be "
-            "application/json"
-        )
+    media_type, options = _content_type(request, default=JSON)
+    if media_type != JSON:
+        raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be {JSON}")
+    _check_charset(options)
+    body = await _read(request, max_json_bytes(settings.max_prompt_chars))
+    return _from_json(body, GenerationRequest, settings)
+
+
+def _from_json(body: bytes, model: type[T], settings: Settings) -> T:
+    body = _utf8(body)
+    try:
+        params = model.model_validate_json(body, extra=_extra(settings))
+    except ValidationError as error:
+        raise bad_request(error, model) from error
+    json.loads(body, object_pairs_hook=_unique)  # known to be right: a few microseconds a KiB
+    return params
+
+
+def _extra(settings: Settings) -> Literal["forbid", "allow"]:
+    """What becomes of unknown fields; those that are allowed stay in sight, to be warned of."""
+    return "allow" if settings.unknown_fields == "ignore" else "forbid"
+
+
+def _content_type(request: Request, default: str = "") -> tuple[str, dict[bytes, bytes]]:
+    media_type, options = parse_options_header(request.headers.get("content-type", default))
+    return media_type.decode("latin-1"), options
+
+
+def _check_charset(options: dict[bytes, bytes]) -> None:
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
         raise BadRequest(
             f"the Content-Type says that the body is {_shown(charset)}; JSON is read as UTF-8, "
             "send it as that"
         )
-    body = _utf8(await _read(request, max_json_bytes(max_prompt_chars)))
-    try:
-        params = GenerationRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise bad_request(error, GenerationRequest) from error
-    json.loads(body, object_pairs_hook=_unique)  # small and known to be right: a few microseconds
-    return params
 
 
 def _check_plain(request: Request) -> None:
@@ -101,24 +135,85 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
         seen.add(name)
 
 
-async def parse_edit(request: Request) -> tuple[EditRequest, bytes]:
-    """The multipart body of ``POST /v1/images/edits``: parameters and the one image."""
+async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, Upload]:
+    """The body of ``POST /v1/images/edits``, a form or JSON: parameters and the one image."""
     _check_plain(request)
+    media_type, options = _content_type(request)
+    if media_type == JSON:
+        _check_charset(options)
+        body = await request.body()  # as large as an upload: read beside the event loop
+        return await asyncio.to_thread(_edit_from_json, body, settings)
+    return await _edit_from_form(request, settings)
+
+
+def _edit_from_json(body: bytes, settings: Settings) -> tuple[EditBody, Upload]:
+    params = _from_json(body, EditBody, settings)
+    if params.mask is not None:
+        raise _not_yet("mask")
+    sent = [] if params.image is None else [("image", params.image)]
+    for index, reference in enumerate(params.images or ()):
+        if reference.file_id is not None:
+            field = f"images.{index}.file_id"
+            raise BadRequest(
+                f"{field} is given; this service keeps no uploads, send the image in image_url as "
+                "a data: URL",
+                param=field,
+                code="unsupported_parameter",
+            )
+        if reference.image_url is not None:
+            sent.append((f"images.{index}.image_url", reference.image_url))
+    if len(sent) != 1:
+        raise BadRequest(
+            f"image must be exactly one, got {len(sent)}; send it in base64 as image, or as a "
+            "data: URL in images[0].image_url",
+            param="image",
+        )
+    ((field, text),) = sent
+    return params, Upload(_decoded(text, field), field)
+
+
+def _decoded(text: str, field: str) -> bytes:
+    """The bytes of base64 text, bare or in a ``data:`` URL; its media type is not believed."""
+    head, comma, payload = text.partition(",")
+    shown = _shown(text[:MAX_SHOWN_CHARS])
+    if not comma and ":" not in head:
+        payload = head
+    elif not re.match(r"data:.*;base64$", head, re.IGNORECASE):
+        raise BadRequest(
+            f"{field} is {shown}; this service fetches no URL, send the image itself in "
+            "base64 or as data:image/png;base64,...",
+            param=field,
+        )
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)  # some wrap their lines
+    except ValueError as error:
+        raise BadRequest(
+            f"{field} is {shown}, which is not base64; send the whole file, encoded with padding",
+            param=field,
+        ) from error
+
+
+def _not_yet(name: str) -> BadRequest:
+    return BadRequest(NOT_YET[name], param=name, code="unsupported_parameter")
+
+
+async def _edit_from_form(request: Request, settings: Settings) -> tuple[EditRequest, Upload]:
     form = await _read_form(request)
     try:
-        fields, files = _sort(form)
+        fields, files = _sort(form, settings)
         if len(files) != 1:
             raise BadRequest(f"image must be exactly one file, got {len(files)}", param="image")
         data = await files[0].read()
     finally:
         await form.close()
     try:
-        return EditRequest.model_validate(fields), data
+        params = EditRequest.model_validate(fields, extra=_extra(settings))
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
+    return params, Upload(data, "image")
 
 
-def _sort(form: FormData) -> tuple[dict[str, str], list[UploadFile]]:
+def _sort(form: FormData, settings: Settings) -> tuple[dict[str, str], list[UploadFile]]:
     """Text by name, and the images. An empty file is empty text; without a name it is no image."""
     fields: dict[str, str] = {}
     images: list[UploadFile] = []
@@ -130,7 +225,10 @@ def _sort(form: FormData) -> tuple[dict[str, str], list[UploadFile]]:
         if not value and (is_image or name in NOT_YET):
             continue
         if name in NOT_YET:
-            raise BadRequest(NOT_YET[name], param=name, code="unsupported_parameter")
+            raise _not_yet(name)
+        is_known = is_image or name in EditRequest.model_fields
+        if isinstance(value, UploadFile) and not is_known and _extra(settings) == "allow":
+            value = ""
         if isinstance(value, UploadFile) != is_image:
             raise BadRequest(
                 "image is text; send it as a file" if is_image else
@@ -148,11 +246,11 @@ def _sort(form: FormData) -> tuple[dict[str, str], list[UploadFile]]:
 
 async def _read_form(request: Request) -> FormData:
     """The parts by name, names and text as `_text` takes them."""
-    media_type, options = parse_options_header(request.headers.get("content-type", ""))
-    if media_type != b"multipart/form-data":
+    media_type, options = _content_type(request)
+    if media_type != "multipart/form-data":
         raise BadRequest(
-            f"the Content-Type is {_shown(media_type.decode('latin-1'))}; it must be "
-            "multipart/form-data, with one file field `image`"
+            f"the Content-Type is {_shown(media_type)}; it must be multipart/form-data, with one "
+            f"file field `image`, or {JSON}"
         )
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not BOUNDARY.fullmatch(boundary):
@@ -192,6 +290,8 @@ def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
         )
     first = error.errors(include_url=False)[0]
     where = _cut(".".join(str(part) for part in first["loc"]))
+    if first["type"] == "extra_forbidden" and where in NOT_YET:
+        return _not_yet(where)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

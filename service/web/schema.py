@@ -7,6 +7,7 @@ and shown in ``/docs``; what depends on the model or on settings is checked in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -82,7 +83,7 @@ class ImageParams(Input):
         "from. `auto`: the model's own; with an image the nearest to its own, all of it scaled.",
     )
     response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="`url` gives a self-contained `data:` URL; nothing is stored."
+        "b64_json", description="`url`: the image is kept for a while, for whoever has the URL."
     )
     output_format: OutputFormat = Field("png", description="Encoding of the image.")
     output_compression: int | None = Field(
@@ -132,21 +133,37 @@ class ImageParams(Input):
         """JSON has one kind of number: 2.0 is an integer there."""
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
+    def unknown_fields(self) -> Iterator[str]:
+        """Dotted names of what is no field; there are some only where the service ignores them."""
+        return _unknown_fields(self)
+
+
+def _unknown_fields(model: BaseModel) -> Iterator[str]:
+    yield from model.model_extra or ()
+    for name in type(model).model_fields:
+        if isinstance(values := getattr(model, name), list):
+            for index, value in enumerate(values):
+                yield from (f"{name}.{index}.{below}" for below in _unknown_fields(value))
+
 
 class GenerationRequest(ImageParams):
     """``POST /v1/images/generations``."""
 
 
-class EditRequest(ImageParams):
-    """``POST /v1/images/edits``: image-to-image. Scalars arrive as form strings."""
-
-    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
-    absent = (None, "")  # an HTML form sends every field, one that was left blank as ""
+class EditParams(ImageParams):
+    """``POST /v1/images/edits``: image-to-image."""
 
     strength: float = Field(
         0.8, gt=0, le=1, description="How far from the input: 1 keeps nothing of it."
     )
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Has no effect here.")
+
+
+class EditRequest(EditParams):
+    """An edit as a form, its image a file. Scalars arrive as form strings."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
+    absent = (None, "")  # an HTML form sends every field, one that was left blank as ""
 
     @field_validator("loras", mode="before")
     @classmethod
@@ -158,6 +175,25 @@ class EditRequest(ImageParams):
             raise ValueError('write it as JSON, [{"name": "...", "weight": 1.0}]') from None
 
 
+class ImageReference(Input):
+    """One image of an edit's ``images``."""
+
+    image_url: str | None = Field(
+        None, description="A `data:` URL in base64. Images elsewhere are not fetched."
+    )
+    file_id: str | None = Field(None, description="Refused: this service keeps no uploads.")
+
+
+class EditBody(EditParams):
+    """An edit as JSON, its image in ``image`` or in ``images``."""
+
+    image: str | None = Field(None, description="In base64, bare or as a `data:` URL.")
+    images: list[ImageReference] | None = Field(
+        None, max_length=16, description="OpenAI's form of the same; exactly one is taken."
+    )
+    mask: Any = Field(None, description="Refused: inpainting is not served.")
+
+
 class ImageObject(BaseModel):
     """One image of an answer."""
 
@@ -166,6 +202,9 @@ class ImageObject(BaseModel):
     seed: int
     filtered: Literal[True] | None = Field(
         None, description="The safety filter withheld this image: it is black. Absent otherwise."
+    )
+    cached: Literal[True] | None = Field(
+        None, description="Drawn for an earlier request with the same seed. Absent otherwise."
     )
 
 
@@ -214,6 +253,7 @@ class CompletedEvent(ImageEvent):
     timings: dict[str, float]
     warnings: list[str]
     filtered: Literal[True] | None = Field(None, description="As of an ImageObject.")
+    cached: Literal[True] | None = Field(None, description="As of an ImageObject.")
 
 
 class ModelObject(BaseModel):

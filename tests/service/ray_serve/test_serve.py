@@ -142,6 +142,13 @@ def test_a_config_file_serves_several_applications_and_replicas(
             client = openai.OpenAI(api_key="none", base_url=base_url, max_retries=0)
             assert [model.id for model in client.models.list()] == [name]
             assert client.images.generate(prompt="a red star").data
+        base_url = f"http://127.0.0.1:{port}/sketch/v1"
+        client = openai.OpenAI(api_key="none", base_url=base_url, max_retries=0)
+        for _ in range(4):  # whichever replica draws, whichever is asked
+            (item,) = client.images.generate(prompt="x", response_format="url").data or []
+            assert str(item.url).startswith(f"{base_url}/images/files/")
+            answers = [httpx.get(str(item.url)) for _ in range(4)]
+            assert [answer.status_code for answer in answers] == [200] * 4
         replicas = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)

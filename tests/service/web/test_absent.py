@@ -5,6 +5,7 @@ Each is compared with the same request without the field.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator
@@ -20,12 +21,13 @@ from service.replica import Replica
 from service.settings import load_settings
 from service.web.admission import steps_of_quality
 from service.web.app import build_app
-from service.web.schema import EditRequest, GenerationRequest
+from service.web.schema import EditBody, EditRequest, GenerationRequest
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 BODY = {"prompt": "a red star", "seed": 7, "num_inference_steps": 2}
 OPTIONAL = set(GenerationRequest.model_fields) - set(BODY)
 OPTIONAL_IN_FORMS = set(EditRequest.model_fields) - set(BODY)
+OPTIONAL_IN_EDITS = set(EditBody.model_fields) - set(BODY) - {"image"}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,20 @@ def test_a_null_format_leaves_the_choice_to_accept(http: TestClient) -> None:
     body = BODY | {"output_format": None}
     answer = http.post(GENERATIONS, json=body, headers={"accept": "image/webp"})
     assert answer.headers["content-type"] == "image/webp", answer.text
+
+
+@pytest.mark.parametrize("field", sorted(OPTIONAL_IN_EDITS))
+def test_null_is_the_default_of_an_edit_as_json(
+    http: TestClient, plain_edit: dict[str, Any], field: str
+) -> None:
+    body = BODY | {"image": base64.b64encode(upload()).decode(), field: None}
+    assert said(http.post(EDITS, json=body)) == plain_edit
+
+
+def test_null_is_no_image(http: TestClient, plain_edit: dict[str, Any]) -> None:
+    url = "data:image/png;base64," + base64.b64encode(upload()).decode()
+    references = [{"image_url": None}, {"image_url": url, "file_id": None}]
+    assert said(http.post(EDITS, json=BODY | {"image": None, "images": references})) == plain_edit
 
 
 @pytest.mark.parametrize("field", sorted(OPTIONAL_IN_FORMS))

@@ -58,6 +58,10 @@ def picture(data: str | None) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
+def picture_at(http: TestClient, url: str) -> Image.Image:
+    return Image.open(io.BytesIO(http.get(url).content))
+
+
 def png(width: int = 64, height: int = 64) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
@@ -101,6 +105,50 @@ def test_the_openai_client_streams(client: openai.OpenAI) -> None:
     assert whole.data[0].b64_json == events[-1].b64_json  # type: ignore[union-attr]
 
 
+def test_each_image_has_a_seed_of_its_own_in_every_shape(http: TestClient) -> None:
+    """What a seed draws alone, it draws as one of several, in JSON and in a stream."""
+    body = {"prompt": "a red star", "num_inference_steps": 2}
+
+    def alone(seed: int) -> bytes:
+        headers = {"accept": "image/png"}
+        answer = http.post("/v1/images/generations", json=body | {"seed": seed}, headers=headers)
+        assert answer.headers["x-fourstep-seed"] == str(seed)
+        return answer.content
+
+    def events(path: str, **options: Any) -> list[dict[str, Any]]:
+        lines = http.post(path, **options).text.splitlines()
+        return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+    wanted = {seed: alone(seed) for seed in (5, 6, 7)}
+    assert len(set(wanted.values())) == 3
+    three = body | {"seed": 5, "n": 3}
+    data = http.post("/v1/images/generations", json=three).json()["data"]
+    assert [item["seed"] for item in data] == [5, 6, 7]
+    found = events("/v1/images/generations", json=three | {"stream": True, "partial_images": 1})
+    completed = [event for event in found if event["type"] == "image_generation.completed"]
+    assert sorted((event["image_index"], event["seed"]) for event in completed) == [
+        (0, 5), (1, 6), (2, 7),
+    ]  # fmt: skip
+    for item in (*data, *completed):
+        assert base64.b64decode(item["b64_json"]) == wanted[item["seed"]]
+    previews = [event for event in found if event["type"] == "image_generation.partial_image"]
+    assert sorted((event["image_index"], event["seed"]) for event in previews) == [
+        (0, 5), (1, 6), (2, 7),
+    ]  # fmt: skip
+    form = {name: str(value).lower() for name, value in (three | {"stream": True}).items()}
+    edited = events("/v1/images/edits", data=form, files={"image": ("x.png", png())})
+    assert sorted(event["seed"] for event in edited) == [5, 6, 7]
+    assert len({event["b64_json"] for event in edited}) == 3
+
+
+def test_a_random_first_seed_is_told_and_draws_the_same_again(client: openai.OpenAI) -> None:
+    answer = client.images.generate(prompt="a red star", n=2).data or []
+    seeds = [item.model_dump()["seed"] for item in answer]
+    assert seeds == [seeds[0], seeds[0] + 1]
+    again = client.images.generate(prompt="a red star", extra_body={"seed": seeds[1]}).data or []
+    assert again[0].b64_json == answer[1].b64_json
+
+
 def test_the_openai_client_edits_and_lists(client: openai.OpenAI) -> None:
     answer = client.images.edit(
         image=("in.png", png(100, 70)), prompt="redraw", extra_body={"strength": 0.5, "seed": 3}
@@ -132,7 +180,7 @@ def test_raw_image_with_seed_timings_and_parameters(http: TestClient) -> None:
 def test_answers_say_what_was_done(http: TestClient) -> None:
     body = {"prompt": "x" * 40, "negative_prompt": "blurry", "response_format": "url"}
     answer = http.post("/v1/images/generations", json=body).json()
-    assert answer["data"][0]["url"].startswith("data:image/png;base64,")
+    assert picture_at(http, answer["data"][0]["url"]).size == (64, 64)
     assert set(answer["timings"]) >= {"queue_ms", "denoise_ms", "decode_ms", "total_ms"}
     assert answer["timings"]["total_ms"] >= answer["timings"]["denoise_ms"] > 0
     assert any("26 tokens longer" in warning for warning in answer["warnings"])

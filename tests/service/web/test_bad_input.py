@@ -5,6 +5,7 @@ A field of the schema without a row here fails the test.
 
 from __future__ import annotations
 
+import base64
 import codecs
 import io
 import json
@@ -21,7 +22,13 @@ from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
 from service.web.parsing import max_json_bytes
-from service.web.schema import EditRequest, GenerationRequest, LoraChoice
+from service.web.schema import (
+    EditBody,
+    EditRequest,
+    GenerationRequest,
+    ImageReference,
+    LoraChoice,
+)
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 MAX_BODY_BYTES = 200_000
@@ -330,11 +337,121 @@ def test_wrong_values_in_forms(http: TestClient, field: str, value: str, message
     assert_error(post_form(http, {"prompt": "x"} | {field: value}), message, param=field)
 
 
+PNG = base64.b64encode(png()).decode()
+NO_FETCH = (
+    "this service fetches no URL, send the image itself in base64 or as data:image/png;base64,..."
+)
+NOT_BASE64 = "which is not base64; send the whole file, encoded with padding"
+
+# Fields that edits alone have, as JSON, each with the whole message.
+EDIT_FIELDS: dict[str, list[tuple[Any, str]]] = {
+    "strength": [
+        ("0.5", f'strength is "0.5": {NUMBER}'),
+        (0, "strength is 0: input should be greater than 0"),
+    ],
+    "input_fidelity": [("most", f'input_fidelity is "most": {one_of("high", "low")}')],
+    "image": [
+        (5, f"image is 5: {STRING}"),
+        ([PNG], f'image is ["{PNG[:75]}...: {STRING}'),
+        ("", "image is empty; send a PNG, JPEG or WebP file"),
+        ("data:image/png;base64,", "image is empty; send a PNG, JPEG or WebP file"),
+        ("https://example.org/x.png", f'image is "https://example.org/x.png"; {NO_FETCH}'),
+        ("file:///etc/passwd", f'image is "file:///etc/passwd"; {NO_FETCH}'),
+        ("data:image/svg+xml,<svg/>", f'image is "data:image/svg+xml,<svg/>"; {NO_FETCH}'),
+        ("a picture?", f'image is "a picture?", {NOT_BASE64}'),
+        ("abc=d", f'image is "abc=d", {NOT_BASE64}'),
+        ("abcde", f'image is "abcde", {NOT_BASE64}'),
+    ],
+    "images": [
+        (PNG, f'images is "{PNG[:76]}...: input should be a valid array'),
+        ([], "image must be exactly one, got 0; send it in base64 as image, or as a data: URL in "
+             "images[0].image_url"),
+        ([{}] * 17, "images is [{}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}]"
+                    ": list should have at most 16 items after validation, not 17"),
+    ],
+    "mask": [
+        ({"image_url": PNG}, "inpainting is not served; leave mask out to redraw the whole image")
+    ],
+}  # fmt: skip
+REFERENCE_FIELDS: dict[str, list[tuple[Any, str]]] = {
+    "image_url": [
+        (5, f"images.0.image_url is 5: {STRING}"),
+        (
+            "http://169.254.169.254/latest",
+            f'images.0.image_url is "http://169.254.169.254/latest"; {NO_FETCH}',
+        ),
+    ],
+    "file_id": [
+        (
+            "file-abc",
+            "images.0.file_id is given; this service keeps no uploads, send the image in "
+            "image_url as a data: URL",
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize(("field", "value", "message"), rows(EDIT_FIELDS))
+def test_wrong_values_in_json_edits(http: TestClient, field: str, value: Any, message: str) -> None:
+    sent = {"prompt": "x"} | ({} if field == "images" else {"image": PNG}) | {field: value}
+    param = "image" if "exactly one" in message else field
+    code = "unsupported_parameter" if field == "mask" else "invalid_value"
+    assert_error(http.post(EDITS, json=sent), message, param, code)
+
+
+@pytest.mark.parametrize(("field", "value", "message"), rows(REFERENCE_FIELDS))
+def test_wrong_values_in_image_references(
+    http: TestClient, field: str, value: Any, message: str
+) -> None:
+    answer = http.post(EDITS, json={"prompt": "x", "images": [{field: value}]})
+    code = "unsupported_parameter" if field == "file_id" else "invalid_value"
+    assert_error(answer, message, f"images.0.{field}", code)
+
+
+JSON_EDITS: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"image": PNG}, "prompt is required", "prompt", "missing_required_parameter"),
+    ({"prompt": "x", "image": PNG, "images": [{"image_url": f"data:image/png;base64,{PNG}"}]},
+     "image must be exactly one, got 2; send it in base64 as image, or as a data: URL in "
+     "images[0].image_url", "image", ""),
+    ({"prompt": "x", "image": PNG, "strenght": 1}, "unknown field 'strenght'; did you mean "
+     "'strength'?", "strenght", "unknown_parameter"),
+    ({"prompt": "x", "images": [{"image_url": PNG, "detail": "low"}]},
+     "unknown field 'images.0.detail'", "images.0.detail", "unknown_parameter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "message", "param", "code"), JSON_EDITS)
+def test_wrong_json_edits(
+    http: TestClient, body: dict[str, Any], message: str, param: str, code: str
+) -> None:
+    assert_error(http.post(EDITS, json=body), message, param, code or "invalid_value")
+
+
+def test_a_json_edit_that_cannot_be_read_or_is_too_large(http: TestClient) -> None:
+    answer = http.post(EDITS, content=b"{", headers={"content-type": "application/json"})
+    assert_error(
+        answer, f"{UNREADABLE}Invalid JSON: EOF while parsing an object at line 1 column 1"
+    )
+    wide = base64.b64encode(png(101, 100)).decode()
+    answer = http.post(EDITS, json={"prompt": "x", "images": [{"image_url": wide}]})
+    message = (
+        "images.0.image_url is 101x100 = 10100 pixels; at most 10000 are accepted, scale it down "
+        "first"
+    )
+    assert_error(answer, message, "images.0.image_url", "too_large", 413)
+    answer = http.post(EDITS, json={"prompt": "x", "image": "A" * MAX_BODY_BYTES})
+    assert answer.status_code == 413
+    assert f"at most {MAX_BODY_BYTES} are accepted" in answer.json()["error"]["message"]
+
+
 def test_every_field_has_a_row() -> None:
     assert set(JSON_FIELDS) == set(GenerationRequest.model_fields)
     assert set(FORM_FIELDS) == set(EditRequest.model_fields)
+    assert set(EDIT_FIELDS) == set(EditBody.model_fields) - set(GenerationRequest.model_fields)
+    assert set(REFERENCE_FIELDS) == set(ImageReference.model_fields)
     assert set(LORA_FIELDS) == set(LoraChoice.model_fields)
     assert all((*JSON_FIELDS.values(), *FORM_FIELDS.values(), *LORA_FIELDS.values()))
+    assert all((*EDIT_FIELDS.values(), *REFERENCE_FIELDS.values()))
 
 
 UNREADABLE = "the body is not a JSON object of parameters: "
@@ -545,11 +662,12 @@ NO_BOUNDARY = (
     f"{UNREADABLE_FORM}the Content-Type has no boundary of 1 to 70 letters, digits and '()+_,-./:=?"
 )
 FORM_BODIES: list[tuple[str, bytes, str, str | None]] = [
-    ("application/json", b"{}",
-     'the Content-Type is "application/json"; it must be multipart/form-data, with one file field '
-     "`image`", None),
-    ("", b"", 'the Content-Type is ""; it must be multipart/form-data, with one file field `image`',
-     None),
+    ("text/plain", b"{}",
+     'the Content-Type is "text/plain"; it must be multipart/form-data, with one file field '
+     "`image`, or application/json", None),
+    ("", b"",
+     'the Content-Type is ""; it must be multipart/form-data, with one file field `image`, or '
+     "application/json", None),
     ("multipart/form-data", b"", NO_BOUNDARY, None),
     ("multipart/form-data; boundary=" + "b" * 71, b"", NO_BOUNDARY, None),
     ('multipart/form-data; boundary="b\\";charset=utf-7"', b"", NO_BOUNDARY, None),
