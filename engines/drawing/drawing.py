@@ -10,6 +10,7 @@ import numpy as np
 from torch import Generator, Tensor
 
 from engines.backends.adapters import AdapterSet
+from engines.drawing.inpainting import Kept
 from engines.drawing.prompts import Tokens
 from engines.drawing.stage import Stage
 from engines.families.family import Lanewise
@@ -40,6 +41,7 @@ class Drawing:
     text_encoded: bool = False
     latents: Tensor | None = None  # float32 [C, h, w], by start or encode_image
     denoised: Tensor | None = None  # float32 [C, h, w], by denoise: the current guess
+    kept: Kept | None = None  # by encode_image, where there is a mask
     step_index: int = 0  # by denoise
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
     previews: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], by decode

@@ -110,3 +110,10 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
     if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
         found = f"{recipe.image.dtype} {recipe.image.shape}"
         raise InvalidInput("image", found, f"image is {found}; it must be uint8 {shape}")
+    if recipe.mask is None:
+        return
+    if recipe.image is None:
+        raise InvalidInput("mask", "given", "mask is given without an image; send the image too")
+    if recipe.mask.shape != shape[:2] or recipe.mask.dtype != np.bool_:
+        found = f"{recipe.mask.dtype} {recipe.mask.shape}"
+        raise InvalidInput("mask", found, f"mask is {found}; it must be bool {shape[:2]}")

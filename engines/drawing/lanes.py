@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engines.drawing import transfers
 from engines.drawing.drawing import Drawing
+from engines.drawing.inpainting import KeptLanes
 
 LOOKS_BACK = 6  # index of the coefficient of what the step before gave as denoised
 Table = np.ndarray | Tensor  # on the host as numpy has it, which costs an operation less
@@ -50,6 +51,9 @@ class Lanes:
         self._previous: Tensor | None = None  # what it gave as denoised, likewise
         self._noise: Tensor | None = None  # of the next step, where it was laid out ahead
         tables = _tables(owners)
+        num_steps = len(tables["coefficients"])
+        masked = any(drawing.kept is not None for drawing in drawings)
+        self._kept = KeptLanes(owners, num_steps, device) if masked else None
         self._num_coefficients = tables["coefficients"].shape[-1]
         # What the step before gave counts where its coefficient, the seventh, is not 0.
         self._looks_back = np.count_nonzero(tables["coefficients"][..., LOOKS_BACK:]) > 0
@@ -112,6 +116,8 @@ class Lanes:
     def advance(self, outputs: Mapping[str, Tensor]) -> None:
         """Take the step's outcome to the rows."""
         next_sample = outputs["next_sample"]  # [B, C, h, w], as denoised
+        if self._kept is not None:
+            next_sample = self._kept.put_back(next_sample, self._step)
         latents, denoised = next_sample.unbind(0), outputs["denoised"].unbind(0)
         for drawing, lane in zip(self._drawings, self._first, strict=True):
             drawing.latents, drawing.denoised = latents[lane], denoised[lane]

@@ -28,6 +28,7 @@ from engines.drawing.batching import rows_that_fit
 from engines.drawing.drawing import Drawing, Group, spread_previews
 from engines.drawing.faults import engine_call
 from engines.drawing.info import ModelInfo, check_recipe, describe
+from engines.drawing.inpainting import Kept, mask_of_latents
 from engines.drawing.lanes import Lanes
 from engines.drawing.model import Model, load_interim, load_model, must_be_built
 from engines.drawing.prompts import Encoded, Prompts, key_of
@@ -50,9 +51,7 @@ class Runner:
 
     def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
         self._succession = Succession(model, self._describe)
-        self._noise = NoiseSchedule.from_config(
-            model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
-        )
+        self._noise = NoiseSchedule.from_config(model.facts.scheduler)
         self._prompts = Prompts()
         self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
         self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
@@ -124,9 +123,12 @@ class Runner:
         """
         model, facts = self._model, self._model.facts
         check_recipe(recipe, model)
-        image = recipe.image is not None
         schedule = self._schedule(
-            recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
+            recipe.sampler,
+            recipe.num_steps,
+            1.0 if recipe.image is None else recipe.strength,
+            recipe.mask is not None or not facts.time_cond_dim,
+            recipe.eta,
         )
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
@@ -150,15 +152,20 @@ class Runner:
         known = {key: self._prompts.find(loras, key) for key in keys if key is not None}
         if all(encoded is not None for encoded in known.values()):
             _take_texts(drawing, known)
-        if not image:
-            drawing.latents = schedule.noise_scale * _draw_noise(drawing)
+        if recipe.image is None:
+            drawing.latents = schedule.init_noise * _draw_noise(drawing)
         return drawing
 
     def _make_schedule(
-        self, sampler: str, num_steps: int, strength: float, image: bool, eta: float | None
+        self, sampler: str, num_steps: int, strength: float, drops_steps: bool, eta: float | None
     ) -> Schedule:
         return make_schedule(
-            self._noise, sampler, num_steps, strength=strength, image_to_image=image, eta=eta
+            self._noise,
+            sampler,
+            num_steps,
+            strength=strength,
+            strength_drops_steps=drops_steps,
+            eta=eta,
         )
 
     # -- the engine threads ------------------------------------------------------------------
@@ -197,12 +204,21 @@ class Runner:
             moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
         for index, drawing in enumerate(drawings):
             _restart(drawing)
-            latents, schedule = moments["mean"][index], drawing.schedule
-            if "std" in moments:  # a tiny autoencoder answers with the latents themselves
+            latents, recipe = moments["mean"][index], drawing.recipe
+            samples = "std" in moments  # a tiny autoencoder answers with the latents themselves
+            if samples:
                 noise = _draw_noise(drawing).to(latents.device)
                 latents = latents + moments["std"][index] * noise
             noise = _draw_noise(drawing).to(latents.device)
-            drawing.latents = schedule.sample_scale * latents + schedule.noise_scale * noise
+            alpha, sigma = drawing.schedule.levels[0].tolist()
+            if recipe.mask is not None:
+                mask = mask_of_latents(recipe.mask, self._model.facts.vae_scale_factor)
+                drawing.kept = Kept(mask, latents, noise)
+                if samples:
+                    _draw_noise(drawing)  # diffusers samples what the mask leaves of the image too
+                if recipe.strength == 1:
+                    alpha, sigma = 0.0, drawing.schedule.init_noise
+            drawing.latents = alpha * latents + sigma * noise
 
     @engine_call("denoiser")
     def denoise(

@@ -10,7 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image."""
+    """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image.
+
+    With a ``mask`` (bool ``[H, W]``, of an image) only what is True there is drawn anew.
+    """
 
     prompt: str
     width_px: int
@@ -23,5 +26,6 @@ class Recipe:
     strength: float = 1.0
     eta: float | None = None
     image: np.ndarray | None = None
+    mask: np.ndarray | None = None
     num_previews: int = 0
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed

@@ -74,10 +74,10 @@ def make_schedule(
     num_steps: int,
     *,
     strength: float = 1.0,
-    image_to_image: bool = False,
+    strength_drops_steps: bool = True,
     eta: float | None = None,
 ) -> Schedule:
-    """The table of one row. ``strength`` < 1 starts an image-to-image row part of the way down.
+    """The table of one row, see `Wanted`.
 
     Raises:
         InvalidInput: unknown sampler, one that does not hold the checkpoint's options, or a step
@@ -103,7 +103,7 @@ def make_schedule(
             f"{refusal}; use {', '.join(samplers_of(noise))}",
         )
     options = noise.options(chosen)
-    wanted = Wanted(num_steps, strength, image_to_image, eta)
+    wanted = Wanted(num_steps, strength, strength_drops_steps, eta)
     limit = chosen.most_steps(options, wanted)
     if not 1 <= num_steps <= limit:
         raise InvalidInput(

@@ -37,8 +37,8 @@ def _make(options: Options, wanted: Wanted) -> Schedule:
         signal, direction = math.sqrt(after), math.sqrt(max(1 - after - sigma**2, 0.0))
         p, q = signal * a + direction * u, signal * b + direction * v
         steps.append(Step(1.0, a, b, p, q, sigma))
-    start = spacing.start(alphas, timesteps[0], wanted)
-    return Schedule.of(timesteps, steps, [eta > 0] * len(steps), start)
+    noised = spacing.levels(alphas, timesteps)
+    return Schedule.of(timesteps, steps, [eta > 0] * len(steps), noised)
 
 
 DDIM = Sampler(

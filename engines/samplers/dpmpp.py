@@ -79,10 +79,9 @@ def _make(options: Options, wanted: Wanted) -> Schedule:
         r = target * after * math.sqrt(max(-math.expm1(-2 * h), 0.0)) if noisy else 0.0
         kept = target * after / (sigma * signal) * decay
         steps.append(Step(1.0, a, b, kept + weight * a, weight * b, r, back))
-    start = (0.0, 1.0)
-    if wanted.image_to_image:
-        start = 1 / math.hypot(1, levels[first]), levels[first] / math.hypot(1, levels[first])
-    return Schedule.of(timesteps, steps, [noisy] * len(steps), start)
+    sigmas_before = [float(sigma) for sigma in levels[first : len(every)]]
+    noised = [(1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)) for sigma in sigmas_before]
+    return Schedule.of(timesteps, steps, [noisy] * len(steps), noised)
 
 
 def _integrals(h: float, *, noisy: bool, heun: bool) -> tuple[float, float]:

@@ -54,8 +54,8 @@ def _make(ancestral: bool, options: Options, wanted: Wanted) -> Schedule:
         a = u * scale
         ratio = (down - sigma) / sigma  # next = x + (x - x0) / σ · (σ_down - σ)
         steps.append(Step(scale, a, b, 1 + ratio * (1 - a), -ratio * b, up))
-    start = (1.0, float(levels[0])) if wanted.image_to_image else (0.0, largest)
-    return Schedule.of(timesteps, steps, [ancestral] * len(steps), start)
+    noised = [(1.0, float(sigma)) for sigma in levels[: len(steps)]]
+    return Schedule.of(timesteps, steps, [ancestral] * len(steps), noised, largest)
 
 
 EULER = Sampler(

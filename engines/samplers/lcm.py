@@ -33,7 +33,7 @@ def _make(options: Options, wanted: Wanted) -> Schedule:
         signal = math.sqrt(after)
         steps.append(Step(1.0, a, b, signal * a, signal * b, math.sqrt(1 - after)))
         draws.append(not last)
-    return Schedule.of(timesteps, steps, draws, spacing.start(alphas, timesteps[0], wanted))
+    return Schedule.of(timesteps, steps, draws, spacing.levels(alphas, timesteps))
 
 
 LCM = Sampler(

@@ -43,11 +43,16 @@ OTHER_PROCESSES = (
 
 
 class Wanted(NamedTuple):
-    """What a row asks of its sampler. ``strength`` below 1 starts part of the way down."""
+    """What a row asks of its sampler. ``strength`` below 1 starts part of the way down.
+
+    Where it does with LCM and TCD differs between diffusers' pipelines. Stable Diffusion's, and all
+    that inpaint, drop the first of ``num_steps`` steps (``strength_drops_steps``), as with every
+    sampler; the one of models with a guidance embedding spreads all of them over what is left.
+    """
 
     num_steps: int
     strength: float
-    image_to_image: bool
+    strength_drops_steps: bool
     eta: float | None
 
 
@@ -68,7 +73,6 @@ class Options:
     """Scheduler options as one sampler's diffusers class would have them."""
 
     values: Mapping[str, Any]
-    strength_drops_steps: bool
 
     def __getitem__(self, name: str) -> Any:
         """None where the class has no such option."""
@@ -98,15 +102,18 @@ class Schedule:
 
     ``coefficients`` float32 ``[num_steps, 7]`` in the order i, a, b, p, q, r, s; ``timesteps``
     float32 ``[num_steps]`` (fractional with linspace spacing); ``draws_noise`` bool ``[num_steps]``
-    says where diffusers draws from the generator. The first sample is
-    ``sample_scale · image_latents + noise_scale · noise``.
+    says where diffusers draws from the generator.
+
+    ``levels`` float32 ``[num_steps + 1, 2]`` are the shares of an image's latents and of noise in
+    the sample before each step, and after the last. Image-to-image starts from the first of them,
+    text-to-image from ``init_noise · noise``.
     """
 
     timesteps: np.ndarray
     coefficients: np.ndarray
     draws_noise: np.ndarray
-    sample_scale: float
-    noise_scale: float
+    levels: np.ndarray
+    init_noise: float
 
     @classmethod
     def of(
@@ -114,15 +121,16 @@ class Schedule:
         timesteps: np.ndarray,
         steps: Sequence[Step],
         draws_noise: Sequence[bool],
-        start: tuple[float, float],
+        levels: Sequence[tuple[float, float]],
+        init_noise: float = 1.0,
     ) -> Schedule:
-        """``start``: sample_scale, noise_scale."""
+        """``levels`` before each step; after the last there is no noise."""
         return cls(
             timesteps=np.asarray(timesteps, np.float32),
             coefficients=np.asarray(steps, np.float32),
             draws_noise=np.asarray(draws_noise, bool),
-            sample_scale=start[0],
-            noise_scale=start[1],
+            levels=np.asarray([*levels, (1.0, 0.0)], np.float32),
+            init_noise=init_noise,
         )
 
     @property
@@ -153,17 +161,10 @@ class NoiseSchedule:
     """What a checkpoint's ``scheduler_config.json`` gives."""
 
     given: Mapping[str, Any]
-    strength_drops_steps: bool  # of LCM and TCD; see `from_config`
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], *, strength_drops_steps: bool = False
-    ) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read a diffusers ``scheduler_config.json``, or what `given_options` finds.
-
-        Image-to-image with LCM and TCD differs between diffusers' pipelines. Stable Diffusion's
-        drops the first of ``num_steps`` steps (``strength_drops_steps``), as with every sampler;
-        the one of models with a guidance embedding spreads all of them over what strength leaves.
 
         Raises:
             CheckpointError: no sampler can draw with these options.
@@ -190,12 +191,12 @@ class NoiseSchedule:
                 f"scheduler option trained_betas has {len(betas)} values; it needs as many as "
                 f"num_train_timesteps says, {count}"
             )
-        return cls(given, strength_drops_steps)
+        return cls(given)
 
     def options(self, sampler: Sampler) -> Options:
         """What is given, completed as diffusers' ``from_config`` would for this sampler."""
         given = {name: self.given[name] for name in sampler.defaults.keys() & self.given.keys()}
-        return Options({**sampler.defaults, **given, **sampler.fixed}, self.strength_drops_steps)
+        return Options({**sampler.defaults, **given, **sampler.fixed})
 
     def refusal(self, sampler: Sampler) -> str | None:
         """The option, as ``name=value``, that the sampler's tables do not hold."""

@@ -29,19 +29,19 @@ def distilled(options: Options, wanted: Wanted) -> np.ndarray:
     """Descending timesteps of LCM and TCD: every k-th of the solver's own steps."""
     original = int(options["original_inference_steps"])
     k = options.num_train_timesteps // original
-    origin = np.arange(1, int(original * _spread(options, wanted)) + 1) * k - 1
+    origin = np.arange(1, int(original * _spread(wanted)) + 1) * k - 1
     indices = np.floor(np.linspace(0, len(origin), num=wanted.num_steps, endpoint=False))
     steps = np.asarray(origin[::-1][indices.astype(int)], np.float64)
-    return after_strength(steps, wanted.strength) if options.strength_drops_steps else steps
+    return after_strength(steps, wanted.strength) if wanted.strength_drops_steps else steps
 
 
 def most_distilled(options: Options, wanted: Wanted) -> int:
     """As many as the solver had at distillation, of those that strength leaves."""
-    return math.floor(int(options["original_inference_steps"]) * _spread(options, wanted))
+    return math.floor(int(options["original_inference_steps"]) * _spread(wanted))
 
 
-def _spread(options: Options, wanted: Wanted) -> float:
-    return 1.0 if options.strength_drops_steps else wanted.strength
+def _spread(wanted: Wanted) -> float:
+    return 1.0 if wanted.strength_drops_steps else wanted.strength
 
 
 def after_strength(steps: np.ndarray, strength: float) -> np.ndarray:
@@ -61,9 +61,7 @@ def after_strength(steps: np.ndarray, strength: float) -> np.ndarray:
     return steps[len(steps) - kept :]
 
 
-def start(alphas_cumprod: np.ndarray, first: float, wanted: Wanted) -> tuple[float, float]:
-    """Text-to-image starts from pure noise; image-to-image from the input, noised."""
-    if not wanted.image_to_image:
-        return 0.0, 1.0
-    alpha = float(alphas_cumprod[int(first)])
-    return math.sqrt(alpha), math.sqrt(1 - alpha)
+def levels(alphas_cumprod: np.ndarray, timesteps: np.ndarray) -> list[tuple[float, float]]:
+    """√ᾱ and √(1-ᾱ) at each timestep: diffusers' ``add_noise``."""
+    alphas = [float(alphas_cumprod[int(timestep)]) for timestep in timesteps]
+    return [(math.sqrt(alpha), math.sqrt(1 - alpha)) for alpha in alphas]

@@ -32,7 +32,7 @@ def _make(options: Options, wanted: Wanted) -> Schedule:
             p, q, r = math.sqrt(ratio) * p, math.sqrt(ratio) * q, math.sqrt(max(1 - ratio, 0.0))
         steps.append(Step(1.0, a, b, p, q, r))
         draws.append(eta > 0 and not last)
-    return Schedule.of(timesteps, steps, draws, spacing.start(alphas, timesteps[0], wanted))
+    return Schedule.of(timesteps, steps, draws, spacing.levels(alphas, timesteps))
 
 
 TCD = Sampler(

@@ -18,6 +18,7 @@ from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     TCDScheduler,
 )
@@ -81,9 +82,8 @@ class Peer:
 
     def draw(self, wanted: Recipe) -> Result:
         """What diffusers makes of a recipe, with a generator of the recipe's seed."""
-        image = None if wanted.image is None else wanted.image.tobytes()
-        values = (repr(getattr(wanted, name)) for name in wanted.__slots__ if name != "image")
-        key = (*values, image)
+        fields = (getattr(wanted, name) for name in wanted.__slots__)
+        key = tuple(v.tobytes() if isinstance(v, np.ndarray) else repr(v) for v in fields)
         if key not in self._known:
             self._known[key] = self._draw(wanted)
         return self._known[key]
@@ -114,7 +114,7 @@ class Peer:
             "generator": torch.Generator().manual_seed(wanted.seed),
             "output_type": "latent",
         }
-        if not self._lcm:
+        if not self._lcm or wanted.mask is not None:
             arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
         if wanted.image is None:
             kind = self._text_class
@@ -124,6 +124,10 @@ class Peer:
             arguments |= {
                 "image": Image.fromarray(wanted.image), "strength": wanted.strength,
             }  # fmt: skip
+        if wanted.mask is not None:
+            kind = StableDiffusionInpaintPipeline
+            size = {"width": wanted.width_px, "height": wanted.height_px}
+            arguments |= {"mask_image": Image.fromarray(wanted.mask), **size}
         pipeline = kind(**parts, requires_safety_checker=False)
         pipeline.set_progress_bar_config(disable=True)
         with torch.inference_mode():

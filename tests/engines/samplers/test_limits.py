@@ -97,7 +97,9 @@ def test_schedules(
 ) -> None:
     noise = NoiseSchedule.from_config(BASE)
     with pytest.raises(InvalidInput) as caught:
-        make_schedule(noise, sampler, num_steps, strength=strength, image_to_image=True, eta=eta)
+        make_schedule(
+            noise, sampler, num_steps, strength=strength, strength_drops_steps=False, eta=eta
+        )
     assert caught.value.field == field
 
 
@@ -114,9 +116,8 @@ def test_limits_are_named(sampler: str, num_steps: int, message: str) -> None:
 def test_lcm_takes_strength_into_its_schedule(strength: float) -> None:
     peer = LCMScheduler(**BASE)
     peer.set_timesteps(4, strength=strength)
-    schedule = make_schedule(
-        NoiseSchedule.from_config(BASE), "lcm", 4, strength=strength, image_to_image=True
-    )
+    noise = NoiseSchedule.from_config(BASE)
+    schedule = make_schedule(noise, "lcm", 4, strength=strength, strength_drops_steps=False)
     np.testing.assert_array_equal(schedule.timesteps, peer.timesteps.numpy())
 
 

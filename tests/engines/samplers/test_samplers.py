@@ -100,7 +100,10 @@ def fake_unet(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 def assert_agrees(
     table: Schedule, peer: Any, num_steps: int, strength: float, extra: dict[str, float]
 ) -> None:
-    """Where both start, and every step from the same sample: inputs, outcome, noise drawn."""
+    """Where both start, and every step from the same sample: inputs, outcome, noise drawn.
+
+    And at every timestep an image and noise mixed, as inpainting does.
+    """
     peer.set_timesteps(num_steps)
     first = len(peer.timesteps) - min(int(len(peer.timesteps) * strength), len(peer.timesteps))
     if hasattr(peer, "set_begin_index"):
@@ -109,13 +112,14 @@ def assert_agrees(
     np.testing.assert_allclose(table.timesteps, timesteps.numpy(), rtol=1e-5, atol=1e-4)
     generators = [torch.Generator().manual_seed(7) for _ in range(2)]
     image, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
-    if table.sample_scale:
-        sample = peer.add_noise(image, noise, timesteps[:1])
-    else:
-        sample = noise * peer.init_noise_sigma
-    assert_close(table.sample_scale * image + table.noise_scale * noise, sample, [sample])
+    pure = noise * peer.init_noise_sigma
+    assert_close(table.init_noise * noise, pure, [pure])
+    sample = peer.add_noise(image, noise, timesteps[:1]) if strength < 1 else pure
     previous = torch.zeros(SHAPE)
     for index, timestep in enumerate(timesteps):
+        alpha, sigma = (float(level) for level in table.levels[index])
+        noised = peer.add_noise(image, noise, timestep[None])
+        assert_close(alpha * image + sigma * noise, noised, [alpha * image, sigma * noise])
         i, a, b, p, q, r, s = (float(c) for c in table.coefficients[index])
         scaled = peer.scale_model_input(sample, timestep)
         assert_close(i * sample, scaled, [scaled])
@@ -130,6 +134,7 @@ def assert_agrees(
         # Heun's form from σ to the same σ, or σ near 10⁴ in float32: diffusers' own is no number.
         assume(bool(torch.isfinite(sample).all()))
         assert_close(torch.stack(terms).sum(0), sample, rounded)
+    assert table.levels[len(timesteps) :].tolist() == [[1, 0]]
     assert torch.equal(*(generator.get_state() for generator in generators))
 
 
@@ -144,13 +149,11 @@ def compare(
 ) -> None:
     """A sampler on a config: as diffusers draws, or refused for an option that diffusers obeys."""
     note(f"{sampler}, {num_steps} steps, strength {strength}, eta {eta}: {config}"[:1000])
-    noise = NoiseSchedule.from_config(config, strength_drops_steps=True)
+    noise = NoiseSchedule.from_config(config)
     peer = scheduler_of(sampler, config)
     assume(int(num_steps * strength) >= 1)
     try:
-        table = make_schedule(
-            noise, sampler, num_steps, strength=strength, image_to_image=strength < 1, eta=eta
-        )
+        table = make_schedule(noise, sampler, num_steps, strength=strength, eta=eta)
     except InvalidInput as refused:
         text = str(refused)
         if "epsilon" in text:  # ᾱ = 0: diffusers divides by it
