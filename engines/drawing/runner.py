@@ -1,9 +1,7 @@
 """Drives rows over a model's engines: one method for each engine call there is.
 
 `start` runs on any thread and calls no engine. The four calls advance their drawings in place; as
-many run side by side, each of its own drawings, as ``info.max_calls`` says. Noise belongs to the
-row: its own CPU generator draws in diffusers' order (encoder sample, first noise, then one draw a
-step), so a result depends on nobody else.
+many run side by side, each of its own drawings, as ``info.max_calls`` says.
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ from engines.drawing.batching import rows_that_fit
 from engines.drawing.drawing import Drawing, Group, spread_previews
 from engines.drawing.faults import engine_call
 from engines.drawing.info import ModelInfo, check_recipe, describe
-from engines.drawing.inpainting import Kept, mask_of_latents
 from engines.drawing.lanes import Lanes
 from engines.drawing.model import Model, load_interim, load_model, must_be_built
+from engines.drawing.noise import begin_from_image, begin_from_text, draw_ahead
 from engines.drawing.prompts import Encoded, Prompts, key_of
 from engines.drawing.stage import Stage
 from engines.drawing.succession import Succession
@@ -153,7 +151,7 @@ class Runner:
         if all(encoded is not None for encoded in known.values()):
             _take_texts(drawing, known)
         if recipe.image is None:
-            drawing.latents = schedule.init_noise * _draw_noise(drawing)
+            begin_from_text(drawing)
         return drawing
 
     def _make_schedule(
@@ -202,23 +200,10 @@ class Runner:
         pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
         with self._succession.calling():
             moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
+        scale = self._model.facts.vae_scale_factor
         for index, drawing in enumerate(drawings):
-            _restart(drawing)
-            latents, recipe = moments["mean"][index], drawing.recipe
-            samples = "std" in moments  # a tiny autoencoder answers with the latents themselves
-            if samples:
-                noise = _draw_noise(drawing).to(latents.device)
-                latents = latents + moments["std"][index] * noise
-            noise = _draw_noise(drawing).to(latents.device)
-            alpha, sigma = drawing.schedule.levels[0].tolist()
-            if recipe.mask is not None:
-                mask = mask_of_latents(recipe.mask, self._model.facts.vae_scale_factor)
-                drawing.kept = Kept(mask, latents, noise)
-                if samples:
-                    _draw_noise(drawing)  # diffusers samples what the mask leaves of the image too
-                if recipe.strength == 1:
-                    alpha, sigma = 0.0, drawing.schedule.init_noise
-            drawing.latents = alpha * latents + sigma * noise
+            std = moments["std"][index] if "std" in moments else None
+            begin_from_image(drawing, moments["mean"][index], std, scale)
 
     @engine_call("denoiser")
     def denoise(
@@ -230,7 +215,7 @@ class Runner:
         going in other threads then shares the processor with the engine, not with this one.
         """
         for drawing in drawings:
-            _draw_ahead(drawing)
+            draw_ahead(drawing)
         with self._succession.calling(drawings[0].group.loras):
             lanes = self._layout(drawings)
             inputs = lanes.inputs()
@@ -238,7 +223,7 @@ class Runner:
             lanes.advance(self._run("denoiser", **inputs))
             done = transfers.mark() if self._model.device == "cuda" else None
             for drawing in drawings:  # a GPU still works on this step
-                _draw_ahead(drawing)
+                draw_ahead(drawing)
             go_on = all(drawing.step_index < drawing.num_steps for drawing in drawings)
             if go_on:
                 with contextlib.suppress(torch.OutOfMemoryError):  # the next call tries again
@@ -385,20 +370,3 @@ def _take_texts(drawing: Drawing, known: Mapping[bytes, Encoded | None]) -> None
             torch.zeros_like(like) if encoded is None else encoded[name] for encoded in found
         )
     drawing.text_encoded = True
-
-
-def _draw_noise(drawing: Drawing) -> Tensor:
-    """Standard normal float32 ``[C, h, w]`` from the row's own generator, on the CPU."""
-    return torch.randn(drawing.group.latents, generator=drawing.generator)
-
-
-def _draw_ahead(drawing: Drawing) -> None:
-    """Noise for a row's next step, where it adds any and has none yet."""
-    step, draws = drawing.step_index, drawing.schedule.draws_noise
-    if drawing.step_noise is None and step < len(draws) and draws[step]:
-        drawing.step_noise = _draw_noise(drawing)
-
-
-def _restart(drawing: Drawing) -> None:
-    """A row's noise from its first number on: a call that found no memory is made again."""
-    drawing.generator.manual_seed(drawing.recipe.seed)

@@ -20,9 +20,11 @@ from engines.families.recipe import Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
+from service.web.masks import Edited, Paste, fit_mask
 from service.web.schema import MAX_SEED, EditParams, ImageParams
 from service.web.uploads import describe_resize, resize
 
+DEFAULT_STRENGTH = 0.8  # of an edit without a mask
 MAX_IGNORED = 10  # unknown fields that are named: warnings of a raw image travel in its head
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
@@ -41,6 +43,7 @@ class Admitted:
     seed: int
     priority: Priority
     warnings: list[str] = field(default_factory=list)
+    paste: Paste | None = None  # over each image of an edit with a mask
 
 
 def check_model(name: str | None, model_id: str, settings: Settings) -> None:
@@ -59,17 +62,17 @@ def admit(
     runner: Runner,
     settings: Settings,
     tenant: Tenant,
-    image: np.ndarray | None = None,
+    edited: Edited | None = None,
 ) -> Admitted:
     """Settle every open choice of a request and make its drawings. No engine call happens here.
 
-    ``image`` is the decoded upload of an edit, uint8 ``[H, W, 3]``.
+    ``edited`` is what an edit starts from, as it was sent.
 
     Raises:
         BadRequest: a value this model or this service does not take.
     """
     info = runner.info
-    width, height = _size(params.size, info, image)
+    width, height = _size(params.size, info, None if edited is None else edited.pixels)
     num_steps = params.num_inference_steps or steps_of_quality(
         params.quality, info.default_num_steps, settings.max_steps
     )
@@ -80,7 +83,11 @@ def admit(
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     crop = params.size != "auto"
-    fitted = None if image is None else resize(image, width, height, crop=crop)
+    image = mask = None
+    if edited is not None:
+        image = resize(edited.pixels, width, height, crop=crop)
+        if edited.mask is not None:
+            mask = fit_mask(edited.mask, width, height, crop=crop)
     drawings = []
     for index in range(params.n):
         recipe = Recipe(
@@ -92,9 +99,10 @@ def admit(
             num_steps=num_steps,
             guidance_scale=guidance,
             sampler=sampler,
-            strength=params.strength if isinstance(params, EditParams) else 1.0,
+            strength=_strength(params, mask),
             eta=params.eta,
-            image=fitted,
+            image=image,
+            mask=mask,
             num_previews=params.partial_images if params.stream else 0,
             loras=loras,
         )
@@ -103,7 +111,7 @@ def admit(
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _ignored(params) + _warnings(params, info, drawings[0], settings)
-    if image is not None and (done := describe_resize(image, width, height, crop=crop)):
+    if edited is not None and (done := describe_resize(edited.pixels, width, height, crop=crop)):
         warnings.append(done)
     priority = priority_of(params, tenant)
     if params.priority is not None and Priority[params.priority.upper()] != priority:
@@ -111,8 +119,20 @@ def admit(
             f"priority is {params.priority!r}; this API key has {priority.name.lower()} at most"
         )
     return Admitted(
-        drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings
-    )
+        drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings,
+        paste=_paste(params, image, mask),
+    )  # fmt: skip
+
+
+def _strength(params: ImageParams, mask: np.ndarray | None) -> float:
+    given = params.strength if isinstance(params, EditParams) else None
+    return given or (DEFAULT_STRENGTH if mask is None else 1.0)
+
+
+def _paste(params: ImageParams, image: np.ndarray | None, mask: np.ndarray | None) -> Paste | None:
+    if image is None or mask is None or not isinstance(params, EditParams) or not params.paste_back:
+        return None
+    return Paste.of(image, mask, params.mask_feather)
 
 
 def steps_of_quality(quality: str, default: int, max_steps: int) -> int:

@@ -100,7 +100,9 @@ class Answers:
             return None
         recipes = [drawing.recipe for drawing in admitted.drawings]
         quality, info = params.output_compression, self._replica.runner.info
-        keys = await in_worker(self._replica, image_keys, recipes, output_format, quality, info)
+        keys = await in_worker(
+            self._replica, image_keys, recipes, admitted.paste, output_format, quality, info
+        )
         return CachedRows(self._cache, keys)
 
     async def _body(

@@ -14,9 +14,10 @@ from service.replica import Replica
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.web.answers import Answers, given_timeout_s, in_worker
 from service.web.image_files import ImageFiles
+from service.web.masks import Edited
 from service.web.parsing import accepted_format, parse_edit, parse_generation
 from service.web.schema import ImageParams, ImagesResponse, ModelList, ModelObject
-from service.web.uploads import decode_image
+from service.web.uploads import decode_picture
 
 
 class PlainRoute(APIRoute):
@@ -45,8 +46,8 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
         )
 
     async def edits(request: Request) -> Response:
-        """Redraw one image after a prompt (image-to-image); `strength` says how far."""
-        params, upload = await parse_edit(request, replica.settings)
+        """Redraw an image, or what a mask marks of it, after a prompt; `strength` says how far."""
+        params, uploads = await parse_edit(request, replica.settings)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
@@ -54,8 +55,13 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
         timeout_s = _check_room(replica, answers, request, params)
 
         def prepare() -> Admitted:
-            pixels = decode_image(upload.data, max_px=max_px, field=upload.field)
-            admitted = admit(params, replica.runner, replica.settings, tenant, pixels)
+            pictures = [
+                decode_picture(each.data, max_px=max_px, field=each.field)
+                for each in uploads
+                if each is not None
+            ]
+            edited = Edited.of(*pictures)
+            admitted = admit(params, replica.runner, replica.settings, tenant, edited)
             if replica.safety is not None:
                 replica.safety.check_prompt(params.prompt)
             return admitted

@@ -18,6 +18,7 @@ from service.web.images import DEFAULT_QUALITY
 if TYPE_CHECKING:
     from engines.drawing.info import ModelInfo
     from engines.families.recipe import Recipe
+    from service.web.masks import Paste
     from service.web.schema import OutputFormat
 
 
@@ -75,21 +76,26 @@ class CachedRows:
 
 
 def image_keys(
-    recipes: Sequence[Recipe], output_format: OutputFormat, quality: int | None, model: ModelInfo
+    recipes: Sequence[Recipe],
+    paste: Paste | None,
+    output_format: OutputFormat,
+    quality: int | None,
+    model: ModelInfo,
 ) -> list[bytes]:
     """SHA-256 of all that decides an encoded image's bytes, for each recipe of one request.
 
     What changes while a replica serves is the engine that draws (``serve_meanwhile``): it counts.
     Weights and LoRA files are read once, at start.
     """
-    image = hashlib.sha256(b"" if recipes[0].image is None else recipes[0].image.tobytes())
+    arrays = (recipes[0].image, recipes[0].mask, None if paste is None else paste.share)
+    edited = [None if each is None else hashlib.sha256(each.tobytes()).digest() for each in arrays]
     encoding = (output_format, DEFAULT_QUALITY if quality is None else quality)
-    common = (image.digest(), encoding, model.model_id, model.backend, model.precision)
+    common = (edited, encoding, model.model_id, model.backend, model.precision)
     return [hashlib.sha256(repr((_drawn(recipe), *common)).encode()).digest() for recipe in recipes]
 
 
 def _drawn(recipe: Recipe) -> list[object]:
-    """Every field but the image, which all recipes of a request share, and the previews."""
+    """Every field but image and mask, which all recipes of a request share, and the previews."""
     values = {each.name: getattr(recipe, each.name) for each in dataclasses.fields(recipe)}
-    del values["image"], values["num_previews"]
+    del values["image"], values["mask"], values["num_previews"]
     return [*(values | {"loras": sorted(recipe.loras.items())}).items()]

@@ -183,6 +183,8 @@ class Job:
     def _encode(self, event: Preview | Finished) -> EncodedImage:
         final = isinstance(event, Finished)
         pixels, filtered = event.pixels, False
+        if self._admitted.paste is not None:
+            pixels = self._admitted.paste.over(pixels)
         if self._replica.safety is not None:
             pixels, filtered = self._replica.safety.screen(pixels, "image" if final else "preview")
         begun = self._replica.loop.clock()

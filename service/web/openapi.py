@@ -142,11 +142,13 @@ def _form(schema: Object) -> Object:
     for name, each in properties.items():
         if "anyOf" in each:
             each["anyOf"] = [loras if name == "loras" else _typed(each), EMPTY]
-    properties["mask"] = EMPTY | {"description": "Inpainting is not served: an empty part alone."}
-    properties["image"] = {
-        "type": "string",
-        "format": "binary",
-        "description": "One PNG, JPEG or WebP file; `image[]` is taken as well.",
+    file = {"type": "string", "format": "binary"}
+    properties["mask"] = file | {
+        "description": "A file of the image's size: what is transparent in it is drawn anew."
+    }
+    properties["image"] = file | {
+        "description": "One PNG, JPEG or WebP file; `image[]` is taken as well. Without a mask, "
+        "what is transparent in it is drawn anew.",
     }
     return schema | {"required": ["image", *schema["required"]]}
 

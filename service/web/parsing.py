@@ -24,15 +24,14 @@ from service.web.schema import (
     EditRequest,
     GenerationRequest,
     ImageParams,
+    ImageReference,
     OutputFormat,
 )
 
 T = TypeVar("T", bound=ImageParams)
 
 JSON = "application/json"
-NOT_YET = {  # OpenAI fields this service does not act on: refused, never silently dropped
-    "mask": "inpainting is not served; leave mask out to redraw the whole image",
-}
+FILES = {"image": "image", "image[]": "image", "mask": "mask"}  # part of a form → what it is
 BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{1,70}")  # RFC 2046, 5.1.1
 MAX_FORM_FIELDS = 64
 MAX_FORM_FILES = 8
@@ -47,6 +46,13 @@ class Upload(NamedTuple):
 
     data: bytes
     field: str
+
+
+class Uploads(NamedTuple):
+    """What an edit starts from."""
+
+    image: Upload
+    mask: Upload | None
 
 
 async def parse_generation(request: Request, settings: Settings) -> GenerationRequest:
@@ -135,8 +141,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
         seen.add(name)
 
 
-async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, Upload]:
-    """The body of ``POST /v1/images/edits``, a form or JSON: parameters and the one image."""
+async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, Uploads]:
+    """The body of ``POST /v1/images/edits``, a form or JSON: parameters, the image, its mask."""
     _check_plain(request)
     media_type, options = _content_type(request)
     if media_type == JSON:
@@ -146,30 +152,32 @@ async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, 
     return await _edit_from_form(request, settings)
 
 
-def _edit_from_json(body: bytes, settings: Settings) -> tuple[EditBody, Upload]:
+def _edit_from_json(body: bytes, settings: Settings) -> tuple[EditBody, Uploads]:
     params = _from_json(body, EditBody, settings)
-    if params.mask is not None:
-        raise _not_yet("mask")
     sent = [] if params.image is None else [("image", params.image)]
     for index, reference in enumerate(params.images or ()):
-        if reference.file_id is not None:
-            field = f"images.{index}.file_id"
-            raise BadRequest(
-                f"{field} is given; this service keeps no uploads, send the image in image_url as "
-                "a data: URL",
-                param=field,
-                code="unsupported_parameter",
-            )
-        if reference.image_url is not None:
-            sent.append((f"images.{index}.image_url", reference.image_url))
+        sent += _referred(reference, f"images.{index}")
     if len(sent) != 1:
         raise BadRequest(
             f"image must be exactly one, got {len(sent)}; send it in base64 as image, or as a "
             "data: URL in images[0].image_url",
             param="image",
         )
-    ((field, text),) = sent
-    return params, Upload(_decoded(text, field), field)
+    sent += [] if params.mask is None else _referred(params.mask, "mask")
+    image, *masks = (Upload(_decoded(text, field), field) for field, text in sent)
+    return params, Uploads(image, masks[0] if masks else None)
+
+
+def _referred(reference: ImageReference, name: str) -> list[tuple[str, str]]:
+    """The field and the text of an image, if there is any."""
+    if reference.file_id is not None:
+        raise BadRequest(
+            f"{name}.file_id is given; this service keeps no uploads, send the image in image_url "
+            "as a data: URL",
+            param=f"{name}.file_id",
+            code="unsupported_parameter",
+        )
+    return [] if reference.image_url is None else [(f"{name}.image_url", reference.image_url)]
 
 
 def _decoded(text: str, field: str) -> bytes:
@@ -193,55 +201,54 @@ def _decoded(text: str, field: str) -> bytes:
         ) from error
 
 
-def _not_yet(name: str) -> BadRequest:
-    return BadRequest(NOT_YET[name], param=name, code="unsupported_parameter")
-
-
-async def _edit_from_form(request: Request, settings: Settings) -> tuple[EditRequest, Upload]:
+async def _edit_from_form(request: Request, settings: Settings) -> tuple[EditRequest, Uploads]:
     form = await _read_form(request)
     try:
         fields, files = _sort(form, settings)
-        if len(files) != 1:
-            raise BadRequest(f"image must be exactly one file, got {len(files)}", param="image")
-        data = await files[0].read()
+        images = [Upload(await file.read(), name) for name, file in files if name == "image"]
+        masks = [Upload(await file.read(), name) for name, file in files if name == "mask"]
+        if len(images) != 1:
+            raise BadRequest(f"image must be exactly one file, got {len(images)}", param="image")
+        if len(masks) > 1:
+            raise BadRequest(f"mask must be at most one file, got {len(masks)}", param="mask")
     finally:
         await form.close()
     try:
         params = EditRequest.model_validate(fields, extra=_extra(settings))
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
-    return params, Upload(data, "image")
+    return params, Uploads(images[0], masks[0] if masks else None)
 
 
-def _sort(form: FormData, settings: Settings) -> tuple[dict[str, str], list[UploadFile]]:
-    """Text by name, and the images. An empty file is empty text; without a name it is no image."""
+def _sort(
+    form: FormData, settings: Settings
+) -> tuple[dict[str, str], list[tuple[str, UploadFile]]]:
+    """Text by name, and the files. An empty file is empty text; without a name it is no image."""
     fields: dict[str, str] = {}
-    images: list[UploadFile] = []
+    files: list[tuple[str, UploadFile]] = []
     for as_it_came, value in form.multi_items():
         name = _text(as_it_came, of="the name of a field")
-        is_image = name in ("image", "image[]")
-        if isinstance(value, UploadFile) and not value.size and not (is_image and value.filename):
-            value = ""  # what browsers send where no file was chosen
-        if not value and (is_image or name in NOT_YET):
-            continue
-        if name in NOT_YET:
-            raise _not_yet(name)
-        is_known = is_image or name in EditRequest.model_fields
-        if isinstance(value, UploadFile) and not is_known and _extra(settings) == "allow":
-            value = ""
-        if isinstance(value, UploadFile) != is_image:
-            raise BadRequest(
-                "image is text; send it as a file" if is_image else
-                f"{_cut(name)} is a file; only image is one",
-                param="image" if is_image else _cut(name),
-            )  # fmt: skip
+        known = FILES.get(name)
         if isinstance(value, UploadFile):
-            images.append(value)
-        elif name in fields:
+            # Browsers send an empty file without a name where none was chosen.
+            if not value.size and not (known == "image" and value.filename):
+                value = ""
+            elif known:
+                files.append((known, value))
+                continue
+            elif name in EditRequest.model_fields or _extra(settings) == "forbid":
+                raise BadRequest(
+                    f"{_cut(name)} is a file; only image and mask are", param=_cut(name)
+                )
+            else:
+                value = ""
+        if known and value:
+            raise BadRequest(f"{known} is text; send it as a file", param=known)
+        if name in fields:
             raise BadRequest(f"{_cut(name)} is given twice; send it once", param=_cut(name))
-        else:
+        if not known:
             fields[name] = _text(value, of=_cut(name))
-    return fields, images
+    return fields, files
 
 
 async def _read_form(request: Request) -> FormData:
@@ -290,8 +297,6 @@ def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
         )
     first = error.errors(include_url=False)[0]
     where = _cut(".".join(str(part) for part in first["loc"]))
-    if first["type"] == "extra_forbidden" and where in NOT_YET:
-        return _not_yet(where)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, model.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -125,9 +125,7 @@ class ImageParams(Input):
         None, description="Higher goes first. At most, and by default, what the API key has."
     )
 
-    @field_validator(
-        "n", "output_compression", "partial_images", "num_inference_steps", "seed", mode="before"
-    )
+    @field_validator("*", mode="before")
     @classmethod
     def _whole(cls, value: object) -> object:
         """JSON has one kind of number: 2.0 is an integer there."""
@@ -151,10 +149,23 @@ class GenerationRequest(ImageParams):
 
 
 class EditParams(ImageParams):
-    """``POST /v1/images/edits``: image-to-image."""
+    """``POST /v1/images/edits``: image-to-image, and inpainting where there is a mask."""
 
-    strength: float = Field(
-        0.8, gt=0, le=1, description="How far from the input: 1 keeps nothing of it."
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How far from the input: 1 keeps nothing of it. Default: 0.8, with a mask 1.",
+    )
+    paste_back: bool = Field(
+        True, description="What a mask keeps of the image is put back, equal to the byte."
+    )
+    mask_feather: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Pixels inside the mask's edge over which what is put back fades out. "
+        "Default: a 128th of the shorter side.",
     )
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Has no effect here.")
 
@@ -191,7 +202,11 @@ class EditBody(EditParams):
     images: list[ImageReference] | None = Field(
         None, max_length=16, description="OpenAI's form of the same; exactly one is taken."
     )
-    mask: Any = Field(None, description="Refused: inpainting is not served.")
+    mask: ImageReference | None = Field(
+        None,
+        description="What is transparent in it is drawn anew; without a mask, what is transparent "
+        "in the image itself, else all of it.",
+    )
 
 
 class ImageObject(BaseModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
@@ -41,9 +42,29 @@ EXIF_TURNS = {  # Exif 2.3, 4.6.4 A: the value of Orientation → what makes the
 }
 
 
+class Picture(NamedTuple):
+    """A decoded upload, upright and in sRGB."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3], also beneath what is transparent
+    alpha: np.ndarray | None  # uint8 [H, W], where the file has transparency
+
+    def over_white(self) -> np.ndarray:
+        """uint8 ``[H, W, 3]``: what is transparent is white."""
+        if self.alpha is None:
+            return self.pixels
+        image = Image.fromarray(self.pixels)
+        image.paste("white", mask=ImageChops.invert(Image.fromarray(self.alpha)))
+        return np.asarray(image)
+
+
 def decode_image(data: bytes, *, max_px: int, field: str = "image") -> np.ndarray:
-    """Decode an upload to uint8 ``[H, W, 3]``: upright (Exif), in sRGB, over white where
-    transparent; of 16 bits the upper 8, of several pictures the first.
+    """As `decode_picture`, to uint8 ``[H, W, 3]`` over white."""
+    return decode_picture(data, max_px=max_px, field=field).over_white()
+
+
+def decode_picture(data: bytes, *, max_px: int, field: str = "image") -> Picture:
+    """Decode an upload: turned upright (Exif), in sRGB; of 16 bits the upper 8, of several
+    pictures the first.
 
     Damaged Exif and colour profiles are passed over. Working memory is at most 17 bytes a pixel.
 
@@ -71,7 +92,7 @@ def decode_image(data: bytes, *, max_px: int, field: str = "image") -> np.ndarra
                     "accepted, scale it down first",
                     param=field,
                 )
-            return np.asarray(_opaque(_upright(image)))
+            return _picture(_upright(image))
     except ServiceError:
         raise
     except Image.DecompressionBombError as error:
@@ -123,17 +144,14 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """As RGB in sRGB; what is transparent becomes white."""
+def _picture(image: Image.Image) -> Picture:
     profile = image.info.get("icc_profile")
     if image.mode == "I;16":
-        return to_srgb(_upper_bits(image), profile)
+        return Picture(np.asarray(to_srgb(_upper_bits(image), profile)), None)
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    image = to_srgb(image.convert(mode), profile)
-    if alpha is not None:
-        image.paste("white", mask=ImageChops.invert(alpha))
-    return image
+    pixels = np.asarray(to_srgb(image.convert(mode), profile))
+    return Picture(pixels, None if alpha is None else np.asarray(alpha))
 
 
 def _upper_bits(image: Image.Image) -> Image.Image:
@@ -144,7 +162,7 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 
 def resize(pixels: np.ndarray, width: int, height: int, *, crop: bool) -> np.ndarray:
-    """Fit uint8 ``[H, W, 3]`` to ``width`` × ``height`` by Lanczos.
+    """Fit uint8 ``[H, W, 3]`` or ``[H, W]`` to ``width`` × ``height`` by Lanczos.
 
     All of it, stretched where its shape is another; with ``crop`` its centre of that shape.
     """

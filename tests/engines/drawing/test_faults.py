@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.drawing import runner as module
+from engines.drawing import noise as module
 from engines.drawing import transfers
 from engines.drawing.drawing import Drawing
 from engines.drawing.faults import faults_of
@@ -96,7 +96,7 @@ def test_noise_that_finds_no_memory_is_drawn_again_the_same(
     expected = [drawing.pixels for drawing in runner.draw(wanted)]
     rows = [runner.start(each) for each in wanted]
     runner.encode_text(rows)
-    draw, moved = module._draw_noise, []
+    draw, moved = module.draw_noise, []
 
     def draw_once(drawing: Drawing) -> Tensor:
         moved.append(drawing)
@@ -105,7 +105,7 @@ def test_noise_that_finds_no_memory_is_drawn_again_the_same(
             raise torch.OutOfMemoryError
         return noise
 
-    monkeypatch.setattr(module, "_draw_noise", draw_once)
+    monkeypatch.setattr(module, "draw_noise", draw_once)
     with pytest.raises(OutOfMemory, match="of 2 rows"):
         runner.encode_image(rows)
     runner.encode_image(rows)

@@ -278,9 +278,9 @@ def test_edit_forms(http: TestClient) -> None:
             "/v1/images/edits", data=data, files=[(n, ("x.png", png())) for n in names]
         )
 
-    assert "other is a file; only image is one" in post({"prompt": "x"}, "other").text
+    assert "other is a file; only image and mask are" in post({"prompt": "x"}, "other").text
     assert "got 2" in post({"prompt": "x"}, "image[]", "image[]").text
-    assert "inpainting" in post({"prompt": "x"}, "image", "mask").text
+    assert "got 2" in post({"prompt": "x"}, "image", "mask", "mask").text
     assert "strength is" in post({"prompt": "x", "strength": "2"}, "image").text
     assert "leaves no step" not in post({"prompt": "x", "strength": "0.5"}, "image[]").text
     assert post({"prompt": "x", "stream": "true"}, "image").text.rstrip().endswith("data: [DONE]")

@@ -316,6 +316,11 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
         ("nan", f'strength is "nan": {FINITE}'),
         ("far", f'strength is "far": {AS_NUMBER}'),
     ],
+    "paste_back": [("perhaps", f'paste_back is "perhaps": {AS_BOOLEAN}')],
+    "mask_feather": [
+        ("-1", 'mask_feather is "-1": input should be greater than or equal to 0'),
+        ("257", 'mask_feather is "257": input should be less than or equal to 256'),
+    ],
     "input_fidelity": [("most", f'input_fidelity is "most": {one_of("high", "low")}')],
 }  # fmt: skip
 
@@ -341,6 +346,8 @@ PNG = base64.b64encode(png()).decode()
 NO_FETCH = (
     "this service fetches no URL, send the image itself in base64 or as data:image/png;base64,..."
 )
+WIDE = base64.b64encode(png(65, 64)).decode()
+NOTHING_TO_DRAW = "mask leaves nothing to draw: make transparent in it what is to change"
 NOT_BASE64 = "which is not base64; send the whole file, encoded with padding"
 
 # Fields that edits alone have, as JSON, each with the whole message.
@@ -369,8 +376,12 @@ EDIT_FIELDS: dict[str, list[tuple[Any, str]]] = {
         ([{}] * 17, "images is [{}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}]"
                     ": list should have at most 16 items after validation, not 17"),
     ],
+    "paste_back": [("yes", 'paste_back is "yes": ' + BOOLEAN)],
+    "mask_feather": [(1.5, "mask_feather is 1.5: input should be a valid integer")],
     "mask": [
-        ({"image_url": PNG}, "inpainting is not served; leave mask out to redraw the whole image")
+        (PNG, f'mask is "{PNG[:76]}...: input should be an object'),
+        ({"image_url": WIDE}, "mask is 65x64 and image 64x64; send a mask of the image's own size"),
+        ({"image_url": PNG}, NOTHING_TO_DRAW),
     ],
 }  # fmt: skip
 REFERENCE_FIELDS: dict[str, list[tuple[Any, str]]] = {
@@ -395,8 +406,7 @@ REFERENCE_FIELDS: dict[str, list[tuple[Any, str]]] = {
 def test_wrong_values_in_json_edits(http: TestClient, field: str, value: Any, message: str) -> None:
     sent = {"prompt": "x"} | ({} if field == "images" else {"image": PNG}) | {field: value}
     param = "image" if "exactly one" in message else field
-    code = "unsupported_parameter" if field == "mask" else "invalid_value"
-    assert_error(http.post(EDITS, json=sent), message, param, code)
+    assert_error(http.post(EDITS, json=sent), message, param)
 
 
 @pytest.mark.parametrize(("field", "value", "message"), rows(REFERENCE_FIELDS))
@@ -605,14 +615,17 @@ def test_bodies_that_are_too_large_or_lie(
 FILE = ("x.png", png())
 UPLOADS: list[tuple[dict[str, Any], list[tuple[str, Any]], str, str | None, str]] = [
     ({}, [("image", FILE)], "prompt is required", "prompt", "missing_required_parameter"),
-    ({"prompt": "x"}, [("prompt", FILE)], "prompt is a file; only image is one", "prompt", ""),
+    ({"prompt": "x"}, [("prompt", FILE)],
+     "prompt is a file; only image and mask are", "prompt", ""),
     ({"prompt": "x", "image": "y"}, [("image", FILE)],
      "image is text; send it as a file", "image", ""),
     ({"prompt": "x"}, [("image", FILE), ("image[]", FILE)],
      "image must be exactly one file, got 2", "image", ""),
-    ({"prompt": "x"}, [("image", FILE), ("mask", FILE)],
-     "inpainting is not served; leave mask out to redraw the whole image", "mask",
-     "unsupported_parameter"),
+    ({"prompt": "x"}, [("image", FILE), ("mask", FILE)], NOTHING_TO_DRAW, "mask", ""),
+    ({"prompt": "x"}, [("image", FILE), ("mask", ("m.png", b"GIF89a"))],
+     "mask is a file of the format GIF; save it as JPEG, PNG or WebP", "mask", ""),
+    ({"prompt": "x"}, [("image", FILE), ("mask", FILE), ("mask", FILE)],
+     "mask must be at most one file, got 2", "mask", ""),
     ({"prompt": ["x", "y"]}, [("image", FILE)], "prompt is given twice; send it once", "prompt",
      ""),
     ({"prompt": "x", "strenght": "1"}, [("image", FILE)],
@@ -626,8 +639,7 @@ UPLOADS: list[tuple[dict[str, Any], list[tuple[str, Any]], str, str | None, str]
     ({"prompt": "x", "other": ""}, [("image", FILE)],
      "unknown field 'other'", "other", "unknown_parameter"),
     ({"prompt": "x", "mask": "data:image/png;base64,"}, [("image", FILE)],
-     "inpainting is not served; leave mask out to redraw the whole image", "mask",
-     "unsupported_parameter"),
+     "mask is text; send it as a file", "mask", ""),
     ({"prompt": "x"}, [("image", FILE)] * 9,
      "the multipart body cannot be read: Too many files. Maximum number of files is 8.", None, ""),
     ({f"f{i}": "x" for i in range(65)}, [("image", FILE)],

@@ -21,6 +21,7 @@ from service.replica import Replica
 from service.settings import load_settings
 from service.web.admission import Admitted, admit
 from service.web.app import build_app
+from service.web.masks import Edited
 from service.web.schema import EditRequest
 
 EDITS = "/v1/images/edits"
@@ -49,7 +50,9 @@ def noise(width: int, height: int) -> Image.Image:
 
 def admitted(replica: Replica, image: Image.Image, size: str = "auto") -> Admitted:
     params = EditRequest(prompt="x", size=size)
-    return admit(params, replica.runner, replica.settings, Tenant(), np.asarray(image))
+    return admit(
+        params, replica.runner, replica.settings, Tenant(), Edited(np.asarray(image), None)
+    )
 
 
 AUTO = [  # the upload's size → what is drawn

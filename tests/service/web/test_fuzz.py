@@ -51,7 +51,8 @@ def app(
 # Beyond what a document says of each field: rules that join fields, or come from the model. Each
 # of them stands word for word in test_bad_input.
 JOINED = {
-    "background", "guidance_scale", "image", "images", "loras", "mask", "num_inference_steps",
+    "background", "guidance_scale", "image", "images", "loras", "mask",
+    "num_inference_steps",
     "output_compression", "partial_images", "prompt", "seed", "size", "strength",
 }  # fmt: skip
 
