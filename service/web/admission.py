@@ -20,9 +20,9 @@ from engines.families.recipe import Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
-from service.web.masks import Edited, Paste, fit_mask
+from service.web.masks import HALF, Edited, Paste, region_of
 from service.web.schema import MAX_SEED, EditParams, ImageParams
-from service.web.uploads import describe_resize, resize
+from service.web.uploads import describe_resize
 
 DEFAULT_STRENGTH = 0.8  # of an edit without a mask
 MAX_IGNORED = 10  # unknown fields that are named: warnings of a raw image travel in its head
@@ -44,6 +44,14 @@ class Admitted:
     priority: Priority
     warnings: list[str] = field(default_factory=list)
     paste: Paste | None = None  # over each image of an edit with a mask
+
+    @property
+    def size(self) -> str:
+        """``WIDTHxHEIGHT`` of what is sent: of a part that was drawn, the whole."""
+        if self.paste is None:
+            return f"{self.width}x{self.height}"
+        rows, columns, _ = self.paste.image.shape
+        return f"{columns}x{rows}"
 
 
 def check_model(name: str | None, model_id: str, settings: Settings) -> None:
@@ -83,11 +91,7 @@ def admit(
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     crop = params.size != "auto"
-    image = mask = None
-    if edited is not None:
-        image = resize(edited.pixels, width, height, crop=crop)
-        if edited.mask is not None:
-            mask = fit_mask(edited.mask, width, height, crop=crop)
+    fitted, paste = _fit(params, edited, width, height, crop=crop)
     drawings = []
     for index in range(params.n):
         recipe = Recipe(
@@ -99,10 +103,10 @@ def admit(
             num_steps=num_steps,
             guidance_scale=guidance,
             sampler=sampler,
-            strength=_strength(params, mask),
+            strength=_strength(params, fitted),
             eta=params.eta,
-            image=image,
-            mask=mask,
+            image=None if fitted is None else fitted.pixels,
+            mask=None if fitted is None or fitted.mask is None else fitted.mask >= HALF,
             num_previews=params.partial_images if params.stream else 0,
             loras=loras,
         )
@@ -120,19 +124,34 @@ def admit(
         )
     return Admitted(
         drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings,
-        paste=_paste(params, image, mask),
+        paste=paste,
     )  # fmt: skip
 
 
-def _strength(params: ImageParams, mask: np.ndarray | None) -> float:
+def _fit(
+    params: ImageParams, edited: Edited | None, width: int, height: int, *, crop: bool
+) -> tuple[Edited | None, Paste | None]:
+    """What an edit draws from, in the size that is drawn, and what is pasted over the outcome."""
+    if edited is None or not isinstance(params, EditParams):
+        return None, None
+    if edited.mask is None:
+        return edited.fit(width, height, crop=crop), None
+    if params.padding_mask_crop is None:
+        fitted = edited.fit(width, height, crop=crop)
+        pasted, box = fitted, None
+    else:
+        box = region_of(edited.mask, width, height, params.padding_mask_crop)
+        fitted = edited.within(box).fit(width, height, crop=False)
+        pasted = edited
+    if not params.paste_back:
+        return fitted, None
+    return fitted, Paste.of(pasted, box, params.mask_feather)
+
+
+def _strength(params: ImageParams, edited: Edited | None) -> float:
     given = params.strength if isinstance(params, EditParams) else None
-    return given or (DEFAULT_STRENGTH if mask is None else 1.0)
-
-
-def _paste(params: ImageParams, image: np.ndarray | None, mask: np.ndarray | None) -> Paste | None:
-    if image is None or mask is None or not isinstance(params, EditParams) or not params.paste_back:
-        return None
-    return Paste.of(image, mask, params.mask_feather)
+    masked = edited is None or edited.mask is not None
+    return given or (1.0 if masked else DEFAULT_STRENGTH)
 
 
 def steps_of_quality(quality: str, default: int, max_steps: int) -> int:

@@ -127,7 +127,7 @@ class Answers:
                 for place, image in zip(places, images, strict=True)
             ],
             "model": self._replica.runner.info.model_id,
-            "size": f"{admitted.width}x{admitted.height}",
+            "size": admitted.size,
             "quality": params.quality,
             "background": "opaque",
             "output_format": params.output_format,

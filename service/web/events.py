@@ -68,7 +68,7 @@ class EventStream(StreamingResponse):
             "created_at": int(time.time()),
             "image_index": image.row_index,
             "seed": admitted.seed + image.row_index,
-            "size": f"{admitted.width}x{admitted.height}",
+            "size": admitted.size,
             "quality": params.quality,
             "background": "opaque",
             "output_format": params.output_format,

@@ -87,10 +87,11 @@ def image_keys(
     What changes while a replica serves is the engine that draws (``serve_meanwhile``): it counts.
     Weights and LoRA files are read once, at start.
     """
-    arrays = (recipes[0].image, recipes[0].mask, None if paste is None else paste.share)
+    pasted = (None, None) if paste is None else (paste.image, paste.share)
+    arrays = (recipes[0].image, recipes[0].mask, *pasted)
     edited = [None if each is None else hashlib.sha256(each.tobytes()).digest() for each in arrays]
     encoding = (output_format, DEFAULT_QUALITY if quality is None else quality)
-    common = (edited, encoding, model.model_id, model.backend, model.precision)
+    common = (edited, paste and paste.box, encoding, model.model_id, model.backend, model.precision)
     return [hashlib.sha256(repr((_drawn(recipe), *common)).encode()).digest() for recipe in recipes]
 
 

@@ -234,7 +234,7 @@ def parameters_text(
             **({"LoRAs": _listed(admitted.loras)} if admitted.loras else {}),
             "CFG scale": admitted.guidance_scale,
             "Seed": admitted.seed + row_index,
-            "Size": f"{admitted.width}x{admitted.height}",
+            "Size": admitted.size,
             "Model": replica.runner.info.model_id,
         }.items()
     )

@@ -160,6 +160,13 @@ class EditParams(ImageParams):
     paste_back: bool = Field(
         True, description="What a mask keeps of the image is put back, equal to the byte."
     )
+    padding_mask_crop: int | None = Field(
+        None,
+        ge=0,
+        le=4096,
+        description="With a mask: just what it marks and so many pixels around are drawn, at the "
+        "full `size`, and put back into the image, which keeps its own.",
+    )
     mask_feather: int | None = Field(
         None,
         ge=0,

@@ -98,6 +98,24 @@ class Peer:
         named = pipeline.unet.named_parameters()
         return {name.replace(".base_layer", ""): weight.detach() for name, weight in named}
 
+    def inpaint_region(self, wanted: Recipe, padding_px: int) -> np.ndarray:
+        """uint8 ``[H, W, 3]`` of the recipe's image: what its mask marks, drawn at its size."""
+        assert wanted.image is not None
+        assert wanted.mask is not None
+        pipeline = StableDiffusionInpaintPipeline(
+            **self._pipeline.components | {"safety_checker": None, "feature_extractor": None},
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(
+            prompt=wanted.prompt, image=Image.fromarray(wanted.image),
+            mask_image=Image.fromarray(wanted.mask).convert("L"), padding_mask_crop=padding_px,
+            width=wanted.width_px, height=wanted.height_px, strength=wanted.strength,
+            num_inference_steps=wanted.num_steps, guidance_scale=wanted.guidance_scale,
+            generator=torch.Generator().manual_seed(wanted.seed),
+        ).images  # fmt: skip
+        return np.asarray(images[0])
+
     def _draw(self, wanted: Recipe) -> Result:
         if wanted.loras:
             self._pipeline.enable_lora()

@@ -317,6 +317,9 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
         ("far", f'strength is "far": {AS_NUMBER}'),
     ],
     "paste_back": [("perhaps", f'paste_back is "perhaps": {AS_BOOLEAN}')],
+    "padding_mask_crop": [
+        ("-1", 'padding_mask_crop is "-1": input should be greater than or equal to 0'),
+    ],
     "mask_feather": [
         ("-1", 'mask_feather is "-1": input should be greater than or equal to 0'),
         ("257", 'mask_feather is "257": input should be less than or equal to 256'),
@@ -377,6 +380,9 @@ EDIT_FIELDS: dict[str, list[tuple[Any, str]]] = {
                     ": list should have at most 16 items after validation, not 17"),
     ],
     "paste_back": [("yes", 'paste_back is "yes": ' + BOOLEAN)],
+    "padding_mask_crop": [
+        (4097, "padding_mask_crop is 4097: input should be less than or equal to 4096")
+    ],
     "mask_feather": [(1.5, "mask_feather is 1.5: input should be a valid integer")],
     "mask": [
         (PNG, f'mask is "{PNG[:76]}...: input should be an object'),

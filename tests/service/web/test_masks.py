@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from diffusers.image_processor import VaeImageProcessor
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
-from service.web.masks import Edited, Paste, fit_mask
+from service.web.masks import Box, Edited, Paste, region_of
 from service.web.uploads import Picture
 from tests.engines.peers import Peer, psnr_db, recipe
 
@@ -136,18 +139,46 @@ def test_without_strength_a_mask_draws_from_pure_noise(client: openai.OpenAI) ->
 
 def test_another_size_scales_image_and_mask_alike() -> None:
     picture = Picture(PHOTO, clear(HOLE))
-    edited = Edited.of(picture)
-    assert edited.mask is not None
-    fitted = fit_mask(edited.mask, 96, 64, crop=True)
+    fitted = Edited.of(picture).fit(96, 64, crop=True).mask
+    assert fitted is not None
     cut = Image.fromarray(np.invert(clear(HOLE))).crop((0, 11, 64, 53))
     wanted = np.asarray(cut.resize((96, 64), Image.Resampling.LANCZOS)) >= 128
-    assert np.mean(fitted != wanted) < 0.01
+    assert np.mean((fitted >= 128) != wanted) < 0.01
 
 
 @pytest.mark.parametrize("feather_px", [0, 1, 4, 256])
 def test_pasting_never_touches_what_is_kept(feather_px: int) -> None:
     other = RNG.integers(0, 256, PHOTO.shape, np.uint8)
-    pasted = Paste.of(PHOTO, HOLE, feather_px).over(other)
+    edited = Edited(PHOTO, np.invert(clear(HOLE)))
+    pasted = Paste.of(edited, feather_px=feather_px).over(other)
     assert np.array_equal(pasted[~HOLE], PHOTO[~HOLE])
     least, most = np.minimum(PHOTO, other), np.maximum(PHOTO, other)
     assert ((pasted >= least) & (pasted <= most)).all()
+
+
+def test_what_a_mask_marks_at_full_size(client: openai.OpenAI, lcm_checkpoint: Path) -> None:
+    """As diffusers' `padding_mask_crop`, which also puts it back, by a mask of 0 and 255."""
+    large = np.asarray(Image.fromarray(PHOTO).resize((200, 150), Image.Resampling.BICUBIC))
+    rows, columns = np.mgrid[:150, :200]
+    hole = np.hypot(rows - 60, columns - 110) < 20
+    asked = {"padding_mask_crop": 6, "size": "64x64", "mask_feather": 0}
+    ours = edit(client, png(large, clear(hole)), **asked)
+    assert np.array_equal(ours[~hole], large[~hole])
+    peer = Peer(lcm_checkpoint, lcm=True)
+    wanted = recipe(
+        num_steps=3, guidance_scale=3.0, seed=5, image=large, mask=hole, strength=1.0,
+    )  # fmt: skip
+    assert psnr_db(ours, peer.inpaint_region(wanted, padding_px=6)) >= 40
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_regions_are_those_of_diffusers(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(8, 60)), data.draw(st.integers(8, 60))
+    mask = np.zeros((rows, columns), np.uint8)
+    for _ in range(data.draw(st.integers(1, 3))):
+        mask[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))] = 255
+    width, height = data.draw(st.sampled_from([(64, 64), (96, 64), (64, 128)]))
+    padding = data.draw(st.integers(0, 20))
+    peers = VaeImageProcessor.get_crop_region(Image.fromarray(mask), width, height, padding)
+    assert region_of(mask, width, height, padding) == Box(*peers)
