@@ -140,8 +140,12 @@ def _form(schema: Object) -> Object:
         "contentSchema": _typed(properties["loras"]),
     }
     for name, each in properties.items():
-        if "anyOf" in each:
-            each["anyOf"] = [loras if name == "loras" else _typed(each), EMPTY]
+        typed = loras if name == "loras" else _typed(each)
+        if "enum" in typed:
+            each.pop("anyOf", None)
+            each |= typed | {"enum": [*typed["enum"], ""]}
+        elif "anyOf" in each:
+            each["anyOf"] = [typed, EMPTY]
     file = {"type": "string", "format": "binary"}
     properties["mask"] = file | {
         "description": "A file of the image's size: what is transparent in it is drawn anew."
