@@ -10,10 +10,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 COMMAND = "fourstep-haproxy"
 MARK = "# amended by Fourstep\n"
+HOST = "HAPROXY_HOST"  # variable of the environment: where to listen instead of Ray's address
 
 
 class ConfigError(RuntimeError):
@@ -70,11 +72,14 @@ AMENDMENTS = (
     (r"^(    bind) :(\d+)$", r"\1 127.0.0.1:\2"),
     (r"^(  bind) \*:(\d+)$", r"\1 127.0.0.1:\2"),
 )
+FRONTEND = re.compile(r"^(frontend http_frontend\n    bind )\S+:(\d+)$", re.MULTILINE)
 NO_SUCH_PATH = re.compile(r"^    http-request return status 404 .*$", re.MULTILINE)
 
 
-def amend(config: str) -> str:
+def amend(config: str, environment: Mapping[str, str]) -> str:
     """Ray's configuration with `AMENDMENTS`; one that has them already comes back as it is.
+
+    ``environment`` may have `HOST`.
 
     Raises:
         ConfigError: a line to be replaced is not there.
@@ -90,6 +95,10 @@ def amend(config: str) -> str:
     config, count = NO_SUCH_PATH.subn(lambda _: f"    http-request return {nowhere}", config)
     if count != 1:
         raise ConfigError(f"Ray's HAProxy configuration has {count} answers of 404")
+    if host := environment.get(HOST):
+        config, count = FRONTEND.subn(rf"\g<1>{host}:\g<2>", config)
+        if count != 1:
+            raise ConfigError(f"Ray's HAProxy configuration has {count} frontends for HTTP")
     return MARK + config
 
 
@@ -100,7 +109,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     file = Path(arguments[arguments.index("-f") + 1])
     try:
-        file.write_text(amend(file.read_text()))
+        file.write_text(amend(file.read_text(), os.environ))
     except ConfigError as error:
         sys.exit(f"{COMMAND}: {error}")
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # this command, not the one it becomes

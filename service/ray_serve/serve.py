@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 import tempfile
@@ -24,12 +25,14 @@ from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
 from service.ray_serve.environment import haproxy_available, own_ports, ray_environment
+from service.ray_serve.haproxy import HOST
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
 from service.settings import Settings, SettingsError
 
 EXIT_WAIT_S = 10.0
+LOOPBACK = "127.0.0.1"
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
 
@@ -42,7 +45,7 @@ def serve_here(
     only where every application has API keys, or with ``allow_anonymous``.
     """
     with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
-        _set_environment(folder)
+        _set_environment(folder, host)
         try:
             check_port(host, port)
             config = ServeConfig.from_file(what) if isinstance(what, Path) else what
@@ -58,13 +61,16 @@ def serve_here(
             return 130
 
 
-def _set_environment(folder: str) -> None:
-    os.environ.update(ray_environment(folder) | own_ports())
+def _set_environment(folder: str, host: str) -> None:
+    os.environ.update(ray_environment(folder) | own_ports() | {HOST: host})
     os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
     # Ray keeps a stopping replica for 30 s, for load balancers elsewhere; here there is only ours.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-    # All of Ray listens on loopback: it is one machine, and Ray asks nobody who they are.
+    # All of Ray listens on loopback, as it is one machine, and asks whoever calls for a token that
+    # only its own processes have: who may call Ray may run any code as this user.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # What Ray does all the time is done on the engine's cores here. It looks ten times a second
     # whether replicas are as they should be, counts itself and, from a line that HAProxy sends it
     # of each, all requests where nobody asks, and has HAProxy run four threads.
@@ -136,7 +142,7 @@ def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
         _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
-            http_options={"host": host, "port": port},
+            http_options={"host": LOOPBACK if haproxy_available() else host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         targets = [
