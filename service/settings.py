@@ -21,6 +21,7 @@ from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 MIB = 1024 * 1024
+MIN_TIMEOUT_S = 0.001  # no image is quicker: an H200's takes 22 ms, 1 step of it 4 (2026-11-26)
 SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde"]
 OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")  # browsers send it in lower case, without path
@@ -76,7 +77,9 @@ class Settings(BaseSettings):
     long_prompt: Literal["truncate", "refuse"] = Field(
         "truncate", description="what happens to a prompt longer than the text encoder's window"
     )
-    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="deadline; X-Request-Timeout")
+    request_timeout_s: float = Field(
+        60.0, ge=MIN_TIMEOUT_S, le=3600, description="deadline; X-Request-Timeout"
+    )
 
     api_keys_file: Path | None = Field(
         None, description="file of NAME:SHA256 lines; with it /v1/ needs a key (see `fourstep key`)"
@@ -107,6 +110,9 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
     metrics_dir: Path | None = Field(
         None, description="folder that the replicas of a node share for their metrics; environment"
+    )
+    metrics_max_age_s: float = Field(
+        1.0, ge=0, le=60, description="/metrics is made anew after so long, however often asked for"
     )
     traces: bool = Field(
         False, description="OpenTelemetry traces by OTLP (extra `otel`); OTEL_* variables say where"

@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from service.batching.request import Timings
 from service.errors import BadRequest, Cancelled
 from service.replica import Replica
+from service.settings import MIN_TIMEOUT_S
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.web.events import EventStream
 from service.web.images import MEDIA_TYPES, to_base64
@@ -193,9 +194,10 @@ def _timeout_s(request: Request, limit_s: float) -> float:
         seconds = float(given)
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds <= limit_s:
+    if not MIN_TIMEOUT_S <= seconds <= limit_s:
         raise BadRequest(
-            f"X-Request-Timeout is {given!r}; it must be seconds above 0 and at most {limit_s:g}",
+            f"X-Request-Timeout is {given[:80]!r}; it must be seconds from {MIN_TIMEOUT_S:g}, "
+            f"which no image takes less than, to {limit_s:g}",
             param="X-Request-Timeout",
         )
     return seconds
