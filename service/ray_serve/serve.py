@@ -24,8 +24,8 @@ from engines.backends.choice import Machine
 from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
-from service.ray_serve.environment import haproxy_available, own_ports, ray_environment
-from service.ray_serve.haproxy import HOST
+from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
+from service.ray_serve.haproxy import HOST, PROBES
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
@@ -37,28 +37,45 @@ RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in 
 
 
 def serve_here(
-    what: ServeConfig | Path, *, host: str, port: int, allow_anonymous: bool = False
+    what: ServeConfig | Path,
+    *,
+    host: str,
+    port: int,
+    probe_port: int | None = None,
+    allow_anonymous: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; failures are one line on stderr.
 
     ``what`` is a Ray Serve config file's path, or what one would say. Other machines are served
-    only where every application has API keys, or with ``allow_anonymous``.
+    only where every application has API keys, or with ``allow_anonymous``. Probes and scrapes have
+    a ``probe_port`` of their own on loopback; None: the one after ``port``, or any that is free.
     """
     with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
         _set_environment(folder, host)
         try:
             check_port(host, port)
+            if probe_port is None:
+                probe_port = _port_after(port)
+            check_port(LOOPBACK, probe_port, option="--probe-port")
+            os.environ[PROBES] = f"{LOOPBACK}:{probe_port}"
             config = ServeConfig.from_file(what) if isinstance(what, Path) else what
             machine = Machine.here()
             config = place(config, machine)
             _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
-            return _run(config, host, port, machine.num_gpus)
+            return _run(config, host, port, probe_port, machine.num_gpus)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
             return 1
         except KeyboardInterrupt:
             typer.echo("\nStopped before serving.", err=True)
             return 130
+
+
+def _port_after(port: int) -> int:
+    with contextlib.suppress(ServeError, OverflowError):
+        check_port(LOOPBACK, port + 1)
+        return port + 1
+    return free_port()
 
 
 def _set_environment(folder: str, host: str) -> None:
@@ -128,7 +145,7 @@ def _on_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
+def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: int) -> int:
     if not haproxy_available():
         typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
     import ray
@@ -150,7 +167,7 @@ def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
         ]
         serving = True  # a replica may answer before run_many knows of it
         serve.run_many(targets)
-        _announce(config, host, port)
+        _announce(config, host, port, probe_port)
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -215,15 +232,17 @@ def _end(processes: list[psutil.Process]) -> None:
         _, processes = psutil.wait_procs(alive, timeout=EXIT_WAIT_S / 3)
 
 
-def _announce(config: ServeConfig, host: str, port: int) -> None:
+def _announce(config: ServeConfig, host: str, port: int, probe_port: int) -> None:
     for app in config.applications:
-        base = f"http://{host}:{port}{app.route_prefix.rstrip('/')}"
+        route = app.route_prefix.rstrip("/")
+        base = f"http://{host}:{port}{route}"
+        probes = f"http://{LOOPBACK}:{probe_port}{route}" if haproxy_available() else base
         typer.echo(
             f"""
 Serving {app.args.get("model", app.name)}
   studio   {base}/
   API      {base}/v1/images/generations      (docs: {base}/docs)
-  metrics  {base}/metrics
+  metrics  {probes}/metrics      (and {probes}/readyz, however many connections clients hold)
 
   curl {base}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
        -d '{{"prompt": "a large red star at the center on a yellow background"}}' -o star.png

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.access.quota import Tenant
 from service.errors import ServiceError, TooLarge
 from service.replica import Replica
+from service.web.headers import MAX_REQUEST_ID_CHARS
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import RequestTrace
@@ -28,7 +29,7 @@ logger = logging.getLogger("fourstep.access")
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 trace_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
 
-VALID_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+VALID_REQUEST_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS}}}")
 COUNTED = {"/v1/images/generations": "generations", "/v1/images/edits": "edits"}
 QUIET = {"/healthz", "/readyz", "/metrics", "/-/healthz", "/-/routes"}
 

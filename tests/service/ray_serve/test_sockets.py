@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import httpx
 import psutil
 import pytest
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
@@ -61,6 +62,7 @@ def test_others_reach_the_service_and_nothing_else(service: tuple[psutil.Process
     assert any(name.startswith("ray::ServeReplica") for name in names)
     open_to_others = {entry for entry in found if not is_loopback(entry[1])}
     assert open_to_others == {("haproxy", "0.0.0.0", port)}
+    assert httpx.get(f"http://127.0.0.1:{port + 1}/readyz").text == "ready\n"
 
 
 def test_no_port_unpickles_what_anybody_sends(
