@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     max_steps: int = Field(50, ge=1, le=1000, description="num_inference_steps")
     max_prompt_chars: int = Field(4000, ge=1, le=32_000)
     max_body_bytes: int = Field(20 * MIB, ge=1024)
+    max_held_bytes: int = Field(
+        320 * MIB, ge=1024, description="of all bodies that are read or wait to be decoded"
+    )
+    body_timeout_s: float = Field(60.0, gt=0, le=3600, description="for a body to come in whole")
     max_input_px: int = Field(4096 * 4096, ge=64, description="pixels of an uploaded image")
     long_prompt: Literal["truncate", "refuse"] = Field(
         "truncate", description="what happens to a prompt longer than the text encoder's window"
@@ -107,6 +111,9 @@ class Settings(BaseSettings):
     )
     webp_method: int = Field(2, ge=0, le=6, description="libwebp effort of WebP answers")
     num_image_workers: int = Field(2, ge=1, le=64, description="threads that encode images")
+    num_upload_workers: int = Field(
+        1, ge=1, le=64, description="threads that decode uploads: 17 bytes a pixel of max_input_px"
+    )
     drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
     metrics_dir: Path | None = Field(
         None, description="folder that the replicas of a node share for their metrics; environment"

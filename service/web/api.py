@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from service.settings import MIN_TIMEOUT_S
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.web.events import EventStream
 from service.web.images import MEDIA_TYPES, to_base64
+from service.web.intake import Intake
 from service.web.job import EncodedImage, Job, withheld_warnings
 from service.web.parsing import accepted_format, parse_edit, parse_generation
 from service.web.schema import (
@@ -39,8 +41,8 @@ class PlainRoute(APIRoute):
         return self.endpoint
 
 
-def build_router(replica: Replica) -> APIRouter:
-    """Routes of one replica."""
+def build_router(replica: Replica, intake: Intake) -> APIRouter:
+    """Routes of one replica, whose uploads come in by ``intake``."""
     router = APIRouter(prefix="/v1")
 
     async def generations(request: Request) -> Response:
@@ -49,12 +51,10 @@ def build_router(replica: Replica) -> APIRouter:
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
-        timeout_s = _check_room(replica, request, params)
+        deadline = _check_room(replica, request, params)
         admitted = admit(params, replica.runner, replica.settings, tenant)
-        if replica.safety is not None:
-            await _in_worker(replica, replica.safety.check_prompt, params.prompt)
         return await _answer(
-            replica, request, params, admitted, output_format, "image_generation", timeout_s
+            replica, request, params, admitted, output_format, "image_generation", deadline
         )
 
     async def edits(request: Request) -> Response:
@@ -64,18 +64,19 @@ def build_router(replica: Replica) -> APIRouter:
         output_format = accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
         tenant = request.state.exchange.tenant
-        timeout_s = _check_room(replica, request, params)
+        deadline = _check_room(replica, request, params)
 
-        def prepare() -> Admitted:
+        def prepare(data: bytes) -> Admitted:
             pixels = decode_image(data, max_px=max_px)
-            admitted = admit(params, replica.runner, replica.settings, tenant, pixels)
-            if replica.safety is not None:
-                replica.safety.check_prompt(params.prompt)
-            return admitted
+            return admit(params, replica.runner, replica.settings, tenant, pixels)
 
-        admitted = await _in_worker(replica, prepare)
+        left_s = deadline - replica.loop.clock()
+        decoding = intake.decode(functools.partial(prepare, data), left_s)
+        admitted = await _until_disconnect(request, decoding)
+        del data  # megabytes, for as long as the images take
+        request.state.exchange.release_body()
         return await _answer(
-            replica, request, params, admitted, output_format, "image_edit", timeout_s
+            replica, request, params, admitted, output_format, "image_edit", deadline
         )
 
     for path, endpoint in (("/images/generations", generations), ("/images/edits", edits)):
@@ -102,14 +103,15 @@ def build_router(replica: Replica) -> APIRouter:
 
 
 def _check_room(replica: Replica, request: Request, params: ImageParams) -> float:
-    """The seconds that a request has. Raises `Overloaded` before one that will be refused has cost
-    more than its parsing.
+    """The request's deadline on the engine loop's clock. Raises `Overloaded` or `RateLimited`
+    before one that will be refused has cost more than its parsing.
     """
     check_limits(params, replica.settings)
     tenant = request.state.exchange.tenant
     timeout_s = _timeout_s(request, replica.settings.request_timeout_s)
+    replica.quotas.check(tenant, params.n)
     replica.loop.check(params.n, tenant.name, priority_of(params, tenant), timeout_s)
-    return timeout_s
+    return replica.loop.clock() + timeout_s
 
 
 async def _in_worker(replica: Replica, work: Callable[..., T], *arguments: object) -> T:
@@ -152,9 +154,11 @@ async def _answer(
     admitted: Admitted,
     raw_format: OutputFormat | None,
     event_name: str,
-    timeout_s: float,
+    deadline: float,
 ) -> Response:
     exchange = request.state.exchange
+    if replica.safety is not None:
+        await _in_worker(replica, replica.safety.check_prompt, params.prompt)
     job = Job(
         replica,
         params,
@@ -162,7 +166,7 @@ async def _answer(
         request_id=exchange.request_id,
         tenant=exchange.tenant,
         output_format=raw_format or params.output_format,
-        timeout_s=timeout_s,
+        deadline=deadline,
     )
     job.request.timings.parse_s = time.perf_counter() - exchange.begun
     if exchange.trace is not None:
@@ -208,9 +212,7 @@ async def _collect(job: Job) -> list[EncodedImage]:
     return sorted(images, key=lambda image: image.row_index)
 
 
-async def _until_disconnect(
-    request: Request, work: Coroutine[Any, Any, list[EncodedImage]]
-) -> list[EncodedImage]:
+async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await ``work``; a client that closes its connection cancels it.
 
     Servers only say ``http.disconnect``; Ray Serve, without HAProxy, cancels the handler itself.

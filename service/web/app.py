@@ -29,6 +29,7 @@ from service.telemetry.versions import version_of
 from service.web.api import build_router
 from service.web.exchange import Telemetry
 from service.web.headers import SecurityHeaders, cors_options
+from service.web.intake import Intake
 from service.web.openapi import complete_document
 from service.web.pages import add_pages
 
@@ -41,11 +42,15 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     ``behind_ray`` leaves the ``X-Request-ID`` answer header to Ray Serve, which sends it already.
     """
 
+    settings = replica.settings
+    intake = Intake(settings.num_upload_workers, settings.max_held_bytes)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if not replica.started:
             await asyncio.to_thread(replica.start)
         yield
+        intake.close()
         await asyncio.to_thread(replica.close)
 
     app = FastAPIOffline(
@@ -56,17 +61,16 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(build_router(replica))
+    app.include_router(build_router(replica, intake))
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)
-    settings = replica.settings
     complete_document(app, settings)
     # Each of these goes around those before it.
     if settings.api_keys_file:
         app.add_middleware(Authentication, keys=KeyRing(settings.api_keys_file))
     app.add_middleware(UnforeseenErrors)
-    app.add_middleware(Telemetry, replica=replica, send_request_id=not behind_ray)
+    app.add_middleware(Telemetry, replica=replica, intake=intake, send_request_id=not behind_ray)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors_options(settings.cors_origins))
     app.add_middleware(SecurityHeaders)

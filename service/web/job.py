@@ -43,7 +43,8 @@ class EncodedImage:
 class Job:
     """One accepted request as its handler sees it. Use as an async context manager.
 
-    Raises on entry what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
+    ``deadline`` is on the engine loop's clock. Raises on entry what `Quotas.take` and
+    `EngineLoop.submit` raise: nothing was accepted then.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Job:
         request_id: str,
         tenant: Tenant,
         output_format: OutputFormat,
-        timeout_s: float,
+        deadline: float,
     ) -> None:
         self._replica = replica
         self._params = params
@@ -68,7 +69,7 @@ class Job:
         self.request = Request(
             request_id,
             arrived_at=now,
-            deadline=now + timeout_s,
+            deadline=deadline,
             send=self._receive,
             tenant=tenant.name,
             priority=admitted.priority,
