@@ -27,6 +27,7 @@ from service.access.keys import KeyRing
 from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
 from service.ray_serve.haproxy import HOST, PROBES
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
+from service.ray_serve.output import Output, logs_folder
 from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
 from service.settings import Settings, SettingsError
@@ -88,6 +89,8 @@ def _set_environment(folder: str, host: str) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they would rather have installed
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # What Ray does all the time is done on the engine's cores here. It looks ten times a second
     # whether replicas are as they should be, counts itself and, from a line that HAProxy sends it
     # of each, all requests where nobody asks, and has HAProxy run four threads.
@@ -153,9 +156,9 @@ def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: i
 
     typer.echo("Starting Ray Serve ...")
     num_replicas = sum(app.max_replicas for app in config.applications)
-    serving = False
+    serving, output = False, Output()
     try:
-        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus)
+        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus, output)
         _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
@@ -178,6 +181,7 @@ def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: i
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ServeError(_cause(error)) from error
     finally:
+        output.serving = False
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         descendants = psutil.Process().children(recursive=True)
         if ray.is_initialized():
@@ -190,9 +194,10 @@ def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: i
         _end(descendants)
 
 
-def _start_ray(num_cpus: int, num_gpus: int) -> None:
+def _start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
     import ray
 
+    output.begin()
     try:
         ray.init(
             address="local",  # never a cluster that RAY_ADDRESS names: this command is one machine
@@ -248,5 +253,5 @@ Serving {app.args.get("model", app.name)}
        -d '{{"prompt": "a large red star at the center on a yellow background"}}' -o star.png
 """
         )
-    typer.echo("Ctrl-C stops everything.")
+    typer.echo(f"Ctrl-C stops everything. What Ray and libraries have to say: {logs_folder()}")
     sys.stdout.flush()
