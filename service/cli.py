@@ -35,6 +35,12 @@ def serve(
     device: DeviceOption = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    probe_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="For probes and metrics alone, on loopback. [port + 1]"
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Engines, one each.")] = 1,
     config: Annotated[
         Path | None, typer.Option(help="Ray Serve config (YAML) of several applications.")
@@ -72,7 +78,11 @@ def serve(
     }
     given = {name: value for name, value in args.items() if value not in (None, {})}
     what = config or ServeConfig.of_one(given)  # what is left out may stand in the environment
-    sys.exit(serve_here(what, host=host, port=port, allow_anonymous=allow_anonymous))
+    sys.exit(
+        serve_here(
+            what, host=host, port=port, probe_port=probe_port, allow_anonymous=allow_anonymous
+        )
+    )
 
 
 @app.command()

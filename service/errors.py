@@ -97,6 +97,14 @@ class MethodNotAllowed(ServiceError):
     default_code = "method_not_allowed"
 
 
+class BodyTimeout(ServiceError):
+    """The body did not come in time."""
+
+    status = 408
+    type = "timeout_error"
+    default_code = "timeout"
+
+
 class TooLarge(ServiceError):
     """The body or an image in it exceeds a limit."""
 

@@ -96,7 +96,7 @@ class Replica:
         # holding up all threads.
         gc.collect()
         gc.freeze()
-        self._metrics = Metrics(runner.info.model_id)
+        self._metrics = Metrics(runner.info.model_id, max_age_s=settings.metrics_max_age_s)
         self.safety = load_safety(settings, self._metrics.safety_check)
         self._recorder = Recorder(
             self._metrics, ready=lambda: self.ready, padded_rows=runner.padded_rows

@@ -21,6 +21,7 @@ from engines.facts import Defaults
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 MIB = 1024 * 1024
+MIN_TIMEOUT_S = 0.001  # no image is quicker: an H200's takes 22 ms, 1 step of it 4 (2026-11-26)
 SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde"]
 OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")  # browsers send it in lower case, without path
@@ -73,11 +74,17 @@ class Settings(BaseSettings):
     max_steps: int = Field(50, ge=1, le=1000, description="num_inference_steps")
     max_prompt_chars: int = Field(4000, ge=1, le=32_000)
     max_body_bytes: int = Field(20 * MIB, ge=1024)
+    max_held_bytes: int = Field(
+        320 * MIB, ge=1024, description="of all bodies that are read or wait to be decoded"
+    )
+    body_timeout_s: float = Field(60.0, gt=0, le=3600, description="for a body to come in whole")
     max_input_px: int = Field(4096 * 4096, ge=64, description="pixels of an uploaded image")
     long_prompt: Literal["truncate", "refuse"] = Field(
         "truncate", description="what happens to a prompt longer than the text encoder's window"
     )
-    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="deadline; X-Request-Timeout")
+    request_timeout_s: float = Field(
+        60.0, ge=MIN_TIMEOUT_S, le=3600, description="deadline; X-Request-Timeout"
+    )
     unknown_fields: Literal["refuse", "ignore"] = Field(
         "refuse", description="what happens to fields that are none; ignored ones are warned of"
     )
@@ -108,6 +115,9 @@ class Settings(BaseSettings):
     )
     webp_method: int = Field(2, ge=0, le=6, description="libwebp effort of WebP answers")
     num_image_workers: int = Field(2, ge=1, le=64, description="threads that encode images")
+    num_upload_workers: int = Field(
+        1, ge=1, le=64, description="threads that decode uploads: 17 bytes a pixel of max_input_px"
+    )
     public_url: str | None = Field(
         None, description="what clients reach this by, for `url` answers; default: as they asked"
     )
@@ -126,6 +136,9 @@ class Settings(BaseSettings):
     drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
     metrics_dir: Path | None = Field(
         None, description="folder that the replicas of a node share for their metrics; environment"
+    )
+    metrics_max_age_s: float = Field(
+        1.0, ge=0, le=60, description="/metrics is made anew after so long, however often asked for"
     )
     traces: bool = Field(
         False, description="OpenTelemetry traces by OTLP (extra `otel`); OTEL_* variables say where"

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from tests.replicas import ReplicaProcess
 
 
+def pytest_configure() -> None:
+    """Tests see in `/metrics` what they have just done, those of processes that they start too."""
+    os.environ["FOURSTEP_METRICS_MAX_AGE_S"] = "0"
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Without a test that wants the GPU none is there: `auto` would draw by it, and in halves.
 

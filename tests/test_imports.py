@@ -33,7 +33,9 @@ FLOORS = (  # from the top: a room imports from its own floor's room and from th
     "engines/errors",
 )
 HOMES = {  # top-level package → the only modules that may import it
-    "ray": {f"service/ray_serve/{name}.py" for name in ("deployment", "serve", "serve_config")},
+    "ray": {
+        f"service/ray_serve/{name}.py" for name in ("deployment", "output", "serve", "serve_config")
+    },
     "prometheus_client": {"service/telemetry/metrics.py"},
     "opentelemetry": {"service/telemetry/tracing.py"},
     "onnxruntime": {"engines/backends/onnxruntime_engine.py"},

@@ -55,8 +55,8 @@ class Quotas:
         self._open: Counter[str] = Counter()  # images, by tenant
         self._paid_until: dict[str, float] = {}  # when the images taken so far were all due
 
-    def take(self, tenant: Tenant, num_images: int) -> None:
-        """Count a request of so many images, or refuse it and count nothing.
+    def check(self, tenant: Tenant, num_images: int) -> None:
+        """Refuse what `take` would, and count nothing.
 
         Raises:
             RateLimited: it would exceed a limit of this tenant now.
@@ -71,6 +71,12 @@ class Quotas:
                     f"n is {num_images}; this API key may have {limit} images {what}", param="n"
                 )
         self._check_open(tenant, num_images)
+        if tenant.images_per_minute:
+            self._due(tenant, num_images)
+
+    def take(self, tenant: Tenant, num_images: int) -> None:
+        """Count a request of so many images. Raises what `check` does, and then counts nothing."""
+        self.check(tenant, num_images)
         if tenant.images_per_minute:
             self._paid_until[tenant.name] = self._due(tenant, num_images)
         self._open[tenant.name] += num_images

@@ -97,8 +97,8 @@ class Ledger:
                 self.fail(request, Status.CANCELLED, error, now)
             else:
                 error = DeadlineExceeded(
-                    f"not finished within {request.deadline - request.arrived_at:g} s; ask for "
-                    "fewer steps or images, or raise the deadline (X-Request-Timeout)"
+                    "not finished by its deadline; ask for fewer steps or images, or raise it "
+                    "(X-Request-Timeout)"
                 )
                 self.fail(request, Status.EXPIRED, error, now)
 

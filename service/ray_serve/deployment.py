@@ -42,6 +42,7 @@ class FourstepDeployment:
     async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         settings = load_settings(values)
         configure_logs(settings.log_level)
+        close_port_for_deployments()
         self.replica = Replica(settings)
         await asyncio.to_thread(self.replica.start)
 
@@ -52,6 +53,22 @@ class FourstepDeployment:
         """Ray replaces the replica when an engine thread is gone, or in a call without end."""
         if self.replica.started and not self.replica.ready:
             raise RuntimeError("the engine is not serving")
+
+
+def close_port_for_deployments() -> None:
+    """Have the replica that Ray makes in this process take no calls of other deployments.
+
+    Ray opens a port for them, on all interfaces whatever the host, and unpickles what it is sent.
+    There are no others here, and Ray's own proxy calls replicas another way
+    (RAY_SERVE_USE_GRPC_BY_DEFAULT). To be called before Ray has initialized the replica.
+
+    Raises:
+        AttributeError: this version of Ray opens the port in a way not known here.
+    """
+    from ray.serve._private import replica
+
+    _ = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: 0
 
 
 def build(args: dict[str, Any]) -> serve.Application:

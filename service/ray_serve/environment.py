@@ -38,6 +38,8 @@ def ray_environment(folder: str) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",  # Ray would drop log lines that are alike: access logs are
         "FOURSTEP_METRICS_DIR": os.path.join(folder, "metrics"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Replicas do not listen for calls among deployments (`service.ray_serve.deployment`).
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
         # A replica that does not answer has nothing to drain: others draw what it had in hand.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     }

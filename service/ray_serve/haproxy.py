@@ -6,54 +6,32 @@ command, which amends the file and becomes HAProxy. So nothing of ours runs on a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from service.ray_serve.proxy_rules import ERRORS, STARTING, TIMEOUTS, UNKNOWN, front, probes
 
 COMMAND = "fourstep-haproxy"
 MARK = "# amended by Fourstep\n"
+# Variables of the environment: where HAProxy is to listen.
+HOST = "HAPROXY_HOST"  # in place of the address that Ray has
+PROBES = "HAPROXY_PROBES"  # ADDRESS:PORT for probes and scrapes alone
 
 
 class ConfigError(RuntimeError):
     """Ray's configuration is not of the form that this module knows; the message says what."""
 
 
-def _error(status: int, kind: str, code: str, message: str) -> str:
-    """HAProxy's words for an answer in OpenAI's error shape, to be tried again after a second."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    body = json.dumps({"error": error})
-    return f"status {status} content-type application/json lf-string '{body}' hdr Retry-After 1"
-
-
-_LOST = _error(
-    502, "server_error", "replica_lost",
-    "the replica that drew this is gone and the request is too large for the proxy to send it to "
-    "another; try again",
-)  # fmt: skip
-_NONE = _error(
-    503, "server_error", "not_ready",
-    "no replica can take this request now; try again",
-)  # fmt: skip
-_LATE = _error(504, "timeout_error", "timeout", "the replica has not answered; try again")
-_STARTING = _error(
-    503, "server_error", "not_ready",
-    "no application is running yet; try again",
-)  # fmt: skip
-_UNKNOWN = _error(
-    404, "invalid_request_error", "not_found",
-    "no application is served at %[path,json(utf8s)]; GET /-/routes lists them",
-).removesuffix(" hdr Retry-After 1")  # fmt: skip
-
 # What Ray writes (2.60) and what stands there instead. Every line must be found.
 AMENDMENTS = (
-    # A request can be sent to a second replica only if HAProxy holds all of it when the first one
-    # dies. Without this it holds what came with the headers: 7 of 8 requests in flight were lost.
-    (r"^    option redispatch 1$", "    option redispatch 1\n    option http-buffer-request"),
     # Of freed memory a thread keeps half a MiB by default, less than one buffer: each went back to
     # the system, and its pages came anew with every request. That took 0.7 of 1.4 ms a request.
     (r"^    (tune\.bufsize \d+)$", rf"    \1\n    tune.memory.hot-size {16 * 2**20}"),
+    # Ray's hour lets a client hold what it has begun, and leaves heads without an end.
+    (r"^    timeout client \d+s$", TIMEOUTS),
     # The service sees for itself whether a client has gone (`service.web.api`, Starlette's
     # streams). Told so, Ray runs it as it is; otherwise it watches too, in two more tasks for each
     # request.
@@ -63,18 +41,19 @@ AMENDMENTS = (
     ),
     # Ray's own page for these is a 500 of plain text, which says neither what happened nor when
     # to come back.
-    (r"^    errorfile 502 .*$", f"    http-error {_LOST}"),
-    (r"^    errorfile 503 .*$", f"    http-error {_NONE}"),
-    (r"^    errorfile 504 .*$", f"    http-error {_LATE}"),
+    (r"^    errorfile 502 .*\n    errorfile 503 .*\n    errorfile 504 .*$", ERRORS),
     # HAProxy's statistics are for this machine.
     (r"^(    bind) :(\d+)$", r"\1 127.0.0.1:\2"),
     (r"^(  bind) \*:(\d+)$", r"\1 127.0.0.1:\2"),
 )
-NO_SUCH_PATH = re.compile(r"^    http-request return status 404 .*$", re.MULTILINE)
+FRONTEND = re.compile(r"^frontend http_frontend\n    bind (\S+):(\d+)\n((?:    .*\n|\n)*)", re.M)
+MAXCONN = re.compile(r"^    maxconn (\d+)$", re.M)
+NO_SUCH_PATH = re.compile(r"^    http-request return status 404 .*$", re.M)
 
 
-def amend(config: str) -> str:
-    """Ray's configuration with `AMENDMENTS`; one that has them already comes back as it is.
+def amend(config: str, environment: Mapping[str, str]) -> str:
+    """Ray's configuration with `AMENDMENTS` and our rules (`service.ray_serve.proxy_rules`); one
+    that has them already comes back as it is. ``environment`` may have `HOST` and `PROBES`.
 
     Raises:
         ConfigError: a line to be replaced is not there.
@@ -86,11 +65,25 @@ def amend(config: str) -> str:
         if count != 1:
             raise ConfigError(f"Ray's HAProxy configuration has {count} lines like {pattern!r}")
     # HAProxy restarts without routes and learns them a moment later: no path is unknown till then.
-    nowhere = _UNKNOWN if "    use_backend " in config else _STARTING
+    nowhere = UNKNOWN if "    use_backend " in config else STARTING
     config, count = NO_SUCH_PATH.subn(lambda _: f"    http-request return {nowhere}", config)
     if count != 1:
         raise ConfigError(f"Ray's HAProxy configuration has {count} answers of 404")
-    return MARK + config
+    return MARK + _with_front(config, environment)
+
+
+def _with_front(config: str, environment: Mapping[str, str]) -> str:
+    maxconn, frontend = MAXCONN.search(config), FRONTEND.search(config)
+    if maxconn is None or frontend is None:
+        raise ConfigError("Ray's HAProxy configuration has no maxconn, or no frontend for HTTP")
+    host, port, routes = frontend.groups()
+    host = environment.get(HOST, host)
+    # HTTP/2 without TLS is spoken by no client of ours, and one connection would count for many.
+    ours = f"frontend http_frontend\n    bind {host}:{port} proto h1\n{front(int(maxconn[1]))}\n"
+    ours += routes
+    if address := environment.get(PROBES):
+        ours += probes(address, routes)
+    return config[: frontend.start()] + ours + config[frontend.end() :]
 
 
 def main() -> None:
@@ -100,7 +93,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     file = Path(arguments[arguments.index("-f") + 1])
     try:
-        file.write_text(amend(file.read_text()))
+        file.write_text(amend(file.read_text(), os.environ))
     except ConfigError as error:
         sys.exit(f"{COMMAND}: {error}")
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # this command, not the one it becomes

@@ -24,15 +24,15 @@ class ServeError(Exception):
     """This machine cannot serve now; the message is the one line the user sees."""
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises `ServeError` where nothing can listen on ``host:port``."""
+def check_port(host: str, port: int, *, option: str = "--port") -> None:
+    """Raises `ServeError` where nothing can listen on ``host:port``, which ``option`` chooses."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ServeError(
-                f"port {port} on {host} cannot be used ({error.strerror}); choose one with --port"
+                f"port {port} on {host} cannot be used ({error.strerror}); choose one with {option}"
             ) from error
 
 

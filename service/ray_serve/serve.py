@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 import tempfile
@@ -23,33 +24,46 @@ from engines.backends.choice import Machine
 from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
-from service.ray_serve.environment import haproxy_available, own_ports, ray_environment
+from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
+from service.ray_serve.haproxy import HOST, PROBES
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
+from service.ray_serve.output import Output, logs_folder
 from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
 from service.settings import Settings, SettingsError
 
 EXIT_WAIT_S = 10.0
+LOOPBACK = "127.0.0.1"
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
 
 def serve_here(
-    what: ServeConfig | Path, *, host: str, port: int, allow_anonymous: bool = False
+    what: ServeConfig | Path,
+    *,
+    host: str,
+    port: int,
+    probe_port: int | None = None,
+    allow_anonymous: bool = False,
 ) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; failures are one line on stderr.
 
     ``what`` is a Ray Serve config file's path, or what one would say. Other machines are served
-    only where every application has API keys, or with ``allow_anonymous``.
+    only where every application has API keys, or with ``allow_anonymous``. Probes and scrapes have
+    a ``probe_port`` of their own on loopback; None: the one after ``port``, or any that is free.
     """
     with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
-        _set_environment(folder)
+        _set_environment(folder, host)
         try:
             check_port(host, port)
+            if probe_port is None:
+                probe_port = _port_after(port)
+            check_port(LOOPBACK, probe_port, option="--probe-port")
+            os.environ[PROBES] = f"{LOOPBACK}:{probe_port}"
             config = ServeConfig.from_file(what) if isinstance(what, Path) else what
             machine = Machine.here()
             config = place(config, machine)
             _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
-            return _run(config, host, port, machine.num_gpus)
+            return _run(config, host, port, probe_port, machine.num_gpus)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
             return 1
@@ -58,13 +72,25 @@ def serve_here(
             return 130
 
 
-def _set_environment(folder: str) -> None:
-    os.environ.update(ray_environment(folder) | own_ports())
+def _port_after(port: int) -> int:
+    with contextlib.suppress(ServeError, OverflowError):
+        check_port(LOOPBACK, port + 1)
+        return port + 1
+    return free_port()
+
+
+def _set_environment(folder: str, host: str) -> None:
+    os.environ.update(ray_environment(folder) | own_ports() | {HOST: host})
     os.makedirs(os.environ["FOURSTEP_METRICS_DIR"])
     # Ray keeps a stopping replica for 30 s, for load balancers elsewhere; here there is only ours.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-    # All of Ray listens on loopback: it is one machine, and Ray asks nobody who they are.
+    # All of Ray listens on loopback, as it is one machine, and asks whoever calls for a token that
+    # only its own processes have: who may call Ray may run any code as this user.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they would rather have installed
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # What Ray does all the time is done on the engine's cores here. It looks ten times a second
     # whether replicas are as they should be, counts itself and, from a line that HAProxy sends it
     # of each, all requests where nobody asks, and has HAProxy run four threads.
@@ -122,7 +148,7 @@ def _on_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
+def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: int) -> int:
     if not haproxy_available():
         typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
     import ray
@@ -130,13 +156,13 @@ def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
 
     typer.echo("Starting Ray Serve ...")
     num_replicas = sum(app.max_replicas for app in config.applications)
-    serving = False
+    serving, output = False, Output()
     try:
-        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus)
+        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus, output)
         _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
-            http_options={"host": host, "port": port},
+            http_options={"host": LOOPBACK if haproxy_available() else host, "port": port},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         targets = [
@@ -144,7 +170,7 @@ def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
         ]
         serving = True  # a replica may answer before run_many knows of it
         serve.run_many(targets)
-        _announce(config, host, port)
+        _announce(config, host, port, probe_port)
         while True:
             signal.pause()
     except KeyboardInterrupt:
@@ -155,6 +181,7 @@ def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ServeError(_cause(error)) from error
     finally:
+        output.serving = False
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         descendants = psutil.Process().children(recursive=True)
         if ray.is_initialized():
@@ -167,9 +194,10 @@ def _run(config: ServeConfig, host: str, port: int, num_gpus: int) -> int:
         _end(descendants)
 
 
-def _start_ray(num_cpus: int, num_gpus: int) -> None:
+def _start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
     import ray
 
+    output.begin()
     try:
         ray.init(
             address="local",  # never a cluster that RAY_ADDRESS names: this command is one machine
@@ -209,19 +237,21 @@ def _end(processes: list[psutil.Process]) -> None:
         _, processes = psutil.wait_procs(alive, timeout=EXIT_WAIT_S / 3)
 
 
-def _announce(config: ServeConfig, host: str, port: int) -> None:
+def _announce(config: ServeConfig, host: str, port: int, probe_port: int) -> None:
     for app in config.applications:
-        base = f"http://{host}:{port}{app.route_prefix.rstrip('/')}"
+        route = app.route_prefix.rstrip("/")
+        base = f"http://{host}:{port}{route}"
+        probes = f"http://{LOOPBACK}:{probe_port}{route}" if haproxy_available() else base
         typer.echo(
             f"""
 Serving {app.args.get("model", app.name)}
   studio   {base}/
   API      {base}/v1/images/generations      (docs: {base}/docs)
-  metrics  {base}/metrics
+  metrics  {probes}/metrics      (and {probes}/readyz, however many connections clients hold)
 
   curl {base}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
        -d '{{"prompt": "a large red star at the center on a yellow background"}}' -o star.png
 """
         )
-    typer.echo("Ctrl-C stops everything.")
+    typer.echo(f"Ctrl-C stops everything. What Ray and libraries have to say: {logs_folder()}")
     sys.stdout.flush()

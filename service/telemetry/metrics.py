@@ -7,6 +7,9 @@ them shows the node's total: counters of all processes there have been, gauges o
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -57,13 +60,19 @@ STAGE_METRICS: dict[WorkKind, tuple[str, str]] = {
 
 
 class Metrics:
-    """All metrics of one model. Thread-safe; it can be an engine loop's observer itself."""
+    """All metrics of one model. Thread-safe; it can be an engine loop's observer itself.
 
-    def __init__(self, model: str) -> None:
+    ``max_age_s``: for so long an exposition is given again, whoever asks. One of a node takes some
+    milliseconds of Python, which engines and handlers wait for.
+    """
+
+    def __init__(self, model: str, *, max_age_s: float = 0.0) -> None:
         if SHARED_FOLDER:
             declare_alive(SHARED_FOLDER, multiprocess.mark_process_dead)
         self.registry = CollectorRegistry()
         self.before_exposition: Callable[[], None] = lambda: None  # brings the values up to date
+        self._exposing = threading.Lock()
+        self._exposed, self._exposed_at, self._max_age_s = b"", -math.inf, max_age_s
         self._model = model
         self._requests = self._counter(
             "fourstep_requests_total",
@@ -271,9 +280,13 @@ class Metrics:
 
     def exposition(self) -> tuple[bytes, str]:
         """The text format and its media type: this process's, or the node's when shared."""
-        self.before_exposition()
-        registry = node_registry(SHARED_FOLDER) if SHARED_FOLDER else self.registry
-        return generate_latest(registry), CONTENT_TYPE_LATEST
+        with self._exposing:
+            if time.monotonic() - self._exposed_at >= self._max_age_s:
+                self.before_exposition()
+                registry = node_registry(SHARED_FOLDER) if SHARED_FOLDER else self.registry
+                self._exposed = generate_latest(registry)
+                self._exposed_at = time.monotonic()
+            return self._exposed, CONTENT_TYPE_LATEST
 
 
 class _NodeCollector(multiprocess.MultiProcessCollector):

@@ -14,6 +14,7 @@ from service.access.keys import IMAGE_FILES
 from service.batching.request import Timings
 from service.errors import BadRequest, Cancelled
 from service.replica import Replica
+from service.settings import MIN_TIMEOUT_S
 from service.web.admission import Admitted
 from service.web.events import EventStream
 from service.web.image_cache import CachedRows, ImageCache, image_keys
@@ -54,14 +55,18 @@ class Answers:
         admitted: Admitted,
         raw_format: OutputFormat | None,
         event_name: str,
-        timeout_s: float,
+        deadline: float,
     ) -> Response:
-        """Draw, and send what was asked for: ``raw_format`` is that of a bare image, if any.
+        """Draw by ``deadline`` (the engine loop's clock) and send what was asked for.
+
+        ``raw_format`` is that of a bare image, if any.
 
         Raises:
             ServiceError: nothing was accepted, or the request did not end with its images.
         """
         exchange = request.state.exchange
+        if self._replica.safety is not None:
+            await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
         output_format = raw_format or params.output_format
         job = Job(
             self._replica,
@@ -70,7 +75,7 @@ class Answers:
             request_id=exchange.request_id,
             tenant=exchange.tenant,
             output_format=output_format,
-            timeout_s=timeout_s,
+            deadline=deadline,
             cached_rows=await self._cached_rows(params, admitted, output_format),
         )
         job.request.timings.parse_s = time.perf_counter() - exchange.begun
@@ -82,7 +87,7 @@ class Answers:
             await job.__aenter__()  # refused here, before the stream begins, or left to its end
             return EventStream(job, params, admitted, event_name, exchange)
         async with job:
-            images = await _until_disconnect(request, _collect(job))
+            images = await until_disconnect(request, _collect(job))
         timings = job.request.timings
         fields = {"n": len(images), "steps": admitted.num_steps}
         exchange.log_fields |= fields | timings.milliseconds()
@@ -166,7 +171,7 @@ def given_timeout_s(request: Request, limit_s: float) -> float:
     """Seconds the request may take: ``X-Request-Timeout``, or ``limit_s``.
 
     Raises:
-        BadRequest: it is no number of seconds, or above the limit.
+        BadRequest: it is no number of seconds, or out of the bounds.
     """
     given = request.headers.get("x-request-timeout")
     if given is None:
@@ -175,9 +180,10 @@ def given_timeout_s(request: Request, limit_s: float) -> float:
         seconds = float(given)
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds <= limit_s:
+    if not MIN_TIMEOUT_S <= seconds <= limit_s:
         raise BadRequest(
-            f"X-Request-Timeout is {given!r}; it must be seconds above 0 and at most {limit_s:g}",
+            f"X-Request-Timeout is {given[:80]!r}; it must be seconds from {MIN_TIMEOUT_S:g}, "
+            f"which no image takes less than, to {limit_s:g}",
             param="X-Request-Timeout",
         )
     return seconds
@@ -188,9 +194,7 @@ async def _collect(job: Job) -> list[EncodedImage]:
     return sorted(images, key=lambda image: image.row_index)
 
 
-async def _until_disconnect(
-    request: Request, work: Coroutine[Any, Any, list[EncodedImage]]
-) -> list[EncodedImage]:
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await ``work``; a client that closes its connection cancels it.
 
     Servers only say ``http.disconnect``; Ray Serve, without HAProxy, cancels the handler itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,10 +13,11 @@ from service.access.keys import IMAGE_FILES
 from service.errors import NotFound
 from service.replica import Replica
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
-from service.web.answers import Answers, given_timeout_s, in_worker
+from service.web.answers import Answers, given_timeout_s, until_disconnect
 from service.web.image_files import ImageFiles
+from service.web.intake import Intake
 from service.web.masks import Edited
-from service.web.parsing import accepted_format, parse_edit, parse_generation
+from service.web.parsing import Uploads, accepted_format, parse_edit, parse_generation
 from service.web.schema import ImageParams, ImagesResponse, ModelList, ModelObject
 from service.web.uploads import decode_picture
 
@@ -27,8 +29,12 @@ class PlainRoute(APIRoute):
         return self.endpoint
 
 
-def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -> APIRouter:
-    """Routes of one replica; ``files`` are those that ``answers`` names by URL, if any."""
+def build_router(
+    replica: Replica, answers: Answers, intake: Intake, files: ImageFiles | None
+) -> APIRouter:
+    """Routes of one replica, whose uploads come in by ``intake``; ``files`` are those that
+    ``answers`` names by URL, if any.
+    """
     router = APIRouter(prefix="/v1")
 
     async def generations(request: Request) -> Response:
@@ -37,12 +43,10 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
         check_model(params.model, replica.runner.info.model_id, replica.settings)
         output_format = accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
-        timeout_s = _check_room(replica, answers, request, params)
+        deadline = _check_room(replica, answers, request, params)
         admitted = admit(params, replica.runner, replica.settings, tenant)
-        if replica.safety is not None:
-            await in_worker(replica, replica.safety.check_prompt, params.prompt)
         return await answers.answer(
-            request, params, admitted, output_format, "image_generation", timeout_s
+            request, params, admitted, output_format, "image_generation", deadline
         )
 
     async def edits(request: Request) -> Response:
@@ -52,23 +56,24 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
         output_format = accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
         tenant = request.state.exchange.tenant
-        timeout_s = _check_room(replica, answers, request, params)
+        deadline = _check_room(replica, answers, request, params)
 
-        def prepare() -> Admitted:
+        def prepare(uploads: Uploads) -> Admitted:
             pictures = [
                 decode_picture(each.data, max_px=max_px, field=each.field)
                 for each in uploads
                 if each is not None
             ]
             edited = Edited.of(*pictures)
-            admitted = admit(params, replica.runner, replica.settings, tenant, edited)
-            if replica.safety is not None:
-                replica.safety.check_prompt(params.prompt)
-            return admitted
+            return admit(params, replica.runner, replica.settings, tenant, edited)
 
-        admitted = await in_worker(replica, prepare)
+        left_s = deadline - replica.loop.clock()
+        decoding = intake.decode(functools.partial(prepare, uploads), left_s)
+        admitted = await until_disconnect(request, decoding)
+        del uploads  # megabytes, for as long as the images take
+        request.state.exchange.release_body()
         return await answers.answer(
-            request, params, admitted, output_format, "image_edit", timeout_s
+            request, params, admitted, output_format, "image_edit", deadline
         )
 
     for path, endpoint in (("/images/generations", generations), ("/images/edits", edits)):
@@ -107,17 +112,18 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
 
 
 def _check_room(replica: Replica, answers: Answers, request: Request, params: ImageParams) -> float:
-    """The seconds that a request has. Raises `Overloaded` before one that will be refused has cost
-    more than its parsing.
+    """The request's deadline on the engine loop's clock. Raises `Overloaded` or `RateLimited`
+    before one that will be refused has cost more than its parsing.
 
     Of one that may need no drawing it is seen later: what is not cached is refused then.
     """
     check_limits(params, replica.settings)
     tenant = request.state.exchange.tenant
     timeout_s = given_timeout_s(request, replica.settings.request_timeout_s)
+    replica.quotas.check(tenant, params.n)
     if not answers.may_be_cached(params):
         replica.loop.check(params.n, tenant.name, priority_of(params, tenant), timeout_s)
-    return timeout_s
+    return replica.loop.clock() + timeout_s
 
 
 def _model_object(replica: Replica) -> ModelObject:

@@ -32,6 +32,7 @@ from service.web.exchange import Telemetry
 from service.web.headers import SecurityHeaders, cors_options
 from service.web.image_cache import ImageCache
 from service.web.image_files import ImageFiles
+from service.web.intake import Intake
 from service.web.openapi import complete_document
 from service.web.pages import add_pages
 
@@ -47,6 +48,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     settings = replica.settings
     files = _image_files(replica) if settings.image_files_s else None
     cache = _image_cache(replica) if settings.image_cache_bytes else None
+    intake = Intake(settings.num_upload_workers, settings.max_held_bytes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +57,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         if files is not None:
             files.start()
         yield
+        intake.close()
         if files is not None:
             await asyncio.to_thread(files.close)
         await asyncio.to_thread(replica.close)
@@ -67,7 +70,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(build_router(replica, Answers(replica, files, cache), files))
+    app.include_router(build_router(replica, Answers(replica, files, cache), intake, files))
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)
@@ -76,7 +79,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     if settings.api_keys_file:
         app.add_middleware(Authentication, keys=KeyRing(settings.api_keys_file))
     app.add_middleware(UnforeseenErrors)
-    app.add_middleware(Telemetry, replica=replica, send_request_id=not behind_ray)
+    app.add_middleware(Telemetry, replica=replica, intake=intake, send_request_id=not behind_ray)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, **cors_options(settings.cors_origins))
     app.add_middleware(SecurityHeaders)

@@ -21,6 +21,8 @@ ALWAYS = {
 NO_STORE = (b"cache-control", b"no-store")
 CACHED = {b"cache-control", b"etag"}  # either says that an answer may be kept, and how
 
+MAX_REQUEST_ID_CHARS = 128  # of a client's own, which is logged and sent back
+
 # What scripts of other origins may read besides the few headers that browsers always show.
 EXPOSED = (
     "x-request-id",

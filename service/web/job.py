@@ -48,7 +48,8 @@ class Job:
 
     What ``cached_rows`` has is not drawn; with all of them nothing is submitted to the engine.
 
-    Raises on entry what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
+    ``deadline`` is on the engine loop's clock. Raises on entry what `Quotas.take` and
+    `EngineLoop.submit` raise: nothing was accepted then.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Job:
         request_id: str,
         tenant: Tenant,
         output_format: OutputFormat,
-        timeout_s: float,
+        deadline: float,
         cached_rows: CachedRows | None = None,
     ) -> None:
         self._replica = replica
@@ -80,7 +81,7 @@ class Job:
         self.request = Request(
             request_id,
             arrived_at=now,
-            deadline=now + timeout_s,
+            deadline=deadline,
             send=self._receive,
             tenant=tenant.name,
             priority=admitted.priority,

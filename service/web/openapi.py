@@ -25,7 +25,7 @@ from service.errors import (
     TooLarge,
     Unauthorized,
 )
-from service.settings import Settings
+from service.settings import MIN_TIMEOUT_S, Settings
 from service.web.images import MEDIA_TYPES
 from service.web.schema import (
     CompletedEvent,
@@ -170,7 +170,7 @@ def _drawing_parameters(settings: Settings) -> list[Object]:
             "description": "Seconds after which the request is given up, with a 504.",
             "schema": {
                 "type": "number",
-                "exclusiveMinimum": 0,
+                "minimum": MIN_TIMEOUT_S,
                 "maximum": settings.request_timeout_s,
                 "default": settings.request_timeout_s,
             },

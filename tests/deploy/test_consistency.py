@@ -95,8 +95,10 @@ def test_probes_and_ports(objects: list[Object]) -> None:
     paths = set(build_app(Replica(Settings())).openapi()["paths"])
     container, exporter = replica(objects)["containers"]
     probe = container["readinessProbe"]["httpGet"]
-    assert probe == {"path": "/readyz", "port": SERVE_PORT}
+    probes_at = environment(objects)["HAPROXY_PROBES"]
+    assert probe == {"path": "/readyz", "port": int(probes_at.removeprefix("*:"))}
     assert probe["path"] in paths
+    assert probe["port"] in [port["containerPort"] for port in container["ports"]]
     for each in (container, head(objects)["containers"][0]):
         ports = {port["name"]: port["containerPort"] for port in each["ports"]}
         assert (ports["serve"], ports["metrics"]) == (SERVE_PORT, 8080)

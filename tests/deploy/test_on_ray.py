@@ -150,7 +150,7 @@ def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
     cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON, **idle))
     cluster.wait(lambda: not cluster.replicas(state=""), "no replica")
     healthz = f"http://127.0.0.1:{cluster.ports['head']}/-/healthz"  # the component's probe
-    assert httpx.get(healthz).is_success
+    cluster.wait(lambda: httpx.get(healthz).is_success, "a proxy that knows where to send it")
     with Load(cluster.ports["head"], num_clients=1, num_steps=4) as load:
         cluster.wait(lambda: load.outcomes.total() > 0, "an image")
     assert set(load.outcomes) == {200}, load.outcomes

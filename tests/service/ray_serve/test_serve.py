@@ -65,14 +65,37 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    lines = [line[line.index("{") :] for line in output.splitlines() if '"logger": ' in line]
-    entries = [json.loads(line.removesuffix("\x1b[0m")) for line in lines]
+    entries = [json.loads(line) for line in output.splitlines() if line.startswith('{"time": ')]
     (entry,) = [entry for entry in entries if entry["request_id"] == "given"]
     assert entry["path"] == "/v1/images/generations"
     assert entry["status"] == 200
     assert entry["denoise_ms"] > 0
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+
+
+OUR_WORDS = re.compile(
+    r"\[\d/\d\] |Starting Ray Serve|Serving |  (studio|API|metrics) |  curl |       -d |"
+    r"Ctrl-C stops|Finishing what runs|$"
+)
+
+
+def test_a_terminal_shows_our_words_alone(lcm_checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port()
+    process = start(lcm_checkpoint, tmp_path, port)  # a bundle is built first
+    try:
+        wait_until_ready(process, port)
+        httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"x-request-id": "given"})
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    log, words = [], []
+    for line in output.splitlines():
+        (log if line.startswith("{") else words).append(line)
+    assert [line for line in words if not OUR_WORDS.match(line)] == []
+    assert "given" in [json.loads(line)["request_id"] for line in log]
 
 
 def test_sigterm_finishes_what_was_accepted(server: tuple[subprocess.Popen[str], int]) -> None:

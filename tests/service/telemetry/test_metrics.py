@@ -17,7 +17,7 @@ from engines.drawing.model import load_model
 from engines.drawing.runner import Runner
 from engines.order import Order
 from service.replica import Replica
-from service.settings import load_settings
+from service.settings import Settings, load_settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.recorder import gpu_memory
 from service.web.app import build_app
@@ -212,6 +212,33 @@ def test_padding_is_counted_as_the_engine_says(lcm_checkpoint: Path, cache_dir: 
     assert float(values[f'{lanes}"row"}}']) == 3 * 2
     padding = float(values[f'{lanes}"padding"}}'])
     assert padding == 4 * num_calls - 3 * 2, "warm-up's padding is not traffic's"
+
+
+def test_many_who_ask_at_once_are_told_the_same() -> None:
+    metrics = Metrics("m", max_age_s=60)
+    num_made = 0
+
+    def count() -> None:
+        nonlocal num_made
+        num_made += 1
+
+    metrics.before_exposition = count
+    with ThreadPoolExecutor(16) as pool:
+        answers = set(pool.map(lambda _: metrics.exposition(), range(64)))
+    assert num_made == 1
+    assert len(answers) == 1
+    assert b"fourstep_replicas" in answers.pop()[0]
+
+
+def test_what_was_told_is_told_again_for_a_second_by_default() -> None:
+    assert Settings.model_fields["metrics_max_age_s"].default == 1
+    metrics = Metrics("m", max_age_s=0.01)
+    metrics.ready(True)
+    assert b'fourstep_ready_replicas{model="m"} 1.0' in metrics.exposition()[0]
+    metrics.ready(False)
+    wait_for(
+        lambda: b'fourstep_ready_replicas{model="m"} 0.0' in metrics.exposition()[0], "a new one"
+    )
 
 
 def test_no_gpu_no_gpu_memory(node: ReplicaProcess) -> None:
