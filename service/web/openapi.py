@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from service.errors import (
     BadRequest,
+    BodyTimeout,
     DeadlineExceeded,
     EngineFailure,
     MethodNotAllowed,
@@ -42,6 +43,7 @@ DRAWING_ERRORS = (
     BadRequest,
     NotFound,
     MethodNotAllowed,
+    BodyTimeout,
     TooLarge,
     Overloaded,
     EngineFailure,
@@ -213,6 +215,6 @@ def _add_errors(operation: Object, *errors: type[ServiceError]) -> None:
     for error in errors:
         about = (error.__doc__ or "").splitlines()[0]
         answer: Object = {"description": about, "content": ERROR}
-        if error in (Overloaded, NotReady):
+        if error in (BodyTimeout, Overloaded, NotReady):
             answer["headers"] = RETRY_AFTER
         operation["responses"][str(error.status)] = answer
