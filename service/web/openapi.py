@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from service.access.keys import IMAGE_FILES, PROTECTED
 from service.errors import (
     BadRequest,
+    BodyTimeout,
     DeadlineExceeded,
     EngineFailure,
     MethodNotAllowed,
@@ -44,6 +45,7 @@ DRAWING_ERRORS = (
     BadRequest,
     NotFound,
     MethodNotAllowed,
+    BodyTimeout,
     TooLarge,
     Overloaded,
     EngineFailure,
@@ -231,6 +233,6 @@ def _add_errors(operation: Object, *errors: type[ServiceError]) -> None:
     for error in errors:
         about = (error.__doc__ or "").splitlines()[0]
         answer: Object = {"description": about, "content": ERROR}
-        if error in (Overloaded, NotReady):
+        if error in (BodyTimeout, Overloaded, NotReady):
             answer["headers"] = RETRY_AFTER
         operation["responses"][str(error.status)] = answer

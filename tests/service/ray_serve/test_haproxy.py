@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from starlette.types import Receive, Scope, Send
 
 from service.ray_serve.environment import free_port, haproxy_available
 from service.ray_serve.haproxy import HOST, ConfigError, amend
 from service.ray_serve.proxy_rules import MAX_HEAD_BYTES, MAX_URL_BYTES, RESERVED_CONNECTIONS
+from service.settings import MIB
 from service.web.headers import ALWAYS, MAX_REQUEST_ID_CHARS
+from tests.monitoring import wait_for
 from tests.service.ray_serve.proxied import Ports, proxied, rays_config
 
 pytestmark = pytest.mark.skipif(not haproxy_available(), reason="Ray's HAProxy is for Linux alone")
@@ -155,6 +158,19 @@ def test_a_stream_that_nobody_reads_is_held_up_and_then_ended(tmp_path: Path) ->
     ):
         assert ended.wait(PATIENCE_S)
     assert 0 < num_parts * 2**16 < 64 * 2**20, "what buffers on the way hold, and no more"
+
+
+def test_memory_that_many_have_used_is_given_back(tmp_path: Path) -> None:
+    with proxied(echo, tmp_path, maxconn=512) as ports:
+        process = psutil.Process(ports.pid)
+        fresh = process.memory_info().rss
+        for _ in range(2):  # of the first alone even glibc gives back
+            with contextlib.ExitStack() as half_sent:
+                for _ in range(200):
+                    sent = POST % 1_000_000 + bytes(500_000)
+                    half_sent.enter_context(connect(ports.clients, sent))
+                wait_for(lambda: process.memory_info().rss > fresh + 80 * MIB, "what they sent")
+            wait_for(lambda: process.memory_info().rss < fresh + 40 * MIB, "what was there before")
 
 
 def test_one_address_leaves_half_to_others_and_nobody_locks_out_probes(ports: Ports) -> None:

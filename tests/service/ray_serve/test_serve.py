@@ -51,6 +51,12 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     )
     assert raw.headers.get_list("x-request-id") == ["given"]
     assert raw.headers["content-type"] == "image/webp"
+    for name in ("x-request-id", "serve-multiplexed-model-id", "x-session-id"):  # Ray reads them
+        odd = httpx.get(f"{base}/v1/models", headers=[(name, b"\xff")])
+        assert (odd.status_code, odd.headers["x-frame-options"]) == (200, "DENY"), name
+        assert odd.headers["x-request-id"].startswith("req_")
+    hasty = {"x-request-timeout-seconds": "0.000001"}  # Ray's own, which is not offered
+    assert httpx.get(f"{base}/v1/models", headers=hasty).status_code == 200
     events = list(client.images.generate(prompt="x", stream=True, partial_images=1))
     assert events[-1].type == "image_generation.completed"
     metrics = httpx.get(f"{base}/metrics").text
