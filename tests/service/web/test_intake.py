@@ -35,13 +35,13 @@ def url(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[str]:
 
 
 class Held:
-    """Stands in for `decode_image`: begins, and goes on when it may."""
+    """Stands in for `decode_picture`: begins, and goes on when it may."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_begun = 0
         self.may_go_on = threading.Event()
-        self._decode = api.decode_image
-        monkeypatch.setattr(api, "decode_image", self)
+        self._decode = api.decode_picture
+        monkeypatch.setattr(api, "decode_picture", self)
 
     def __call__(self, data: bytes, **options: int) -> object:
         self.num_begun += 1
