@@ -160,7 +160,7 @@ def test_an_at_sign_in_a_path_is_no_weight(
         (tmp_path / "a@b" / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     weights = {} if weight is None else {"x": weight}
-    assert parse_loras([f"x={text}"]) == ({"x": Path(path)}, weights)
+    assert parse_loras([f"x={text}"]) == ({"x": path}, weights)
 
 
 @pytest.mark.parametrize("weight", ["", "strong", "nan", "inf"])
