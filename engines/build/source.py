@@ -26,8 +26,8 @@ OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
 HUB_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/")
 # As diffusers' own links have it, or without what a browser puts between name and file.
 HUB_FILE = re.compile(
-    r"(?P<repo>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>[^?]+\.safetensors)"
-    r"(?:\?.*)?"
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?"
+    r"(?P<file>[^?]+\.safetensors)(?:\?.*)?"
 )
 SNAPSHOT = re.compile(r".*/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+(?P<rest>.*)")
 # Of a component that is a repository of its own, or a folder in a pipeline's: plain weights, whole

@@ -149,6 +149,8 @@ def test_a_prompt_in_no_utf_8_is_one_clear_line(
         ("a@b/it@2@3", "a@b/it@2", 3.0),
         ("a@b/absent.safetensors", "a@b/absent.safetensors", None),
         ("absent.safetensors@2", "absent.safetensors", 2.0),
+        ("owner/name@1", "owner/name", 1.0),
+        ("owner/name/it.safetensors@0.5", "owner/name/it.safetensors", 0.5),
         ("a@b", "a@b", None),
     ],
 )

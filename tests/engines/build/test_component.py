@@ -171,15 +171,12 @@ def test_a_bundle_says_what_is_in_it(other: Path, checkpoints: Path, tmp_path: P
 
 def _refusal(base: Path, **given: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        overrides = find_overrides(given.get("unet"), given.get("vae"), None)
-        load_pipeline(base, "fp32", overrides)
+        load_pipeline(base, "fp32", find_overrides(given.get("unet"), given.get("vae"), None))
     (line,) = str(caught.value).splitlines()
     return line
 
 
-def test_what_is_no_such_component_is_named(
-    other: Path, checkpoints: Path, tmp_path: Path
-) -> None:
+def test_what_is_no_such_component_is_named(other: Path, checkpoints: Path, tmp_path: Path) -> None:
     base = checkpoints / "tiny-sd"
     unet, vae = (str(other / name / WEIGHTS) for name in ("unet", "vae"))
     assert "is a VAE alone, not a UNet: give it by --vae FILE" in _refusal(base, unet=vae)
