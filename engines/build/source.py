@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.build.folder import WEIGHTS as USUAL_WEIGHTS
 from engines.errors import CheckpointError, reason_of
 from engines.loras.file import ADAPTER_CONFIG, USUAL_FILES
 
@@ -199,9 +200,9 @@ def _hub_component(name: str, hub_id: str) -> str:
             [prefix + each for prefix in ("", f"{name}/") for each in patterns]
             for patterns in (weights, CONFIGURATIONS)
         )
-        folder = snapshot_download(hub_id, allow_patterns=[*configs, *files])
-        if any(next(Path(folder).glob(each), None) for each in files):
-            return folder
+        snapshot = snapshot_download(hub_id, allow_patterns=[*configs, *files])
+        if any(next(Path(snapshot).glob(each), None) for each in files):
+            return snapshot
     raise CheckpointError(
         f"{name} {hub_id!r} has no {WEIGHTS[0][0]} on the hub; name the file itself: "
         f"{hub_id}/FILE{SINGLE_FILE}"
@@ -212,18 +213,23 @@ def _hub_lora(hub_id: str) -> str:
     """A snapshot with the LoRA of a usual name."""
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download(hub_id, allow_patterns=[*USUAL_FILES, ADAPTER_CONFIG])
-    if not any((Path(folder) / name).is_file() for name in USUAL_FILES):
+    snapshot = snapshot_download(hub_id, allow_patterns=[*USUAL_FILES, ADAPTER_CONFIG])
+    if not any((Path(snapshot) / name).is_file() for name in USUAL_FILES):
         raise CheckpointError(
             f"LoRA {hub_id!r} has no {' or '.join(USUAL_FILES)} on the hub; name the file itself: "
             f"{hub_id}/FILE{SINGLE_FILE}"
         )
-    return folder
+    return snapshot
 
 
 def name_of(source: Path) -> str:
-    """What users call it: the name of a folder or file, or ``owner/name`` of a hub snapshot."""
+    """What users call it: the name of a folder or file, or ``owner/name`` of a hub snapshot.
+
+    A file of the name that all have is called by its folder.
+    """
     own = source.with_suffix("") if source.suffix == SINGLE_FILE else source
+    if USUAL_WEIGHTS.fullmatch(source.name):
+        own = source.parent
     if match := SNAPSHOT.fullmatch(own.as_posix()):
         return f"{match['owner']}/{match['name']}{match['rest']}"
     return own.name

@@ -138,7 +138,7 @@ def test_pictures_are_diffusers_own(
     runner = Runner.open(order)
     recipe = runner.default_recipe(3, "a red circle", 3)
     (ours,) = runner.draw([recipe])
-    assert runner.info.components == {"unet": "diffusion_pytorch_model"}
+    assert runner.info.components == {"unet": "unet"}
     runner.close()
     whole = Path(shutil.copytree(base, cache_dir / f"whole-{backend}"))
     shutil.copy(unet, whole / "unet" / WEIGHTS)
