@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     )
     model_id: str | None = Field(None, description="name in the API; default: taken from `model`")
     aliases: tuple[str, ...] = Field((), description="further names the API accepts for the model")
-    loras: dict[str, str] = Field(
+    loras: dict[str, str | Path] = Field(
         {}, description="LoRAs a request may name: name → file, folder of safetensors or hub id"
     )
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
