@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -23,7 +24,8 @@ app = typer.Typer(
 )
 app.add_typer(distill, name="distill")
 ModelArgument = Annotated[
-    str, typer.Argument(help="Diffusers folder, bundle, hub id or a shipped model's name.")
+    str,
+    typer.Argument(help="Diffusers folder, safetensors file, bundle, hub id or a shipped name."),
 ]
 CacheOption = Annotated[
     Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
@@ -47,7 +49,29 @@ GuidanceOption = Annotated[
 ]
 LoraOption = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=FILE or NAME=FILE@WEIGHT, a LoRA to draw with; repeat for several."),
+    typer.Option(
+        help="NAME=FILE or NAME=FILE@WEIGHT, a LoRA to draw with, a file or hub id; repeat for "
+        "several."
+    ),
+]
+UnetOption = Annotated[
+    str,
+    typer.Option(
+        help="UNet in place of the model's: folder, file or hub id.", envvar="FOURSTEP_UNET"
+    ),
+]
+VaeOption = Annotated[
+    str,
+    typer.Option(
+        help="VAE in place of the model's: folder, file or hub id.", envvar="FOURSTEP_VAE"
+    ),
+]
+ArchitectureOption = Annotated[
+    str,
+    typer.Option(
+        help="Of a single file that is none of the known: a diffusers folder of configurations.",
+        envvar="FOURSTEP_ARCHITECTURE",
+    ),
 ]
 
 
@@ -83,8 +107,14 @@ def build(
     strip: Annotated[bool, typer.Option(help="Plans without weights, to be refitted.")] = False,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="FILE or FILE@WEIGHT, fused into the weights for good; repeatable."),
+        typer.Option(
+            help="FILE or FILE@WEIGHT, a file or hub id, fused into the weights for good; "
+            "repeatable."
+        ),
     ] = None,
+    unet: UnetOption = "",
+    vae: VaeOption = "",
+    architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
     steps: StepsOption = 0,
     guidance: GuidanceOption = None,
@@ -92,8 +122,9 @@ def build(
     """Compile a model's parts into a bundle."""
     from engines.backends.choice import Machine
     from engines.build.bundle import Blueprint, build_bundle
-    from engines.build.checkpoint import DTYPES, download, resolve
+    from engines.build.checkpoint import DTYPES
     from engines.build.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
+    from engines.build.source import find_lora, find_model, find_overrides
     from engines.samplers import SAMPLERS
 
     _one_of("--engine", engine, ("onnxruntime", *MODULES))
@@ -114,11 +145,11 @@ def build(
         )
         target = Machine.here().aim(target)
     begun = time.monotonic()
-    source = resolve(model) or download(model)
-    files = [_weighted(text) for text in lora or ()]
-    fused = tuple((path, 1.0 if weight is None else weight) for path, weight in files)
+    loras = [_weighted(text) for text in lora or ()]
+    fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
     defaults = Defaults(sampler or None, steps or None, guidance)
-    blueprint = Blueprint(source, precision, target, fused, defaults)
+    overrides = find_overrides(unet, vae, architecture)
+    blueprint = Blueprint(find_model(model), precision, target, fused, defaults, overrides)
     bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
@@ -129,9 +160,9 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise typer.BadParameter(f"{option} is {value!r}; use {', '.join(allowed)}")
 
 
-def parse_loras(texts: list[str] | None) -> tuple[dict[str, Path], dict[str, float]]:
-    """Files by name, and the weights of those that say one."""
-    paths: dict[str, Path] = {}
+def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
+    """Files or hub ids by name, and the weights of those that say one."""
+    paths: dict[str, str] = {}
     weights: dict[str, float] = {}
     for text in texts or ():
         name, found, rest = text.partition("=")
@@ -145,12 +176,11 @@ def parse_loras(texts: list[str] | None) -> tuple[dict[str, Path], dict[str, flo
     return paths, weights
 
 
-def _weighted(text: str) -> tuple[Path, float | None]:
+def _weighted(text: str) -> tuple[str, float | None]:
     """FILE or FILE@WEIGHT; a path may have an @ of its own."""
-    whole = find_lora(text)
     path, _, weight = text.rpartition("@")
-    if whole.exists() or not path or "/" in weight:
-        return whole, None
+    if Path(text).expanduser().exists() or not path or "/" in weight:
+        return text, None
     try:
         strength = float(weight)
     except ValueError:
@@ -159,15 +189,7 @@ def _weighted(text: str) -> tuple[Path, float | None]:
         raise typer.BadParameter(
             f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"
         )
-    return find_lora(path), strength
-
-
-def find_lora(text: str) -> Path:
-    """A file or folder, or a LoRA that ships with the demo models."""
-    from engines.build.checkpoint import DEMO_MODELS
-
-    path = Path(text).expanduser()
-    return DEMO_MODELS / text if not path.exists() and (DEMO_MODELS / text).is_dir() else path
+    return path, strength
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -195,6 +217,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
         "sampler": f"{facts['default_sampler']}, {facts['default_num_steps']} steps, guidance "
         f"{facts['default_guidance_scale']}",
     }
+    for what, entry in manifest.get("beside", {}).items():  # absent in older manifests
+        lines[what] = f"{entry['name']} ({entry['sha256'][:16]})"
     if plans := manifest.get("plans"):
         target = plans["target"]
         sizes = ", ".join(f"{width}x{height}" for width, height in target["sizes_px"])
@@ -221,14 +245,21 @@ def verify(
     engine: EngineOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
+    unet: UnetOption = "",
+    vae: VaeOption = "",
+    architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Compare a build with fp32 on ONNX Runtime, part by part; exit code 1 if it is too far off."""
     from engines.drawing.model import load_model
     from engines.drawing.parity import MAX_RELATIVE_ERROR, MIN_PSNR_DB, compare
 
-    truth = load_model(Order(model, "onnxruntime", "fp32", cache_dir), show_progress)
-    built = load_model(Order(model, engine, precision, cache_dir, device=device), show_progress)
+    order = Order(
+        model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
+        architecture=architecture,
+    )  # fmt: skip
+    exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
+    truth, built = load_model(exact, show_progress), load_model(order, show_progress)
     prompts = ("a red circle on a white background", "two cats asleep on a blue chair, at night")
     results = compare(truth, built, prompts)
     typer.echo(f"{built.choice.backend}, {built.precision}, against onnxruntime, fp32")
@@ -266,18 +297,22 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sampler: Annotated[str, typer.Option(help="lcm, ddim, euler, ... Default: the model's.")] = "",
     lora: LoraOption = None,
+    unet: UnetOption = "",
+    vae: VaeOption = "",
+    architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Draw one image without a server."""
-    import dataclasses
-
     from PIL import Image
 
     from engines.drawing.runner import Runner
 
     begun = time.monotonic()
     paths, weights = parse_loras(lora)
-    order = Order(model, engine, precision, cache_dir, loras=paths, device=device)
+    order = Order(
+        model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
+        architecture=architecture,
+    )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()
     recipe = runner.default_recipe(seed, prompt, steps or runner.info.default_num_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -50,6 +50,8 @@ class Facts:
     default_guidance_scale: float
     scheduler: Mapping[str, Any]
     num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
+    # Names of what stands in for the checkpoint's own, by a component's name.
+    components: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def max_tokens(self) -> int:

@@ -20,13 +20,16 @@ class Order:
     the engine. The device ``cpu`` draws as if no GPU were here, ``cuda`` only where there is one.
     """
 
-    model: str  # folder, shipped name, hub id or bundle
+    model: str  # folder, single file, shipped name, hub id or bundle
     backend: str = "auto"
     precision: str = "auto"
     cache_dir: Path = DEFAULT_CACHE_DIR
     num_threads: int | None = None
     max_batch: int | None = None
-    loras: Mapping[str, Path] = field(default_factory=dict)  # those that a recipe may name
+    loras: Mapping[str, str | Path] = field(default_factory=dict)  # those that a recipe may name
     defaults: Defaults = OWN_DEFAULTS
     serve_meanwhile: bool = False  # draw by torch at once where a bundle must be built first
     device: str = "auto"
+    unet: str | None = None  # in place of the model's own, as is `vae`: folder, file or hub id
+    vae: str | None = None
+    architecture: str | None = None  # of a single file: a diffusers folder or a shipped name

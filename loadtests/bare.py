@@ -107,7 +107,8 @@ def _measure(task: Task) -> list[Point]:
 
 def _step_flops(task: Task) -> Callable[[int, int], int]:
     """A count of one denoise call by batch and size: torch's own, or of the graph that runs."""
-    from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+    from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class
+    from engines.build.source import resolve
     from engines.drawing.model import prepare
     from engines.families import family_of
     from engines.order import Order

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from engines.cli import (
+    ArchitectureOption,
     CacheOption,
     DeviceOption,
     EngineOption,
@@ -18,6 +19,8 @@ from engines.cli import (
     PrecisionOption,
     SamplerOption,
     StepsOption,
+    UnetOption,
+    VaeOption,
     app,
     parse_loras,
     run,
@@ -46,6 +49,9 @@ def serve(
         Path | None, typer.Option(help="Ray Serve config (YAML) of several applications.")
     ] = None,
     lora: LoraOption = None,
+    unet: UnetOption = "",
+    vae: VaeOption = "",
+    architecture: ArchitectureOption = "",
     steps: StepsOption = 0,
     guidance: GuidanceOption = None,
     sampler: SamplerOption = "",
@@ -63,12 +69,15 @@ def serve(
 
     paths, weights = parse_loras(lora)
     args: dict[str, Any] = {
-        "loras": {name: str(path) for name, path in paths.items()},
+        "loras": paths,
         "default_loras": weights,
         "default_steps": steps or None,
         "default_guidance": guidance,
         "default_sampler": sampler or None,
         "model": model,
+        "unet": unet or None,
+        "vae": vae or None,
+        "architecture": architecture or None,
         "engine": engine,
         "precision": precision,
         "device": device,

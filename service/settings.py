@@ -41,11 +41,22 @@ class Settings(BaseSettings):
     )
 
     # The model.
-    model: str = Field("demo-lcm", description="folder, bundle, hub id or a shipped model's name")
+    model: str = Field(
+        "demo-lcm", description="folder, single file, bundle, hub id or a shipped model's name"
+    )
+    unet: str | None = Field(
+        None, description="folder, file or hub id of a UNet in place of the model's"
+    )
+    vae: str | None = Field(
+        None, description="folder, file or hub id of a VAE in place of the model's"
+    )
+    architecture: str | None = Field(
+        None, description="folder of configurations that fit a single file which says no known"
+    )
     model_id: str | None = Field(None, description="name in the API; default: taken from `model`")
     aliases: tuple[str, ...] = Field((), description="further names the API accepts for the model")
-    loras: dict[str, Path] = Field(
-        {}, description="LoRAs a request may name: name → file or folder of safetensors"
+    loras: dict[str, str | Path] = Field(
+        {}, description="LoRAs a request may name: name → file, folder of safetensors or hub id"
     )
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -190,6 +201,9 @@ class Settings(BaseSettings):
             loras=self.loras,
             serve_meanwhile=self.serve_meanwhile,
             device=self.device,
+            unet=self.unet,
+            vae=self.vae,
+            architecture=self.architecture,
             defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
         )
 

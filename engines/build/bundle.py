@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from engines.build.checkpoint import (
-    fingerprint,
+    described_in,
     load_facts,
     load_pipeline,
-    name_of,
     pipeline_class,
     tokenizer_of,
 )
 from engines.build.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
+from engines.build.source import NO_OVERRIDES, Overrides, fingerprint, name_of
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
 from engines.loras.file import ADAPTER_CONFIG
@@ -73,15 +73,24 @@ def is_bundle(folder: Path) -> bool:
 class Blueprint:
     """What a bundle is to be made of: equal blueprints make equal bundles."""
 
-    source: Path  # a diffusers folder
+    source: Path  # a diffusers folder or single file
     precision: str = "fp32"
     target: PlanTarget | None = None  # compile plans for it too
     loras: tuple[tuple[Path, float], ...] = ()  # fused into the weights, each with its λ
     defaults: Defaults = OWN_DEFAULTS
+    overrides: Overrides = NO_OVERRIDES
 
     @functools.cached_property
     def source_hash(self) -> str:
         return fingerprint(self.source)
+
+    @functools.cached_property
+    def beside(self) -> dict[str, tuple[str, str]]:
+        """Name and hash of what is read beside the source, by what it is of it."""
+        paths = dict(self.overrides.components)
+        if self.source.is_file():
+            paths["architecture"] = described_in(self.source, self.overrides)
+        return {what: (name_of(path), fingerprint(path)) for what, path in paths.items()}
 
     @functools.cached_property
     def key(self) -> str:
@@ -92,6 +101,7 @@ class Blueprint:
         beside = [path.with_name(ADAPTER_CONFIG) for path, _ in self.loras if path.is_file()]
         lines += [fingerprint(config) for config in beside if config.is_file()]
         lines += [str(self.defaults)]
+        lines += [f"{what} {digest}" for what, (_, digest) in sorted(self.beside.items())]
         if self.target:
             lines += [str(self.target), str(import_tensorrt(self.target.engine).__version__)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -179,10 +189,13 @@ def build_bundle(blueprint: Blueprint, folder: Path, progress: Progress) -> Bund
 def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
     source, target = blueprint.source, blueprint.target
-    pipeline_class(source)  # a clear error before anything heavy is imported
+    overrides = blueprint.overrides
+    pipeline_class(
+        described_in(source, overrides)
+    )  # a clear error before anything heavy is imported
     progress(f"loading {name_of(source)}", 0, 5)
     from engines.build.export import OPSET, export_onnx
-    from engines.families import family_of
+    from engines.families import family_named
     from engines.loras.fusing import fuse
 
     partial = folder.with_name(f"{folder.name}.{blueprint.key}.partial")
@@ -190,12 +203,12 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
         if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
-    pipeline = load_pipeline(source, blueprint.precision)
-    facts = load_facts(source, pipeline).with_defaults(blueprint.defaults)
+    pipeline = load_pipeline(source, blueprint.precision, overrides)
+    facts = load_facts(source, pipeline, overrides).with_defaults(blueprint.defaults)
     if target:
         target = target.settled(facts)
         check_target(target, facts)
-    parts = family_of(pipeline_class(source)).parts(pipeline, facts)
+    parts = family_named(facts.family).parts(pipeline, facts)
     fuse(parts, blueprint.loras)
     num_pieces = len(parts) * (2 if target else 1) + 1
     for index, part in enumerate(parts):
@@ -217,6 +230,10 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
         "format": FORMAT,
         "key": blueprint.key,
         "source": {"name": name_of(source), "sha256": blueprint.source_hash},
+        "beside": {
+            what: {"name": name, "sha256": digest}
+            for what, (name, digest) in blueprint.beside.items()
+        },
         "loras": [{"name": path.name, "weight": weight} for path, weight in blueprint.loras],
         "precision": blueprint.precision,
         "opset": OPSET,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class ModelInfo:
     max_batch: int
     max_decode_batch: int
     max_calls: int  # engine calls that run side by side
+    components: Mapping[str, str]  # names of what stands in for the checkpoint's own
 
 
 def describe(model: Model, max_batch: int | None, model_id: str | None) -> ModelInfo:
@@ -71,6 +73,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         max_batch=lanes,
         max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
         max_calls=model.max_calls,
+        components=facts.components,
     )
 
 

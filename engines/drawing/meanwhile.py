@@ -99,7 +99,6 @@ def _load(line: bytes) -> Order:
         **values
         | {
             "cache_dir": Path(values["cache_dir"]),
-            "loras": {name: Path(file) for name, file in values["loras"].items()},
             "defaults": Defaults(**values["defaults"]),
         }
     )

@@ -23,22 +23,15 @@ from engines.build.bundle import (
     is_bundle,
     open_bundle,
 )
-from engines.build.checkpoint import (
-    download,
-    load_facts,
-    load_pipeline,
-    pipeline_class,
-    resolve,
-    tokenizer_of,
-    whole,
-)
+from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of, whole
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
+from engines.build.source import NO_OVERRIDES, Sources, find
 from engines.drawing.batching import FULL_BATCH, denoise_rows
 from engines.drawing.prompts import Tokens
 from engines.drawing.textual_inversion import expand
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
-from engines.families import family_named, family_of
+from engines.families import family_named
 from engines.families.family import Family
 from engines.loras.file import read_lora
 from engines.order import Order
@@ -103,11 +96,16 @@ def prepare(order: Order, progress: Progress) -> Bundle:
 
     With a TensorRT backend it holds plans for this machine's GPU.
     """
-    choice = choose_backend(order.backend, device=order.device)
-    folder = resolve(order.model) or download(order.model)
+    choice, sources = choose_backend(order.backend, device=order.device), find(order)
+    folder = sources.model
     if not is_bundle(folder):
-        return ensure_bundle(_blueprint(order, choice, folder), order.cache_dir, progress)
+        return ensure_bundle(_blueprint(order, choice, sources), order.cache_dir, progress)
     bundle = open_bundle(folder)
+    if sources.overrides != NO_OVERRIDES:
+        raise BundleError(
+            f"{folder} is a bundle, whose parts are built in; give --unet, --vae and "
+            "--architecture to fourstep build, or serve the checkpoint itself"
+        )
     if order.precision not in ("auto", bundle.precision):
         raise BundleError(
             f"{folder} was built with {bundle.precision}, not {order.precision}; "
@@ -120,17 +118,17 @@ def prepare(order: Order, progress: Progress) -> Bundle:
 
 def must_be_built(order: Order) -> bool:
     """Whether `load_model` would have to make a bundle first."""
-    choice = choose_backend(order.backend, device=order.device)
-    folder = resolve(order.model) or download(order.model)
-    if choice.backend == "torch" or is_bundle(folder):
+    choice, sources = choose_backend(order.backend, device=order.device), find(order)
+    if choice.backend == "torch" or is_bundle(sources.model):
         return False
-    return not is_bundle(folder_of(_blueprint(order, choice, folder), order.cache_dir))
+    return not is_bundle(folder_of(_blueprint(order, choice, sources), order.cache_dir))
 
 
-def _blueprint(order: Order, choice: Choice, folder: Path) -> Blueprint:
+def _blueprint(order: Order, choice: Choice, sources: Sources) -> Blueprint:
     plans = choice.backend in MODULES
     precision = ("fp16" if plans else "fp32") if order.precision == "auto" else order.precision
-    return Blueprint(folder, precision, _target(order, choice.backend) if plans else None)
+    target = _target(order, choice.backend) if plans else None
+    return Blueprint(sources.model, precision, target, overrides=sources.overrides)
 
 
 def _target(order: Order, backend: str) -> PlanTarget:
@@ -184,7 +182,7 @@ def load_model(order: Order, progress: Progress) -> Model:
             raise
         logger.warning("%s cannot draw %s: %s", choice.backend, order.model, error)
         reason = f"{choice.backend} failed: {error}"
-    if is_bundle(resolve(order.model) or Path()):
+    if is_bundle(find(order).model):
         order = dataclasses.replace(order, backend="onnxruntime")
         return load_built(order, Choice("onnxruntime", reason), progress)
     return _load_torch(order, Choice("torch", reason))
@@ -225,7 +223,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     names = [window.tokenizer for window in bundle.facts.windows]
     tokenizers = {name: whole(Tokenizer.from_file(str(bundle.tokenizer(name)))) for name in names}
     device = "cuda" if choice.backend in MODULES else "cpu"
-    adapters = _load_adapters(order.loras, engines)
+    adapters = _load_adapters(find(order).loras, engines)
     facts = bundle.facts.with_defaults(order.defaults)
     precision = bundle.precision
     return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
@@ -241,9 +239,10 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     from engines.backends.fused.ops import keep_kernels
     from engines.backends.torch_engine import TorchEngine
 
-    folder = resolve(order.model) or download(order.model)
-    if is_bundle(folder):
-        raise BundleError(f"{folder} is a bundle; --engine torch needs the checkpoint itself")
+    sources = find(order)
+    source, overrides = sources.model, sources.overrides
+    if is_bundle(source):
+        raise BundleError(f"{source} is a bundle; --engine torch needs the checkpoint itself")
     on_gpu = order.device != "cpu" and torch.cuda.is_available()
     device = device or ("cuda" if on_gpu else "cpu")
     precision = order.precision
@@ -251,13 +250,13 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
         precision = "fp16" if device == "cuda" else "fp32"
     if device != "cpu":
         keep_kernels(order.cache_dir / "kernels")
-    pipeline = load_pipeline(folder, precision)
-    facts = load_facts(folder, pipeline).with_defaults(order.defaults)
-    parts = family_of(pipeline_class(folder)).parts(pipeline, facts)
+    pipeline = load_pipeline(source, precision, overrides)
+    facts = load_facts(source, pipeline, overrides).with_defaults(order.defaults)
+    parts = family_named(facts.family).parts(pipeline, facts)
     engines = {part.name: TorchEngine(part, device) for part in parts}
     names = [window.tokenizer for window in facts.windows]
     tokenizers = {name: tokenizer_of(pipeline, name) for name in names}
-    adapters = _load_adapters(order.loras, engines)
+    adapters = _load_adapters(sources.loras, engines)
     max_calls = 1 if device == "cpu" else GPU_CALLS
     return Model(
         facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls

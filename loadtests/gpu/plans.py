@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import typer
 
-from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class, resolve
+from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class
 from engines.build.export import export_onnx
 from engines.build.plan import INSTALL, MODULES, import_tensorrt, make_logger, parse
+from engines.build.source import resolve
 from engines.errors import EngineError
 from engines.families import family_of
 from loadtests.gpu.clocks import wall_ms

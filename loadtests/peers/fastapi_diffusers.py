@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from engines.build.checkpoint import resolve
+from engines.build.source import resolve
 from loadtests.peers.drawing import Options
 
 

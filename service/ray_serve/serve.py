@@ -124,7 +124,7 @@ def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
 def _prepare_model(settings: Settings) -> None:
     """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
     from engines.backends.choice import choose_backend
-    from engines.build.checkpoint import download, resolve
+    from engines.build.source import find
     from engines.drawing.model import prepare
 
     backend = choose_backend(settings.engine, device=settings.device).backend
@@ -135,8 +135,8 @@ def _prepare_model(settings: Settings) -> None:
             if settings.engine != "auto":
                 raise
             typer.echo(f"note: {error}; another engine takes over", err=True)
-    elif resolve(settings.model) is None:
-        download(settings.model)
+    else:
+        find(settings.order)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

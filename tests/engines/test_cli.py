@@ -149,6 +149,8 @@ def test_a_prompt_in_no_utf_8_is_one_clear_line(
         ("a@b/it@2@3", "a@b/it@2", 3.0),
         ("a@b/absent.safetensors", "a@b/absent.safetensors", None),
         ("absent.safetensors@2", "absent.safetensors", 2.0),
+        ("owner/name@1", "owner/name", 1.0),
+        ("owner/name/it.safetensors@0.5", "owner/name/it.safetensors", 0.5),
         ("a@b", "a@b", None),
     ],
 )
@@ -160,7 +162,7 @@ def test_an_at_sign_in_a_path_is_no_weight(
         (tmp_path / "a@b" / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     weights = {} if weight is None else {"x": weight}
-    assert parse_loras([f"x={text}"]) == ({"x": Path(path)}, weights)
+    assert parse_loras([f"x={text}"]) == ({"x": path}, weights)
 
 
 @pytest.mark.parametrize("weight", ["", "strong", "nan", "inf"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engines.build.checkpoint import DEMO_MODELS
+from engines.build.source import DEMO_MODELS
 from engines.distill.captions import caption
 from engines.distill.checker import Reading, read
 from engines.distill.evaluate import GUIDANCE, Exam

@@ -1,0 +1,93 @@
+"""A UNet or VAE alone, that stands in for a checkpoint's own: of a folder or of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.build.folder import read_json, variant_of
+from engines.build.single_file import TINY_VAE_KEYS, Header, misplaced, read_header
+from engines.errors import CheckpointError, reason_of
+
+TINY_VAE = "AutoencoderTiny"
+WANTED = {"unet": "a UNet", "vae": "a VAE"}
+GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"
+
+
+def load_component(name: str, path: Path, classes: Sequence[str], base: Path, dtype: Any) -> Any:
+    """The module of class ``classes`` at ``path``; a file has the shape that ``base`` says.
+
+    ``base`` is a diffusers folder, of which only the component's configuration is read.
+
+    Raises:
+        CheckpointError: it is something else, or was made for another architecture.
+    """
+    try:
+        if path.is_dir():
+            return _of_folder(name, path, classes, dtype)
+        return _of_file(name, read_header(path), classes, base, dtype)
+    except CheckpointError:
+        raise
+    except Exception as error:  # diffusers raises many kinds; all mean the same here
+        raise CheckpointError(
+            f"{name} {path} cannot be loaded by diffusers: {reason_of(error)}; a file must be of "
+            "the base's own architecture, give any other as a folder with its config.json"
+        ) from error
+
+
+def _of_folder(name: str, path: Path, classes: Sequence[str], dtype: Any) -> Any:
+    import diffusers
+
+    places = [place for place in (path, path / name) if (place / "config.json").is_file()]
+    if not places:
+        raise CheckpointError(
+            f"{name} {path} has neither config.json nor {name}/config.json: it is no diffusers "
+            "folder; a file alone is given by its own path"
+        )
+    found = read_json(places[0] / "config.json").get("_class_name")
+    if found not in classes:
+        raise CheckpointError(
+            f"{name} {places[0]} is of class {found!r}; known are {', '.join(classes)}"
+        )
+    return getattr(diffusers, str(found)).from_pretrained(
+        places[0],
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=variant_of(path, [places[0]]),
+    )
+
+
+def _of_file(name: str, header: Header, classes: Sequence[str], base: Path, dtype: Any) -> Any:
+    import diffusers
+
+    if header.kind not in (name, "checkpoint"):
+        raise CheckpointError(misplaced(header, WANTED[name], "--model BASE"))
+    if header.has(*TINY_VAE_KEYS) and TINY_VAE in classes:
+        return _tiny_vae(header.file, dtype)
+    own = read_json(base / name / "config.json").get("_class_name", classes[0])
+    if own != classes[0]:
+        raise CheckpointError(
+            f"{name} {header.file} has no configuration, and the base's own is of class {own}: "
+            "give it as a folder with its config.json"
+        )
+    embedding = header.shapes.get(GUIDANCE_EMBEDDING)
+    return getattr(diffusers, classes[0]).from_single_file(
+        str(header.file),
+        config=str(base),
+        subfolder=name,
+        dtype=dtype,
+        local_files_only=True,
+        **({"time_cond_proj_dim": embedding[1]} if embedding else {}),
+    )
+
+
+def _tiny_vae(file: Path, dtype: Any) -> Any:
+    """TAESD in diffusers' own names: there is one architecture of it, with no factor of its own."""
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import load_file
+
+    vae = AutoencoderTiny()
+    vae.load_state_dict(load_file(file))
+    return vae.to(dtype).eval()
