@@ -156,18 +156,25 @@ def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> 
     """The bundle of a blueprint from the cache, built first where it is not there.
 
     Two processes asking at once build once: the second waits and opens. A damaged cache entry is
-    built again.
+    built again. The lock is held to build alone: many that open one bundle read it side by side.
     """
     folder = folder_of(blueprint, cache_dir)
+    if (found := _whole(folder)) is not None:
+        return found
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if is_bundle(folder):
-            try:
-                return open_bundle(folder)
-            except BundleError:
-                shutil.rmtree(folder)
+        if (found := _whole(folder)) is not None:
+            return found
         _build(blueprint, folder, progress)
     return open_bundle(folder)
+
+
+def _whole(folder: Path) -> Bundle | None:
+    """The bundle of a folder; None where there is none, or a damaged one that is being replaced."""
+    try:
+        return open_bundle(folder) if is_bundle(folder) else None
+    except (BundleError, OSError):
+        return None
 
 
 def folder_of(blueprint: Blueprint, cache_dir: Path) -> Path:

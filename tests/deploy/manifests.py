@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 VERSIONS = ("1.30", "1.37")  # the oldest that these manifests are for, and the newest known
+WITHOUT_SCHEMA = {"PodMonitoring", "Rules"}  # GKE's own kinds: none is at hand
 Object = dict[str, Any]
 
 
@@ -43,6 +45,15 @@ def render(folder: Path) -> list[Object]:
 
 def overlay(name: str) -> list[Object]:
     return render(KUBERNETES / "overlays" / name)
+
+
+def with_component(name: str, component: str, folder: Path) -> list[Object]:
+    """An overlay of a user's own, in ``folder``: one of ours and a component."""
+    above = os.path.relpath(KUBERNETES, folder.resolve())
+    (folder / "kustomization.yaml").write_text(
+        f"resources: [{above}/overlays/{name}]\ncomponents: [{above}/components/{component}]\n"
+    )
+    return render(folder)
 
 
 def one(objects: list[Object], kind: str, name: str | None = None) -> Object:
@@ -89,6 +100,15 @@ def serve_config(objects: list[Object]) -> Object:
 def check(thing: Object) -> None:
     """Raises where a field is unknown or has a wrong value."""
     _check(json.dumps(thing, sort_keys=True))
+
+
+def check_all(objects: list[Object]) -> None:
+    """Raises where a field of any is unknown or has a wrong value, or two have one name."""
+    for thing in objects:
+        if thing["kind"] not in WITHOUT_SCHEMA:
+            check(thing)
+    names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
+    assert len(names) == len(set(names))
 
 
 @functools.cache  # overlays share most of their objects

@@ -1,4 +1,4 @@
-"""The init container's script, really run: two pods that start together build once."""
+"""What fills the cache volume, and what waits for it, really run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from engines.build.bundle import open_bundle
+from engines.build.bundle import MANIFEST, open_bundle
 from engines.drawing.model import prepare
 from engines.order import Order
-from tests.deploy.manifests import KUBERNETES, ROOT
+from tests.deploy.manifests import KUBERNETES, ROOT, overlay, replica
 
-SCRIPT = KUBERNETES / "components" / "model-cache" / "build-once.sh"
+SCRIPT = KUBERNETES / "components" / "model-cache" / "fill.sh"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="flock is Linux's")
-def test_two_pods_build_once_what_is_damaged_or_absent(
+def test_two_jobs_build_once_what_is_damaged_or_absent(
     lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     assert os.access(SCRIPT, os.X_OK)
@@ -37,9 +38,32 @@ def test_two_pods_build_once_what_is_damaged_or_absent(
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    pods = [start(), start()]
-    said = [pod.communicate(timeout=300)[0] for pod in pods]
-    assert [pod.returncode for pod in pods] == [0, 0], said
+    jobs = [start(), start()]
+    said = [job.communicate(timeout=300)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
     assert sorted("exporting denoiser" in each for each in said) == [False, True], said
-    assert sum("is not what the manifest says" in each for each in said) == 1, said
+    assert any("is not what the manifest says" in each for each in said), said
     open_bundle(bundle)
+
+
+def test_a_pod_waits_for_the_bundle_and_for_nothing_without_one(
+    kubectl: None, tmp_path: Path
+) -> None:
+    waiting = replica(overlay("gke-l4"))["initContainers"][0]
+    assert waiting["name"] == "wait-for-model"
+    command = [word.replace("sleep 10", "sleep 0.1") for word in waiting["command"]]
+    without = subprocess.run(command, env=os.environ | {"BUNDLE": ""}, capture_output=True)
+    assert (without.returncode, without.stdout) == (0, b"")
+
+    bundle = tmp_path / "bundle"
+    pod = subprocess.Popen(
+        command, env=os.environ | {"BUNDLE": str(bundle)}, stdout=subprocess.PIPE
+    )
+    assert pod.stdout is not None
+    assert b"kubectl logs job/fourstep-model" in pod.stdout.readline()
+    bundle.mkdir()
+    time.sleep(0.3)
+    assert pod.poll() is None, "a folder without a manifest is no bundle"
+    (bundle / MANIFEST).touch()
+    pod.communicate(timeout=30)
+    assert pod.returncode == 0

@@ -6,6 +6,8 @@ of minutes. A replica that asks for a GPU gets one of four that Ray is told of.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 from collections import Counter
@@ -20,7 +22,13 @@ from engines.drawing.model import prepare
 from engines.order import Order
 from service.access.keys import make_key
 from tests.deploy.cluster import BIN, RayCluster
-from tests.deploy.manifests import environment, kustomize_version, overlay, serve_config
+from tests.deploy.manifests import (
+    environment,
+    kustomize_version,
+    overlay,
+    replica,
+    serve_config,
+)
 from tests.deploy.test_consistency import IMAGE_BIN
 
 SECRET, LINE = make_key("test")
@@ -66,31 +74,80 @@ def config_of(cluster: RayCluster, name: str, model: Path, **changes: Any) -> di
     return config
 
 
-class Load:
-    """Clients that each draw one image after the other, until told to stop."""
+class Endpoints:
+    """The nodes' proxies that a Service would have: those whose pod passes its readiness probe.
 
-    def __init__(self, port: int, num_clients: int, num_steps: int) -> None:
+    The worker's is asked as the manifest says; the head is there as long as it answers, as the
+    operator sees to it.
+    """
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._ports = cluster.ports
+        probe = replica(overlay("gke-l4"))["containers"][0]["readinessProbe"]
+        self._path = probe["httpGet"]["path"]
+        self._period_s, self._timeout_s = probe["periodSeconds"], probe["timeoutSeconds"]
+        self._ready = {"head"}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def port(self, number: int) -> int:
+        """The one of the ready proxies that a client with this number asks."""
+        ready = sorted(self._ready)
+        return self._ports[ready[number % len(ready)]]
+
+    def has_worker(self) -> bool:
+        return "worker" in self._ready
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._period_s):
+            url = f"http://127.0.0.1:{self._ports['worker']}{self._path}"
+            try:
+                passes = httpx.get(url, timeout=self._timeout_s).is_success
+            except httpx.HTTPError:
+                passes = False
+            self._ready = {"head", "worker"} if passes else {"head"}
+
+    def __enter__(self) -> Endpoints:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class Load:
+    """Clients that each draw one image after the other, through any proxy, until told to stop."""
+
+    def __init__(self, cluster: RayCluster, num_clients: int, num_steps: int) -> None:
         self.outcomes: Counter[int | str] = Counter()
+        self.endpoints = Endpoints(cluster)
         self._client = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {SECRET}"},
             timeout=200,
-            limits=httpx.Limits(max_connections=None),
+            # Each request connects anew, as of many clients: a kept connection would stay with a
+            # proxy that the Service has long forgotten.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
         self._body = {"prompt": "a red star", "num_inference_steps": num_steps}
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._draw) for _ in range(num_clients)]
+        self._threads = [
+            threading.Thread(target=self._draw, args=(number,)) for number in range(num_clients)
+        ]
 
-    def _draw(self) -> None:
+    def _draw(self, number: int) -> None:
         while not self._stop.is_set():
+            number += 1
+            url = f"http://127.0.0.1:{self.endpoints.port(number)}/v1/images/generations"
             try:
-                answer = self._client.post("/v1/images/generations", json=self._body)
+                answer = self._client.post(url, json=self._body)
                 self.outcomes[answer.status_code] += 1
             except httpx.HTTPError as error:
                 self.outcomes[repr(error)] += 1
             time.sleep(0.05)
 
     def __enter__(self) -> Load:
+        self.endpoints.__enter__()
         for thread in self._threads:
             thread.start()
         return self
@@ -99,6 +156,7 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        self.endpoints.__exit__()
         self._client.close()
 
 
@@ -113,7 +171,7 @@ def test_local_cpu_is_deployed_and_changed_without_a_failed_request(
     body = {"prompt": "a red star"}
     assert httpx.post(f"{base}/v1/images/generations", json=body).status_code == 401
     (before,) = cluster.replicas()
-    with Load(cluster.ports["head"], num_clients=2, num_steps=4) as load:
+    with Load(cluster, num_clients=2, num_steps=4) as load:
         cluster.wait(lambda: load.outcomes.total() > 5, "images before the change")
         cluster.deploy(config_of(cluster, "local-cpu", lcm_checkpoint, png_level=2))
         cluster.wait(lambda: before not in cluster.replicas(state=""), "the old replica's end")
@@ -136,11 +194,23 @@ def test_gke_l4_goes_from_one_replica_to_three_and_back(
         for each in cluster.applications()["fourstep"]["deployments"].values()
     )
     assert target == config["applications"][0]["args"]["max_batch"]
-    with Load(cluster.ports["head"], num_clients=3 * int(target), num_steps=50) as load:
+    with Load(cluster, num_clients=3 * int(target), num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "three replicas")
         assert len(set(cluster.replicas().values())) == 2, "two GPUs a node: both must be in use"
-    cluster.wait(lambda: len(cluster.replicas(state="")) == 1, "one replica")
-    assert set(load.outcomes) == {200}, load.outcomes
+        cluster.wait(load.endpoints.has_worker, "a worker that takes requests")
+    # A little load keeps one, on the head: the other node's proxy drains, and its port closes.
+    with Load(cluster, num_clients=2, num_steps=4) as least:
+        cluster.wait(lambda: refuses(cluster.ports["worker"]), "the end of the worker's proxy")
+        assert len(cluster.replicas(state="")) == 1
+        seen = least.outcomes.total()
+        cluster.wait(lambda: least.outcomes.total() > seen + 5, "images after that")
+    assert set(load.outcomes + least.outcomes) == {200}, (load.outcomes, least.outcomes)
+
+
+def refuses(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return False
+    return True
 
 
 def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
@@ -151,7 +221,7 @@ def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
     cluster.wait(lambda: not cluster.replicas(state=""), "no replica")
     healthz = f"http://127.0.0.1:{cluster.ports['head']}/-/healthz"  # the component's probe
     cluster.wait(lambda: httpx.get(healthz).is_success, "a proxy that knows where to send it")
-    with Load(cluster.ports["head"], num_clients=1, num_steps=4) as load:
+    with Load(cluster, num_clients=1, num_steps=4) as load:
         cluster.wait(lambda: load.outcomes.total() > 0, "an image")
     assert set(load.outcomes) == {200}, load.outcomes
 
@@ -162,7 +232,7 @@ def test_a_node_takes_no_request_with_it(
 ) -> None:
     cluster.start_worker()
     cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
-    with Load(cluster.ports["head"], num_clients=24, num_steps=50) as load:
+    with Load(cluster, num_clients=24, num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
         end(cluster, "worker")
         seen = load.outcomes.total()

@@ -167,6 +167,16 @@ def test_two_processes_build_once(checkpoints: Path, tmp_path: Path) -> None:
     _assert_only_whole_bundles(tmp_path)
 
 
+def test_a_whole_bundle_is_opened_without_the_lock(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else pods that start together would hash gigabytes one after the other."""
+    blueprint = Blueprint(checkpoints / "tiny-lcm")
+    built = ensure_bundle(blueprint, tmp_path, _no_progress)
+    monkeypatch.delattr("engines.build.bundle.FileLock")
+    assert ensure_bundle(blueprint, tmp_path, _no_progress).folder == built.folder
+
+
 def test_a_killed_build_resumes(checkpoints: Path, tmp_path: Path) -> None:
     command = _builder(checkpoints / "tiny-lcm", tmp_path, 1.0)
     killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
