@@ -25,6 +25,8 @@ ADAPTER_CONFIG = "adapter_config.json"  # peft's, beside a file that it saved it
 UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # of files for a UNet and nothing else
 PEFT_PREFIX = "base_model.model."
 PEFT_CLASSES = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
+# Of peft's `init_lora_weights`: those by which it also takes something from the model's weights.
+TAKEN_FROM_MODEL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's names, which all layouts are brought to
 # How a tensor of a plain pair ends in any layout, and how its other half does.
 DOWNS = {"lora_A.weight": "lora_B.weight", "down.weight": "up.weight"}
@@ -226,6 +228,13 @@ def _scales(
         raise CheckpointError(
             f"LoRA {path} was made with use_dora, which is not fused here; merge it into the "
             "checkpoint with its own tool"
+        )
+    began = str(own.get("init_lora_weights", True))
+    if began.lower().startswith(TAKEN_FROM_MODEL):
+        raise CheckpointError(
+            f"LoRA {path} was made with init_lora_weights={began!r}, for a model whose own weights "
+            "were changed as well; save it for the plain one, by peft's save_pretrained with "
+            "path_initial_model_for_weight_conversion"
         )
     patterns: Mapping[str, float] = own.get("alpha_pattern") or {}
     scales, used = {}, set()

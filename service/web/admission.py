@@ -21,6 +21,7 @@ from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
 from service.web.masks import HALF, Edited, Paste, region_of
+from service.web.parsing import cut
 from service.web.schema import MAX_SEED, EditParams, ImageParams
 from service.web.uploads import describe_resize
 
@@ -249,8 +250,8 @@ def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, in
 
 def _ignored(params: ImageParams) -> list[str]:
     """A warning of each unknown field, where the service ignores them."""
-    names = [name if len(name) <= 64 else f"{name[:61]}..." for name in params.unknown_fields()]
-    found = [f"unknown field {name!r} was ignored" for name in names[:MAX_IGNORED]]
+    names = [cut(repr(name)) for name in params.unknown_fields()]
+    found = [f"unknown field {name} was ignored" for name in names[:MAX_IGNORED]]
     if len(names) > MAX_IGNORED:
         found.append(f"{len(names) - MAX_IGNORED} more unknown fields were ignored")
     return found

@@ -96,7 +96,10 @@ def build_router(
         check_model(model_id, replica.runner.info.model_id, replica.settings)
         return _model_object(replica)
 
-    @router.get(f"{IMAGE_FILES.removeprefix(router.prefix)}{{name}}", response_class=Response)
+    file_path = f"{IMAGE_FILES.removeprefix(router.prefix)}{{name}}"
+
+    @router.head(file_path, include_in_schema=False)  # what chat programs ask before a preview
+    @router.get(file_path, response_class=Response)
     def image_file(name: str) -> Response:  # not async: it reads a file
         """An image that an answer of `response_format` `url` named; its name needs no key."""
         found = files and files.read(name)

@@ -2,7 +2,8 @@
 
 A folder that all replicas share: any of them answers for what another drew, and a restart loses
 nothing. Names are secrets of 192 bits, and whoever has one may have the image. Only files of such
-names are ever touched here.
+names are ever touched here. A file's time of change is when it expires, as its client was told:
+services of other settings, and successors, may share the folder.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class ImageFiles:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             unfinished.write_bytes(data)
+            expires = time.time() + self.life_s
+            os.utime(unfinished, (expires, expires))
             unfinished.rename(self._folder / name)
         except OSError as error:
             logger.error("an image is not kept in image_files_dir: %s", error)
@@ -117,28 +120,30 @@ class ImageFiles:
             return None
         try:
             with (self._folder / name).open("rb") as file:
-                left_s = os.fstat(file.fileno()).st_mtime + self.life_s - time.time()
+                left_s = os.fstat(file.fileno()).st_mtime - time.time()
                 data = file.read()
         except FileNotFoundError:
             return None
         return ImageFile(data, BY_SUFFIX[known[1]], left_s) if left_s > 0 else None
 
     def sweep(self, room_bytes: int = 0) -> None:
-        """Remove what is expired or unfinished, and the oldest until ``room_bytes`` more fit in."""
+        """Remove what is expired or was never finished; then whatever expires next, until
+        ``room_bytes`` more fit in. What is being written goes last.
+        """
         now, kept = time.time(), []
         with self._lock:
             self._num_unswept_bytes = room_bytes
         for path, stat in self._files():
             unfinished = path.name.endswith(UNFINISHED)
-            if now - stat.st_mtime < (UNFINISHED_S if unfinished else self.life_s):
-                kept.append((stat.st_mtime_ns, stat.st_size, path))
+            if now < stat.st_mtime + (UNFINISHED_S if unfinished else 0.0):
+                kept.append((unfinished, stat.st_mtime_ns, stat.st_size, path))
             else:
                 path.unlink(missing_ok=True)
         kept.sort(reverse=True)
-        num_bytes = sum(size for _, size, _ in kept)
+        num_bytes = sum(size for *_, size, _ in kept)
         while kept and num_bytes + room_bytes > self._max_bytes:
-            _, size, oldest = kept.pop()
-            oldest.unlink(missing_ok=True)
+            *_, size, next_to_expire = kept.pop()
+            next_to_expire.unlink(missing_ok=True)
             num_bytes -= size
         self._observe(len(kept), num_bytes)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -129,6 +129,30 @@ def test_an_alpha_that_fits_nothing_is_never_dropped(both: Path, tmp_path: Path)
         read_lora(file)
     _save_with(both, file, {"unet.use_dora": True})
     with pytest.raises(CheckpointError, match="use_dora"):
+        read_lora(file)
+
+
+@pytest.mark.parametrize("began", ["pissa", "pissa_niter_4", "olora", "gaussian", True])
+def test_a_lora_for_weights_that_peft_changed_is_refused(
+    began: str | bool, checkpoints: Path, attention: Path, tmp_path: Path
+) -> None:
+    """Wherever diffusers, by peft, changes the model's own weights as it loads the file."""
+    file = tmp_path / "it.safetensors"
+    _save_with(attention, file, {"unet.init_lora_weights": began})
+    pipeline = DiffusionPipeline.from_pretrained(checkpoints / "tiny-sd")
+    built = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
+    pipeline.load_lora_weights(file, low_cpu_mem_usage=False)  # with it, diffusers fails at these
+    loaded = pipeline.unet.state_dict()
+    changed = [
+        name for name in loaded
+        if ".base_layer." in name and not loaded[name].equal(built[name.replace(".base_layer", "")])
+    ]  # fmt: skip
+    if not changed:
+        assert read_lora(file)["denoiser"]
+        return
+    with pytest.raises(
+        CheckpointError, match=f"init_lora_weights='{began}', for a model whose own"
+    ):
         read_lora(file)
 
 

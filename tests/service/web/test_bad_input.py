@@ -455,6 +455,14 @@ def test_a_json_edit_that_cannot_be_read_or_is_too_large(http: TestClient) -> No
         "first"
     )
     assert_error(answer, message, "images.0.image_url", "too_large", 413)
+    numbers = {"prompt": "x", "image": list(range(10)) * 7000}  # as some write a file
+    message = (
+        "the JSON body has about 70003 values; at most 65536 are accepted, send the image in "
+        "base64, as one string"
+    )
+    body = json.dumps(numbers, separators=(",", ":"))
+    answer = http.post(EDITS, content=body, headers={"content-type": "application/json"})
+    assert_error(answer, message, code="too_large", status=413)
     answer = http.post(EDITS, json={"prompt": "x", "image": "A" * MAX_BODY_BYTES})
     assert answer.status_code == 413
     assert f"at most {MAX_BODY_BYTES} are accepted" in answer.json()["error"]["message"]

@@ -84,6 +84,30 @@ def test_an_expired_file_is_answered_no_more_and_swept(tmp_path: Path) -> None:
     assert seen[-1] == (1, 5)
 
 
+def test_a_file_lives_as_long_as_was_said_whoever_sweeps(tmp_path: Path) -> None:
+    """Two services of one cache folder, or one that comes back with another setting."""
+    hour, moment = files_in(tmp_path), files_in(tmp_path, life_s=1e-3)
+    kept, gone = hour.keep(b"x", "png"), moment.keep(b"y", "png")
+    assert kept is not None
+    assert gone is not None
+    time.sleep(0.01)
+    moment.sweep()
+    assert on_disk(tmp_path) == {kept}
+    found = moment.read(kept)
+    assert found is not None
+    assert 3590 < found.left_s <= 3600
+
+
+def test_a_file_that_is_being_written_makes_no_room(tmp_path: Path) -> None:
+    files = files_in(tmp_path)
+    running = f"{'a' * 32}.png.part"
+    (tmp_path / running).write_bytes(b"x" * (MIB // 4))
+    kept = files.keep(b"y" * (MIB // 2), "png")
+    files.sweep(room_bytes=MIB // 2)
+    assert kept not in on_disk(tmp_path)
+    assert running in on_disk(tmp_path)
+
+
 def test_the_thread_sweeps_by_itself(tmp_path: Path) -> None:
     swept = threading.Event()
     files = files_in(tmp_path, life_s=0.01, observe=lambda num, _: num or swept.set())
@@ -187,6 +211,9 @@ def test_the_openai_client_gets_urls_that_anyone_can_open(
     assert len({item.url for item in kept}) == 2
     for item, expected in zip(kept, plain, strict=True):
         assert item.b64_json is None
+        head = http.head(str(item.url))  # as chat programs do before they show one
+        assert head.status_code == 200
+        assert head.headers["content-type"] == f"image/{output_format}"
         answer = http.get(str(item.url))  # without a key
         assert answer.status_code == 200
         assert answer.content == base64.b64decode(expected.b64_json or "")

@@ -102,6 +102,16 @@ def test_hostile_names_stay_short_and_in_their_header(http: TestClient) -> None:
     assert told.endswith(f"{len(names) - 10} more unknown fields were ignored")
     assert len(told) < 1000
     assert "set-cookie" not in answer.headers
+    body = {"prompt": "x"} | {"\U000e0001" * 60 + str(index): 1 for index in range(10)}
+    answer = http.post(GENERATIONS, json=body, headers={"accept": "image/png"})
+    assert len(answer.headers["x-fourstep-warnings"]) < 1000  # as they are written there
+
+
+def test_a_long_name_that_stands_twice_is_shown_cut(http: TestClient) -> None:
+    name = "y" * 900
+    error = http.post(GENERATIONS, content=f'{{"prompt":"x","{name}":1,"{name}":2}}').json()
+    assert error["error"]["message"] == f"{'y' * 61}... is given twice; send it once"
+    assert error["error"]["param"] == f"{'y' * 61}..."
 
 
 def test_the_openai_client_may_send_what_it_likes(http: TestClient) -> None:
