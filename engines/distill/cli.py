@@ -34,6 +34,7 @@ STAGES = {
     "base": "the teacher: many steps, classifier-free guidance",
     "lcm": "the student: 1 to 8 steps, the guidance embedded",
     "decoder": "the decoder again: sharper pictures from the same latents",
+    "tiny-vae": "a tiny autoencoder of the same latents: pictures sooner",
     "lcm-lora": "the same acceleration as a LoRA on the teacher",
     "striped": "a style LoRA: light and dark stripes",
     "checkered": "a style LoRA: a chequered background",

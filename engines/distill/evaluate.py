@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import AutoencoderTiny, DiffusionPipeline, LCMScheduler
 from tqdm import tqdm
 
 from engines.distill.captions import caption
@@ -36,10 +36,18 @@ class Contestant:
     num_steps: int
     guidance_scale: float = GUIDANCE
     loras: tuple[tuple[str, float], ...] = ()
+    vae: str | None = None  # in place of the model's own
 
     @property
     def name(self) -> str:
-        return " + ".join([self.model, *(f"{weight:g}·{lora}" for lora, weight in self.loras)])
+        vae = [self.vae] if self.vae else []
+        loras = [f"{weight:g}·{lora}" for lora, weight in self.loras]
+        return " + ".join([self.model, *vae, *loras])
+
+    @property
+    def folders(self) -> list[str]:
+        """All that it is made of."""
+        return [self.model, *([self.vae] if self.vae else []), *(name for name, _ in self.loras)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +82,15 @@ class Exam:
 
 def load(models: Path, contestant: Contestant, device: torch.device) -> Any:
     """The contestant's pipeline in float32, as any user of diffusers would load it."""
-    folder = models / contestant.model
-    if not folder.is_dir():
-        raise TrainingError(f"--models {models} has no {contestant.model}; train or copy it there")
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    for folder in contestant.folders:
+        if not (models / folder).is_dir():
+            raise TrainingError(f"--models {models} has no {folder}; train or copy it there")
+    options: dict[str, Any] = {"torch_dtype": torch.float32}
+    if contestant.vae:
+        options["vae"] = AutoencoderTiny.from_pretrained(models / contestant.vae, **options)
+    pipeline = DiffusionPipeline.from_pretrained(models / contestant.model, **options)
     names = [name for name, _ in contestant.loras]
     for name in names:
-        if not (models / name).is_dir():
-            raise TrainingError(f"--models {models} has no {name}; train or copy it there")
         pipeline.load_lora_weights(models / name, adapter_name=name)
     if names:
         pipeline.set_adapters(names, [weight for _, weight in contestant.loras])
@@ -153,6 +162,7 @@ def contestants_of(models: Path) -> list[Contestant]:
     rows = [Contestant("demo-base", steps) for steps in (50, 25)]
     rows += [Contestant("demo-lcm", steps) for steps in (1, 2, 4, 8)]
     rows += [Contestant("demo-lcm", 4, guidance) for guidance in (1.0, 2.0, 6.0)]
+    rows += [Contestant("demo-lcm", steps, vae="demo-tiny-vae") for steps in (1, 4)]
     rows += [Contestant("demo-base", steps, 1.0, lora) for steps in (1, 2, 4, 8)]
     without = (("demo-lcm-lora", 0.0),)  # the same sampler and guidance, to see what the LoRA adds
     rows += [Contestant("demo-base", steps, 1.0, without) for steps in (1, 4)]
@@ -160,11 +170,7 @@ def contestants_of(models: Path) -> list[Contestant]:
     for style in (f"demo-{look}-lora" for look in LOOKS):
         rows.append(Contestant("demo-base", 50, STYLE_GUIDANCE, ((style, 1.0),)))
         rows.append(Contestant("demo-base", 4, 1.0, (*lora, (style, 1.0))))
-    return [
-        row
-        for row in rows
-        if all((models / name).is_dir() for name in (row.model, *(n for n, _ in row.loras)))
-    ]
+    return [row for row in rows if all((models / name).is_dir() for name in row.folders)]
 
 
 def table(scores: list[Score]) -> str:

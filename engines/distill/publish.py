@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
@@ -30,8 +31,8 @@ _MACHINE_KEYS = ("_name_or_path",)  # where a part was loaded from is nobody's b
 def publish(work: Path, out: Path) -> list[str]:
     """Write every model whose parts the work folder has into ``out``; returns their names.
 
-    `demo-base` and `demo-lcm` become pipelines, LoRAs and the critic are copied. Each folder is
-    replaced whole.
+    `demo-base` and `demo-lcm` become pipelines, the tiny autoencoder is halved, LoRAs and critic
+    are copied. Each folder is replaced whole.
     """
     written = []
     if (work / "unet").exists():
@@ -52,6 +53,9 @@ def publish(work: Path, out: Path) -> list[str]:
         if (work / name).exists():
             _replace(work / name, out / f"demo-{name}")
             written.append(f"demo-{name}")
+    if (work / "tiny-vae").exists():
+        tiny = AutoencoderTiny.from_pretrained(work / "tiny-vae", torch_dtype=torch.float16)
+        written.append(_save(tiny, out / "demo-tiny-vae"))
     if (work / "critic").exists():
         _replace(work / "critic", out / "critic")
         written.append("critic")
@@ -71,10 +75,11 @@ def _parts(work: Path, unet: str) -> dict[str, Any]:
     }
 
 
-def _save(pipeline: Any, folder: Path) -> str:
+def _save(model: Any, folder: Path) -> str:
+    """Of a pipeline or a part of one."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
+    model.save_pretrained(partial, safe_serialization=True)
     for file in partial.rglob("*.json"):
         values = json.loads(file.read_text())
         if isinstance(values, dict) and any(values.pop(key, None) for key in _MACHINE_KEYS):

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from engines.distill import base, critic, lcm, lora, text, vae
+from engines.distill import base, critic, lcm, lora, text, tiny_vae, vae
 from engines.distill.base import LatentData
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import Course, Place, TrainingError
@@ -91,6 +91,11 @@ def _decoder(course: Course, place: Place) -> None:
     _write(vae.train_decoder(course, place, build_tokenizer(), autoencoder), place, "vae-sharp")
 
 
+def _tiny_vae(course: Course, place: Place) -> None:
+    sharp = _load(AutoencoderKL, place, "vae-sharp")
+    _write(tiny_vae.train_tiny_vae(course, place, build_tokenizer(), sharp), place, "tiny-vae")
+
+
 def _student_parts(place: Place, style: str = "plain") -> dict[str, Any]:
     return {
         "data": _data(place, style),
@@ -133,6 +138,7 @@ STAGES: dict[str, Stage] = {
     "base": Stage(base.COURSE, "unet", _base),
     "lcm": Stage(lcm.COURSE, "unet-lcm", _lcm),
     "decoder": Stage(vae.DECODER_COURSE, "vae-sharp", _decoder),
+    "tiny-vae": Stage(tiny_vae.COURSE, "tiny-vae", _tiny_vae),
     "lcm-lora": Stage(lcm.LORA_COURSE, "lcm-lora", _lcm_lora),
     **{look: Stage(lora.STYLE_COURSE, f"{look}-lora", _style(look)) for look in LOOKS},
     "critic": Stage(critic.COURSE, "critic", _critic),

@@ -74,11 +74,7 @@ def encode(vae: Any, images: np.ndarray[Any, np.dtype[np.uint8]], place: Place) 
 
 
 def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any:
-    """Train the decoder on whole pictures, in place; the encoder and its latents stay.
-
-    The loss adds the absolute error of the horizontal and vertical differences between
-    neighbouring pixels, which is what makes edges, stars and dots crisp.
-    """
+    """Train the decoder on whole pictures, in place; the encoder and its latents stay."""
     torch.manual_seed(place.seed)
     native = (128, 128)
     counts = {"plain": NUM_PLAIN} | dict.fromkeys(LOOKS, NUM_STYLED)
@@ -100,14 +96,22 @@ def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any
         noise = torch.randn(chosen.shape, generator=draws.torch)
         with place.autocast():
             drawn = vae.decode((chosen + LATENT_NOISE * scale * noise).to(place.device)).sample
-        drawn = drawn.float()
-        loss: Tensor = F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels)
-        for axis in (2, 3):
-            loss = loss + F.l1_loss(drawn.diff(dim=axis), pixels.diff(dim=axis))
-        return loss
+        return difference(drawn.float(), pixels)
 
     train("decoder", course, place, list(decoder.parameters()), loss_of)
     return vae.eval().requires_grad_(False)
+
+
+def difference(drawn: Tensor, pixels: Tensor) -> Tensor:
+    """How far pictures are from those that they should be; both float32 [B, 3, H, W] in -1..1.
+
+    The mean absolute plus mean squared error, and the absolute error of the horizontal and
+    vertical differences between neighbouring pixels, which makes edges, stars and dots crisp.
+    """
+    loss: Tensor = F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels)
+    for axis in (2, 3):
+        loss = loss + F.l1_loss(drawn.diff(dim=axis), pixels.diff(dim=axis))
+    return loss
 
 
 def _crops(sources: list[Samples], rng: np.random.Generator) -> Tensor:

@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not run_stage(name, place, TINY), "a finished stage is kept"
     out = tmp_path_factory.mktemp("models")
     names = ["demo-base", "demo-lcm", "demo-lcm-lora", "demo-striped-lora", "demo-checkered-lora"]
-    assert publish(work, out) == [*names, "critic"]
+    assert publish(work, out) == [*names, "demo-tiny-vae", "critic"]
     return out
 
 
@@ -73,6 +73,7 @@ def test_the_table_and_the_sheet_come_from_published_weights(models: Path, tmp_p
     result = run(app, ["distill", "evaluate", *options, *few], catch_exceptions=False)
     assert result.exit_code == 0
     assert "| demo-lcm | 1 | 3 |" in result.stdout
+    assert "| demo-lcm + demo-tiny-vae | 1 | 3 |" in result.stdout
     result = run(
         app, ["distill", "sheet", "-o", str(tmp_path / "sheet.png"), *options],
         catch_exceptions=False,
