@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.errors import CheckpointError
 from engines.facts import Facts
 from engines.families import stable_diffusion as sd
 from engines.families.family import Conditions
@@ -77,16 +76,7 @@ class Denoiser(sd.Denoiser):
 
 
 def facts(name: str, pipeline: Any) -> Facts:
-    """What serving must know of a loaded diffusers pipeline.
-
-    Raises:
-        CheckpointError: it is the refiner, which draws nothing by itself.
-    """
-    if pipeline.text_encoder is None or pipeline.config.get("requires_aesthetics_score"):
-        raise CheckpointError(
-            f"{name} is SDXL's refiner or lacks its first text encoder; serve the base model, "
-            "which needs no refiner"
-        )
+    """What serving must know of a loaded diffusers pipeline."""
     windows = (
         sd.window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),
         sd.window_of(pipeline.tokenizer_2, pipeline.text_encoder_2, "tokenizer_2", "input_ids_2"),

@@ -137,6 +137,9 @@ def make_xl_checkpoint(folder: Path, *, pruned: bool = False, embedding: bool = 
         scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"  # SDXL's names what other classes take
+    others = {"clip_sample": False, "set_alpha_to_one": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | others))
     return folder
 
 
