@@ -52,6 +52,8 @@ class Facts:
     num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
     # Names of what stands in for the checkpoint's own, by a component's name.
     components: Mapping[str, str] = field(default_factory=dict)
+    strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
+    zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
 
     @property
     def max_tokens(self) -> int:
@@ -77,7 +79,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
-        """As `to_json` wrote them, now or before there were windows and a seventh coefficient."""
+        """As `to_json` wrote them, now or before there was what it fills in."""
         values = dict(values)
         if "windows" not in values:
             names = ("max_tokens", "pad_token_id", "eos_token_id")
@@ -86,5 +88,6 @@ class Facts:
             values["num_coefficients"] = 6
             # What Stable Diffusion's pipelines set, and options of a class without it lacked.
             values["scheduler"] = {"clip_sample": False} | values["scheduler"]
+        values.setdefault("strength_drops_steps", not values["time_cond_dim"])
         values["windows"] = tuple(Window(**window) for window in values["windows"])
         return cls(**values)

@@ -153,6 +153,11 @@ def _check_components(folder: Path, known: Mapping[str, tuple[str, ...]]) -> Non
     another loads too, with weights of nobody.
     """
     index = read_json(folder / "model_index.json")
+    if index.get("requires_aesthetics_score"):
+        raise CheckpointError(
+            f"{folder} is a refiner of SDXL, which only finishes what a base model began; serve "
+            "the base model, which draws without one"
+        )
     for name, classes in known.items():
         entry = index.get(name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None

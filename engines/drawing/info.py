@@ -105,7 +105,7 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         )
     for name, text in (("prompt", recipe.prompt), ("negative_prompt", recipe.negative_prompt)):
         try:
-            text.encode()
+            (text or "").encode()
         except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
             message = f"{name} is {text!a:.80}, which is no Unicode text; write it in UTF-8"
             raise InvalidInput(name, text, message) from error

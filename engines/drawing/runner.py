@@ -125,7 +125,7 @@ class Runner:
             recipe.sampler,
             recipe.num_steps,
             1.0 if recipe.image is None else recipe.strength,
-            recipe.mask is not None or not facts.time_cond_dim,
+            recipe.mask is not None or facts.strength_drops_steps,
             recipe.eta,
         )
         conditions = model.family.conditions(facts, recipe, schedule)

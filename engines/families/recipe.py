@@ -22,10 +22,14 @@ class Recipe:
     num_steps: int
     guidance_scale: float
     sampler: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # to some models none is not the same as an empty one
     strength: float = 1.0
     eta: float | None = None
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     num_previews: int = 0
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
+    # SDXL's size conditioning in pixels, height before width; None: the size that is drawn.
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None

@@ -6,6 +6,7 @@ arithmetic stays float32; only the networks inside run in the chosen precision.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from engines.errors import CheckpointError
 from engines.facts import Facts, Window
+from engines.families import vae
 from engines.families.family import Conditions, Lanewise
 from engines.families.guidance import guidance_embedding
 from engines.families.part import Part
 from engines.families.recipe import Recipe
+from engines.families.step import BATCH, denoiser_part, guided_step
+from engines.families.vae import example_latents, vae_parts
 from engines.samplers import NoiseSchedule, Schedule, default_sampler, given_options
 
 NAME = "stable_diffusion"
@@ -30,7 +34,7 @@ PIPELINES = (
 SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 COMPONENTS = {  # of a pipeline → the classes that the parts below can be made of
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "vae": vae.CLASSES,
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }  # fmt: skip
@@ -48,14 +52,10 @@ class TextEncoder(torch.nn.Module):
 
 
 class Denoiser(torch.nn.Module):
-    """One whole step: input scaling, UNet, guidance, sampler and re-noising in one graph.
+    """One whole step in one graph; its own inputs and outputs are those of `engines.families.step`.
 
-    ``sample, noise, previous`` float32 ``[B, C, h, w]``, the last of them what the step before
-    gave as ``denoised``; ``timestep, guidance`` float32 ``[B]``; ``coefficients`` float32
-    ``[B, 7]`` (see `engines.samplers`); ``uncond_index`` int64 ``[B]``: for each row the row that
-    holds its unconditional prediction, itself where there is none (then guidance must be 1).
     Conditioning: ``prompt_embeds`` float32 ``[B, L, D]``; ``timestep_cond`` float32 ``[B, K]`` for
-    models with a guidance embedding. Returns ``next_sample, denoised`` float32 ``[B, C, h, w]``.
+    models with a guidance embedding.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -66,87 +66,30 @@ class Denoiser(torch.nn.Module):
         unet.num_upsamplers = 30
 
     def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Tensor,
-        coefficients: Tensor,
-        noise: Tensor,
-        previous: Tensor,
-        guidance: Tensor,
-        uncond_index: Tensor,
+        self, sample: Tensor, timestep: Tensor, coefficients: Tensor, noise: Tensor,
+        previous: Tensor, guidance: Tensor, uncond_index: Tensor, prompt_embeds: Tensor,
         timestep_cond: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        def predict(scaled: Tensor) -> Tensor:
+            return self.predict(scaled, timestep, prompt_embeds, timestep_cond)
+
+        return guided_step(predict, sample, coefficients, noise, previous, guidance, uncond_index)
+
+    def predict(
+        self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor,
+        timestep_cond: Tensor | None, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        """What the UNet itself says, in its own type."""
         dtype = self.unet.dtype
-        i, a, b, p, q, r, s = (c[:, None, None, None] for c in coefficients.unbind(1))  # [B,1,1,1]
-        noise_pred = self.unet(
-            (i * sample).to(dtype),
+        output: Tensor = self.unet(
+            sample.to(dtype),
             timestep,
             prompt_embeds.to(dtype),
             timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
             return_dict=False,
-        )[0].float()
-        uncond = noise_pred.index_select(0, uncond_index)
-        noise_pred = uncond + guidance[:, None, None, None] * (noise_pred - uncond)
-        next_sample = p * sample + q * noise_pred + r * noise + s * previous
-        return next_sample, a * sample + b * noise_pred
-
-
-class VaeDecoder(torch.nn.Module):
-    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``.
-
-    ``pixel_sums`` float32 ``[B]`` are those of the decoded images before they are clamped: finite
-    where all values are. A decoder that overflows would else answer with a black picture.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = latents / self.vae.config.scaling_factor
-        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
-        sums = image.sum(dim=(1, 2, 3))  # [B]
-        image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return (image * 255).round().to(torch.uint8), sums
-
-
-class VaeEncoder(torch.nn.Module):
-    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean, std`` float32 ``[B, C, h, w]``, scaled."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        moments = self.vae.encoder(_input_of(self.vae, pixels))
-        if self.vae.quant_conv is not None:
-            moments = self.vae.quant_conv(moments)
-        mean, logvar = moments.float().chunk(2, dim=1)
-        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))  # DiagonalGaussianDistribution
-        scale = self.vae.config.scaling_factor
-        return mean * scale, std * scale
-
-
-class TinyVaeEncoder(torch.nn.Module):
-    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean`` float32 ``[B, C, h, w]``, scaled.
-
-    An `AutoencoderTiny` answers with latents, not with a distribution to sample them from.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        latents = self.vae.encode(_input_of(self.vae, pixels), return_dict=False)[0].float()
-        return latents * self.vae.config.scaling_factor  # type: ignore[no-any-return]
-
-
-def _input_of(vae: Any, pixels: Tensor) -> Tensor:
-    """uint8 ``[B, H, W, 3]`` as a VAE takes it: ``[B, 3, H, W]`` from -1 to 1, in its own type."""
-    image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
-    return image.to(vae.dtype)
+            **more,
+        )[0]
+        return output
 
 
 def _latent_side(sample_size: Any) -> int:
@@ -162,38 +105,67 @@ def _latent_side(sample_size: Any) -> int:
 
 def facts(name: str, pipeline: Any) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
-    unet, vae, tokenizer = pipeline.unet.config, pipeline.vae.config, pipeline.tokenizer
-    scale = 2 ** (len(vae.block_out_channels) - 1)
+    embedding = bool(pipeline.unet.config.time_cond_proj_dim)
+    set_by_pipeline = {} if embedding else SET_BY_PIPELINE
+    return facts_of_unet(
+        name,
+        pipeline,
+        family=NAME,
+        windows=(window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),),
+        scheduler=given_options(pipeline.scheduler) | set_by_pipeline,
+        guidance_scale=8.5 if embedding else 7.5,
+        strength_drops_steps=not embedding,
+    )
+
+
+def facts_of_unet(
+    name: str,
+    pipeline: Any,
+    *,
+    scheduler: Mapping[str, Any],
+    guidance_scale: float,
+    **own: Any,
+) -> Facts:
+    """What UNet, VAE and scheduler say, and the family's ``own``.
+
+    A checkpoint is taken for one of few steps, without guidance, where its scheduler is LCM's or
+    TCD's, or spaces its steps backwards from the last, as Turbo's and Lightning's do; but for those
+    trained to zero SNR, whose many steps are spaced so as well.
+    """
+    unet, autoencoder = pipeline.unet.config, pipeline.vae.config
+    scale = 2 ** (len(autoencoder.block_out_channels) - 1)
     smallest = scale * 2 ** (len(unet.block_out_channels) - 1)  # one latent at the lowest level
     default = _latent_side(unet.sample_size) * scale
     embedding = int(unet.time_cond_proj_dim or 0)
-    scheduler = given_options(pipeline.scheduler) | ({} if embedding else SET_BY_PIPELINE)
     sampler, _ = default_sampler(NoiseSchedule.from_config(scheduler))
-    few = sampler in ("lcm", "tcd")
-    window = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
+    trailing = scheduler.get("timestep_spacing") == "trailing"
+    zero_snr = scheduler.get("rescale_betas_zero_snr", False)
+    few = sampler in ("lcm", "tcd") or (trailing and not zero_snr)
     return Facts(
         name=name,
-        family=NAME,
         latent_channels=int(unet.in_channels),
         vae_scale_factor=scale,
         default_size_px=default,
         size_multiple_px=scale,
         min_size_px=max(smallest, default // 2 // scale * scale),
         max_size_px=default * 2,
-        windows=(
-            Window(
-                input="input_ids",
-                tokenizer="tokenizer",
-                max_tokens=int(window),
-                pad_token_id=int(tokenizer.pad_token_id),
-                eos_token_id=int(tokenizer.eos_token_id),
-            ),
-        ),
         time_cond_dim=embedding,
         default_sampler=sampler,
         default_num_steps=4 if few else 25,
-        default_guidance_scale=8.5 if embedding else 1.0 if few else 7.5,
+        default_guidance_scale=1.0 if few and not embedding else guidance_scale,
         scheduler=scheduler,
+        **own,
+    )
+
+
+def window_of(tokenizer: Any, encoder: Any, name: str, part_input: str) -> Window:
+    """What an encoder reads of a text that its tokenizer has cut."""
+    return Window(
+        input=part_input,
+        tokenizer=name,
+        max_tokens=int(min(tokenizer.model_max_length, encoder.config.max_position_embeddings)),
+        pad_token_id=int(tokenizer.pad_token_id),
+        eos_token_id=int(tokenizer.eos_token_id),
     )
 
 
@@ -206,7 +178,7 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
         tensors["timestep_cond"] = (embedding,)
     scale = facts.vae_scale_factor
     return Conditions(
-        texts=(recipe.prompt, recipe.negative_prompt) if guided else (recipe.prompt,),
+        texts=(recipe.prompt, recipe.negative_prompt or "") if guided else (recipe.prompt,),
         latents=(facts.latent_channels, recipe.height_px // scale, recipe.width_px // scale),
         tensors=tensors,
     )
@@ -214,48 +186,21 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
 
 def parts(pipeline: Any, known: Facts) -> list[Part]:
     """The four graphs of a pipeline, smallest first."""
-    unet, channels = pipeline.unet, known.latent_channels
-    side = known.default_size_px // known.vae_scale_factor // 2 + 1
-    width = int(unet.config.cross_attention_dim)
-    batch = ("batch", 1)
-    latent_dims = [batch, None, ("rows", 1), ("columns", 1)]
-    scale = known.vae_scale_factor
-    pixel_dims = [batch, ("rows", scale), ("columns", scale), None]
-    latents = torch.randn(2, channels, side, side)
-    pixels = torch.zeros(2, side * scale, side * scale, 3)
-    denoiser = {
-        "sample": latents,
-        "timestep": torch.tensor([999.0, 499.0]),
-        "prompt_embeds": torch.randn(2, known.max_tokens, width),
-        "coefficients": torch.rand(2, known.num_coefficients),
-        "noise": torch.randn_like(latents),
-        "previous": torch.randn_like(latents),
-        "guidance": torch.ones(2),
-        "uncond_index": torch.arange(2),
-    }
-    dims: dict[str, list[tuple[str, int] | None]] = {
-        "sample": latent_dims,
-        "timestep": [batch],
-        "prompt_embeds": [batch, None, None],
-        "coefficients": [batch, None],
-        "noise": latent_dims,
-        "previous": latent_dims,
-        "guidance": [batch],
-        "uncond_index": [batch],
-    }
+    width = pipeline.unet.config.cross_attention_dim
+    conditioning = {"prompt_embeds": torch.randn(2, known.max_tokens, width)}
     if known.time_cond_dim:
-        denoiser["timestep_cond"] = torch.randn(2, known.time_cond_dim)
-        dims["timestep_cond"] = [batch, None]
-    tiny = type(pipeline.vae).__name__ == "AutoencoderTiny"
-    encoder = TinyVaeEncoder(pipeline.vae) if tiny else VaeEncoder(pipeline.vae)
-    (window,) = known.windows
-    ids = torch.full((2, window.max_tokens), window.pad_token_id, dtype=torch.int64)
+        conditioning["timestep_cond"] = torch.randn(2, known.time_cond_dim)
     return [
-        Part("text_encoder", TextEncoder(pipeline.text_encoder), {"input_ids": ids},
-             {"input_ids": [batch, None]}, ("prompt_embeds",)),
-        Part("vae_decoder", VaeDecoder(pipeline.vae), {"latents": latents},
-             {"latents": latent_dims}, ("pixels", "pixel_sums")),
-        Part("vae_encoder", encoder, {"pixels": pixels.to(torch.uint8)},
-             {"pixels": pixel_dims}, ("mean",) if tiny else ("mean", "std")),
-        Part("denoiser", Denoiser(unet), denoiser, dims, ("next_sample", "denoised")),
-    ]  # fmt: skip
+        text_part(TextEncoder(pipeline.text_encoder), known, ("prompt_embeds",)),
+        *vae_parts(pipeline.vae, known),
+        denoiser_part(Denoiser(pipeline.unet), known, example_latents(known), conditioning),
+    ]
+
+
+def text_part(module: torch.nn.Module, known: Facts, outputs: tuple[str, ...]) -> Part:
+    """The part ``text_encoder``, which takes the ids of each window and gives conditioning."""
+    example = {
+        window.input: torch.full((2, window.max_tokens), window.pad_token_id, dtype=torch.int64)
+        for window in known.windows
+    }
+    return Part("text_encoder", module, example, dict.fromkeys(example, (BATCH, None)), outputs)

@@ -97,7 +97,7 @@ def admit(
     for index in range(params.n):
         recipe = Recipe(
             prompt=params.prompt,
-            negative_prompt=params.negative_prompt or "",
+            negative_prompt=params.negative_prompt,
             width_px=width,
             height_px=height,
             seed=seed + index,

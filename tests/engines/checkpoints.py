@@ -13,13 +13,20 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 MAX_TOKENS = 16
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -83,6 +90,56 @@ def make_checkpoint(
         scheduler = DDIMScheduler(**options, set_alpha_to_one=False, steps_offset=1)
         pipeline = StableDiffusionPipeline(scheduler=scheduler, **parts)
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_xl_checkpoint(folder: Path, *, pruned: bool = False, embedding: bool = False) -> Path:
+    """Write a tiny SDXL checkpoint; ``pruned`` as SSD-1B is, whose ways down and up differ and
+    whose middle has no attention; ``embedding`` with the LCM guidance embedding.
+    """
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(folder / "raw_tokenizer")
+    size = {
+        "vocab_size": len(tokenizer), "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    text = CLIPTextModel(CLIPTextConfig(**size, hidden_size=32, pad_token_id=1))
+    text_2 = CLIPTextModelWithProjection(
+        CLIPTextConfig(**size, hidden_size=40, projection_dim=24, pad_token_id=0)
+    )
+    second = make_tokenizer(folder / "raw_tokenizer_2")
+    second.pad_token = "!"  # as SDXL's second has: its id is 0
+    blocks: dict[str, Any] = {"transformer_layers_per_block": (1, 2)}
+    if pruned:
+        blocks = {
+            "transformer_layers_per_block": [1, [2, 1]],
+            "reverse_transformer_layers_per_block": [[3, 1, 2], 1],
+            "mid_block_type": "UNetMidBlock2D",
+        }
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64),
+        layers_per_block=2, cross_attention_dim=72, attention_head_dim=(4, 8), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+        time_cond_proj_dim=32 if embedding else None, **blocks,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64, latent_channels=4, scaling_factor=0.13025, force_upcast=True,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=text, text_encoder_2=text_2, tokenizer=tokenizer,
+        tokenizer_2=second, unet=unet, add_watermarker=False,
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"  # SDXL's names what other classes take
+    others = {"clip_sample": False, "set_alpha_to_one": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | others))
     return folder
 
 

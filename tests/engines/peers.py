@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
     TCDScheduler,
 )
 from PIL import Image
@@ -37,6 +42,19 @@ SCHEDULERS = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "dpmpp_2m_sde": DPMSolverMultistepScheduler,
 }
+PIPELINES = {  # of a checkpoint's own class → from text, from an image, with a mask
+    "StableDiffusionPipeline": (
+        StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline,
+    ),
+    "LatentConsistencyModelPipeline": (
+        LatentConsistencyModelPipeline, LatentConsistencyModelImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+    ),
+    "StableDiffusionXLPipeline": (
+        StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+    ),
+}  # fmt: skip
 ALGORITHMS = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}
 MAX_LATENT_ERROR = 1e-3
 MIN_PSNR_DB = 50.0
@@ -68,16 +86,13 @@ def recipe(**changes: Any) -> Recipe:
 class Peer:
     """The diffusers pipelines over one checkpoint folder."""
 
-    def __init__(self, folder: Path, *, lcm: bool, loras: Mapping[str, Path] | None = None) -> None:
-        self._text_class = LatentConsistencyModelPipeline if lcm else StableDiffusionPipeline
-        self._image_class = (
-            LatentConsistencyModelImg2ImgPipeline if lcm else StableDiffusionImg2ImgPipeline
-        )
+    def __init__(self, folder: Path, *, loras: Mapping[str, Path] | None = None) -> None:
+        own = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        self._text_class, self._image_class, self._mask_class = PIPELINES[own]
         self._pipeline = self._text_class.from_pretrained(folder, use_safetensors=True)
         self._folder, self._loras = folder, dict(loras or {})
         for name, path in self._loras.items():
             self._pipeline.load_lora_weights(path, adapter_name=name)
-        self._lcm = lcm
         self._known: dict[Any, Result] = {}
 
     def draw(self, wanted: Recipe) -> Result:
@@ -98,14 +113,25 @@ class Peer:
         named = pipeline.unet.named_parameters()
         return {name.replace(".base_layer", ""): weight.detach() for name, weight in named}
 
+    def _of(self, kind: Any, **parts: Any) -> Any:
+        """The checkpoint as another of its family's pipelines."""
+        parts = self._pipeline.components | parts
+        known = inspect.signature(kind).parameters
+        options = {
+            "requires_safety_checker": False, "safety_checker": None, "feature_extractor": None,
+            "image_encoder": None, "add_watermarker": False,
+            "force_zeros_for_empty_prompt": self._pipeline.config.get(
+                "force_zeros_for_empty_prompt"
+            ),
+        }  # fmt: skip
+        given = parts | options
+        return kind(**{name: given[name] for name in known if name in given})
+
     def inpaint_region(self, wanted: Recipe, padding_px: int) -> np.ndarray:
         """uint8 ``[H, W, 3]`` of the recipe's image: what its mask marks, drawn at its size."""
         assert wanted.image is not None
         assert wanted.mask is not None
-        pipeline = StableDiffusionInpaintPipeline(
-            **self._pipeline.components | {"safety_checker": None, "feature_extractor": None},
-            requires_safety_checker=False,
-        )
+        pipeline = self._of(self._mask_class)
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
             prompt=wanted.prompt, image=Image.fromarray(wanted.image),
@@ -123,8 +149,6 @@ class Peer:
         elif self._loras:
             self._pipeline.disable_lora()
         scheduler = scheduler_of(wanted.sampler, self._pipeline.scheduler.config)
-        parts = self._pipeline.components | {"scheduler": scheduler}
-        parts |= {"safety_checker": None, "feature_extractor": None}
         arguments: dict[str, Any] = {
             "prompt": wanted.prompt,
             "num_inference_steps": wanted.num_steps,
@@ -132,8 +156,13 @@ class Peer:
             "generator": torch.Generator().manual_seed(wanted.seed),
             "output_type": "latent",
         }
-        if not self._lcm or wanted.mask is not None:
+        if self._text_class is not LatentConsistencyModelPipeline or wanted.mask is not None:
             arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
+        if self._text_class is StableDiffusionXLPipeline:
+            arguments |= {
+                "original_size": wanted.original_size, "target_size": wanted.target_size,
+                "crops_coords_top_left": wanted.crop_top_left,
+            }  # fmt: skip
         if wanted.image is None:
             kind = self._text_class
             arguments |= {"width": wanted.width_px, "height": wanted.height_px}
@@ -143,16 +172,26 @@ class Peer:
                 "image": Image.fromarray(wanted.image), "strength": wanted.strength,
             }  # fmt: skip
         if wanted.mask is not None:
-            kind = StableDiffusionInpaintPipeline
+            kind = self._mask_class
             size = {"width": wanted.width_px, "height": wanted.height_px}
             arguments |= {"mask_image": Image.fromarray(wanted.mask), **size}
-        pipeline = kind(**parts, requires_safety_checker=False)
+        pipeline = self._of(kind, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         with torch.inference_mode():
             latents = pipeline(**arguments).images  # [1, C, h, w]
-            decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+            decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
             pixels = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return Result(latents[0].numpy(), np.asarray(pixels))
+
+
+def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """As the pipelines decode: by a mean and a standard deviation where the config has them."""
+    if vae.get("latents_mean") is None:
+        return latents / vae.scaling_factor
+    mean, std = (
+        torch.tensor(vae[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std")
+    )
+    return latents * std / vae.scaling_factor + mean
 
 
 def draw_together(runner: Runner, recipes: Sequence[Recipe]) -> list[Result]:

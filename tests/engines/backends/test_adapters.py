@@ -51,7 +51,7 @@ def loras(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(scope="module")
 def peer(checkpoints: Path, loras: dict[str, Path]) -> Peer:
-    return Peer(checkpoints / "tiny-sd", lcm=False, loras=loras)
+    return Peer(checkpoints / "tiny-sd", loras=loras)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

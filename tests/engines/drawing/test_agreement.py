@@ -24,8 +24,7 @@ Runners = dict[tuple[str, str], Runner]
 @pytest.fixture(scope="module")
 def peers(checkpoints: Path) -> dict[str, Peer]:
     return {
-        name: Peer(checkpoints / name, lcm=name in ("tiny-lcm", "tiny-demo"))
-        for name in ("tiny-lcm", "tiny-sd", "tiny-v", "tiny-demo")
+        name: Peer(checkpoints / name) for name in ("tiny-lcm", "tiny-sd", "tiny-v", "tiny-demo")
     }
 
 

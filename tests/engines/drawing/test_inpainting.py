@@ -43,7 +43,7 @@ MASKED = {"tiny-lcm": LCM, "tiny-sd": SD, "tiny-v": SD[::4], "tiny-demo": LCM[::
 
 @pytest.fixture(scope="module")
 def peers(checkpoints: Path) -> dict[str, Peer]:
-    return {name: Peer(checkpoints / name, lcm=MASKED[name][0] is LCM[0]) for name in MASKED}
+    return {name: Peer(checkpoints / name) for name in MASKED}
 
 
 @pytest.mark.parametrize(("name", "backend"), COMBINATIONS)

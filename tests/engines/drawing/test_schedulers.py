@@ -56,7 +56,7 @@ def test_every_sampler_draws_as_diffusers_does(
     assert runner.info.scheduler == config["_class_name"]
     assert runner.info.default_sampler == draws
     assert runner.info.stands_in == config["_class_name"].startswith(("PNDM", "UniPC", "DEIS"))
-    peer = Peer(folder, lcm=False)
+    peer = Peer(folder)
     for sampler in runner.info.samplers:
         for more in ({}, {"image": IMAGE, "strength": 0.6}):
             wanted = recipe(sampler=sampler, num_steps=5, guidance_scale=4.0, **more)
@@ -81,5 +81,5 @@ def test_a_scheduler_that_diffusers_cannot_load_has_a_stand_in(
     known = with_scheduler(config, checkpoints / "tiny-sd", tmp_path / "ddim")
     wanted = recipe(sampler=sampler, num_steps=5, guidance_scale=4.0)
     (ours,) = draw_together(runner, [wanted])
-    assert_agree(ours, Peer(known, lcm=False).draw(wanted), scheduler)
+    assert_agree(ours, Peer(known).draw(wanted), scheduler)
     runner.close()

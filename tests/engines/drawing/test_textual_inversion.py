@@ -31,7 +31,7 @@ def checkpoint(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def peer(checkpoint: Path) -> Peer:
-    return Peer(checkpoint, lcm=False)
+    return Peer(checkpoint)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from engines.build.checkpoint import load_pipeline
-from engines.families.stable_diffusion import VaeDecoder
+from engines.families.vae import VaeDecoder
 
 
 @torch.inference_mode()

@@ -48,6 +48,6 @@ def test_agrees_from_text_and_from_images(
         recipe(**sides, image=image, strength=0.8, sampler="lcm", seed=2),
         recipe(**sides, image=255 - image, strength=0.5, sampler="euler_ancestral", seed=3),
     ]
-    peer = Peer(checkpoint, lcm=False)
+    peer = Peer(checkpoint)
     for wanted, ours in zip(recipes, draw_together(runner, recipes), strict=True):
         assert_agree(ours, peer.draw(wanted), wanted)

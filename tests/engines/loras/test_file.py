@@ -64,7 +64,7 @@ def both(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _assert_diffusers_agrees(checkpoint: Path, file: Path) -> None:
-    peer = Peer(checkpoint, lcm=False, loras={"it": file})
+    peer = Peer(checkpoint, loras={"it": file})
     model = load_model(Order(str(checkpoint), "torch", loras={"it": file}), lambda *_: None)
     theirs = peer.fuse(recipe(loras={"it": 1.0}))
     fused = model.adapters._fuse("denoiser", model.adapters.settle({"it": 1.0}))

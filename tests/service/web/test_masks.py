@@ -77,7 +77,7 @@ def test_as_diffusers_draws_it(drawn: np.ndarray, lcm_checkpoint: Path) -> None:
     wanted = recipe(
         num_steps=3, guidance_scale=3.0, seed=5, image=PHOTO, mask=HOLE, strength=1.0,
     )  # fmt: skip
-    assert psnr_db(drawn, Peer(lcm_checkpoint, lcm=True).draw(wanted).pixels) >= 50
+    assert psnr_db(drawn, Peer(lcm_checkpoint).draw(wanted).pixels) >= 50
 
 
 def test_what_is_not_to_change_is_equal_to_the_byte(
@@ -164,7 +164,7 @@ def test_what_a_mask_marks_at_full_size(client: openai.OpenAI, lcm_checkpoint: P
     asked = {"padding_mask_crop": 6, "size": "64x64", "mask_feather": 0}
     ours = edit(client, png(large, clear(hole)), **asked)
     assert np.array_equal(ours[~hole], large[~hole])
-    peer = Peer(lcm_checkpoint, lcm=True)
+    peer = Peer(lcm_checkpoint)
     wanted = recipe(
         num_steps=3, guidance_scale=3.0, seed=5, image=large, mask=hole, strength=1.0,
     )  # fmt: skip

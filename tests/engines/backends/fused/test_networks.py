@@ -13,7 +13,8 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from engines.backends.fused import fuse, refresh
 from engines.backends.fused.unet import FusedUNet
-from engines.families.stable_diffusion import Denoiser, VaeDecoder, VaeEncoder
+from engines.families.stable_diffusion import Denoiser
+from engines.families.vae import VaeDecoder, VaeEncoder
 
 SIDES = [(16, 16), (13, 18)]  # the second is no multiple of what the UNet halves
 

@@ -1,0 +1,101 @@
+"""The autoencoders of families whose latents are pictures 8 times smaller: both ways, as parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.facts import Facts
+from engines.families.part import Part
+from engines.families.step import BATCH, LATENTS
+
+CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+
+
+class Normalized(torch.nn.Module):
+    """A VAE with what its latents are shifted and scaled by: the denoiser's have unit variance.
+
+    Where the config gives a mean and a standard deviation of each channel, by these
+    (``StableDiffusionXLImg2ImgPipeline.prepare_latents``); else the scale is one for all.
+    """
+
+    scale: Tensor  # float32 [1, C, 1, 1]
+    shift: Tensor
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+        if mean is None or std is None:
+            mean, std = [0.0], [1.0]
+        scale = vae.config.scaling_factor / torch.tensor(std)
+        self.register_buffer("scale", scale.reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
+
+
+class VaeDecoder(Normalized):
+    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``.
+
+    ``pixel_sums`` float32 ``[B]`` are those of the decoded images before they are clamped: finite
+    where all values are. A decoder that overflows would else answer with a black picture.
+    """
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = latents / self.scale + self.shift
+        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
+        sums = image.sum(dim=(1, 2, 3))  # [B]
+        image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (image * 255).round().to(torch.uint8), sums
+
+
+class VaeEncoder(Normalized):
+    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean, std`` float32 ``[B, C, h, w]``, scaled."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        moments = self.vae.encoder(_input_of(self.vae, pixels))
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))  # DiagonalGaussianDistribution
+        return (mean - self.shift) * self.scale, std * self.scale
+
+
+class TinyVaeEncoder(Normalized):
+    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean`` float32 ``[B, C, h, w]``, scaled.
+
+    An `AutoencoderTiny` answers with latents, not with a distribution to sample them from.
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        latents = self.vae.encode(_input_of(self.vae, pixels), return_dict=False)[0].float()
+        return (latents - self.shift) * self.scale  # type: ignore[no-any-return]
+
+
+def _input_of(vae: Any, pixels: Tensor) -> Tensor:
+    """uint8 ``[B, H, W, 3]`` as a VAE takes it: ``[B, 3, H, W]`` from -1 to 1, in its own type."""
+    image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
+    return image.to(vae.dtype)
+
+
+def example_latents(known: Facts) -> Tensor:
+    """Two rows ``[2, C, h, w]``, of an odd size so that no graph comes to rest on even ones."""
+    side = known.default_size_px // known.vae_scale_factor // 2 + 1
+    return torch.randn(2, known.latent_channels, side, side)
+
+
+def vae_parts(vae: Any, known: Facts) -> list[Part]:
+    """The parts ``vae_decoder`` and ``vae_encoder``."""
+    latents, scale = example_latents(known), known.vae_scale_factor
+    rows, columns = (scale * side for side in latents.shape[2:])
+    pixels = torch.zeros(2, rows, columns, 3, dtype=torch.uint8)
+    dims = (BATCH, ("rows", scale), ("columns", scale), None)
+    tiny = type(vae).__name__ == "AutoencoderTiny"
+    encoder = TinyVaeEncoder(vae) if tiny else VaeEncoder(vae)
+    return [
+        Part("vae_decoder", VaeDecoder(vae), {"latents": latents}, {"latents": LATENTS},
+             ("pixels", "pixel_sums")),
+        Part("vae_encoder", encoder, {"pixels": pixels}, {"pixels": dims},
+             ("mean",) if tiny else ("mean", "std")),
+    ]  # fmt: skip
