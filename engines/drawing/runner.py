@@ -126,7 +126,12 @@ class Runner:
         check_recipe(recipe, model)
         image = recipe.image is not None
         schedule = self._schedule(
-            recipe.sampler, recipe.num_steps, recipe.strength if image else 1.0, image, recipe.eta
+            recipe.sampler,
+            recipe.num_steps,
+            recipe.timesteps,
+            recipe.strength if image else 1.0,
+            image,
+            recipe.eta,
         )
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
@@ -155,10 +160,22 @@ class Runner:
         return drawing
 
     def _make_schedule(
-        self, sampler: str, num_steps: int, strength: float, image: bool, eta: float | None
+        self,
+        sampler: str,
+        num_steps: int,
+        timesteps: tuple[int, ...] | None,
+        strength: float,
+        image: bool,
+        eta: float | None,
     ) -> Schedule:
         return make_schedule(
-            self._noise, sampler, num_steps, strength=strength, image_to_image=image, eta=eta
+            self._noise,
+            sampler,
+            num_steps,
+            timesteps=timesteps,
+            strength=strength,
+            image_to_image=image,
+            eta=eta,
         )
 
     # -- the engine threads ------------------------------------------------------------------

@@ -10,7 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image."""
+    """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image.
+
+    ``timesteps`` are ``num_steps`` long; None leaves them to the sampler.
+    """
 
     prompt: str
     width_px: int
@@ -19,6 +22,7 @@ class Recipe:
     num_steps: int
     guidance_scale: float
     sampler: str
+    timesteps: tuple[int, ...] | None = None
     negative_prompt: str = ""
     strength: float = 1.0
     eta: float | None = None

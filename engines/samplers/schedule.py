@@ -43,12 +43,16 @@ OTHER_PROCESSES = (
 
 
 class Wanted(NamedTuple):
-    """What a row asks of its sampler. ``strength`` below 1 starts part of the way down."""
+    """What a row asks of its sampler. ``strength`` below 1 starts part of the way down.
+
+    ``timesteps``, where it names them, are descending and ``num_steps`` long.
+    """
 
     num_steps: int
     strength: float
     image_to_image: bool
     eta: float | None
+    timesteps: tuple[int, ...] | None = None
 
 
 class Step(NamedTuple):
@@ -136,7 +140,8 @@ class Sampler:
 
     ``defaults`` are that class's; ``fixed`` are options that choosing the sampler settles,
     whatever a config says; ``known`` are the values of an option that a table can hold: with
-    others the sampler is refused. ``most_steps`` bounds a row's ``num_steps``.
+    others the sampler is refused. ``most_steps`` bounds a row's ``num_steps``. Rows may name their
+    timesteps where the class's ``set_timesteps`` takes them.
     """
 
     scheduler: str
@@ -146,6 +151,7 @@ class Sampler:
     known: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     stands_in_for: tuple[str, ...] = ()  # classes whose rule is no table
+    takes_timesteps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,8 @@ class Peer:
             "generator": torch.Generator().manual_seed(wanted.seed),
             "output_type": "latent",
         }
+        if wanted.timesteps is not None:
+            arguments["timesteps"] = list(wanted.timesteps)
         if not self._lcm:
             arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
         if wanted.image is None:
