@@ -124,6 +124,7 @@ class Runner:
         schedule = self._schedule(
             recipe.sampler,
             recipe.num_steps,
+            recipe.timesteps,
             1.0 if recipe.image is None else recipe.strength,
             recipe.mask is not None or facts.strength_drops_steps,
             recipe.eta,
@@ -155,12 +156,19 @@ class Runner:
         return drawing
 
     def _make_schedule(
-        self, sampler: str, num_steps: int, strength: float, drops_steps: bool, eta: float | None
+        self,
+        sampler: str,
+        num_steps: int,
+        timesteps: tuple[int, ...] | None,
+        strength: float,
+        drops_steps: bool,
+        eta: float | None,
     ) -> Schedule:
         return make_schedule(
             self._noise,
             sampler,
             num_steps,
+            timesteps=timesteps,
             strength=strength,
             strength_drops_steps=drops_steps,
             eta=eta,

@@ -13,6 +13,7 @@ class Recipe:
     """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image.
 
     With a ``mask`` (bool ``[H, W]``, of an image) only what is True there is drawn anew.
+    ``timesteps`` are ``num_steps`` long; None leaves them to the sampler.
     """
 
     prompt: str
@@ -22,6 +23,7 @@ class Recipe:
     num_steps: int
     guidance_scale: float
     sampler: str
+    timesteps: tuple[int, ...] | None = None
     negative_prompt: str | None = None  # to some models none is not the same as an empty one
     strength: float = 1.0
     eta: float | None = None

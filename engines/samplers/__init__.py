@@ -13,6 +13,7 @@ only these.
 from __future__ import annotations
 
 from engines.errors import InvalidInput
+from engines.samplers import named
 from engines.samplers.ddim import DDIM
 from engines.samplers.dpmpp import DPMPP_2M, DPMPP_2M_SDE
 from engines.samplers.euler import EULER, EULER_ANCESTRAL
@@ -76,12 +77,15 @@ def make_schedule(
     strength: float = 1.0,
     strength_drops_steps: bool = True,
     eta: float | None = None,
+    timesteps: tuple[int, ...] | None = None,
 ) -> Schedule:
     """The table of one row, see `Wanted`.
 
+    ``timesteps`` are where to draw, as with diffusers' ``set_timesteps(timesteps=...)``.
+
     Raises:
-        InvalidInput: unknown sampler, one that does not hold the checkpoint's options, or a step
-            count that this schedule cannot give.
+        InvalidInput: unknown sampler, one that does not hold the checkpoint's options, a step
+            count that this schedule cannot give, or timesteps that it cannot draw at.
     """
     if sampler not in SAMPLERS:
         raise InvalidInput(
@@ -103,7 +107,11 @@ def make_schedule(
             f"{refusal}; use {', '.join(samplers_of(noise))}",
         )
     options = noise.options(chosen)
-    wanted = Wanted(num_steps, strength, strength_drops_steps, eta)
+    wanted = Wanted(num_steps, strength, strength_drops_steps, eta, timesteps)
+    if timesteps is not None:
+        _check_takes_timesteps(noise, sampler, timesteps)
+        named.check(timesteps, num_steps, options.num_train_timesteps)
+        return chosen.make(options, wanted)
     limit = chosen.most_steps(options, wanted)
     if not 1 <= num_steps <= limit:
         raise InvalidInput(
@@ -113,3 +121,16 @@ def make_schedule(
             f"strength {strength:g}",
         )
     return chosen.make(options, wanted)
+
+
+def _check_takes_timesteps(noise: NoiseSchedule, sampler: str, timesteps: tuple[int, ...]) -> None:
+    refusal = named.refusal(noise, _BY_NAME[sampler])
+    if refusal is None:
+        return
+    others = [name for name in samplers_of(noise) if named.refusal(noise, _BY_NAME[name]) is None]
+    raise InvalidInput(
+        "timesteps",
+        timesteps,
+        f"timesteps is {named.shown(timesteps)} and the sampler {sampler} {refusal}; leave "
+        f"timesteps out or use {', '.join(others)}",
+    )

@@ -19,7 +19,7 @@ from engines.samplers.schedule import (
 
 def _make(options: Options, wanted: Wanted) -> Schedule:
     eta = 0.0 if wanted.eta is None else wanted.eta
-    every = spacing.spaced(options, wanted.num_steps).round()
+    every = spacing.spaced(options, wanted).round()
     timesteps = spacing.after_strength(every, wanted.strength)
     stride = options.num_train_timesteps // wanted.num_steps
     alphas = options.alphas_cumprod
@@ -60,4 +60,5 @@ DDIM = Sampler(
         "DDIMParallelScheduler",
         "DDPMParallelScheduler",
     ),
+    takes_timesteps=False,
 )

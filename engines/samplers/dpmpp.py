@@ -22,8 +22,11 @@ SDE = "sde-dpmsolver++"
 FEW_STEPS = 15  # below it diffusers' lower_order_final counts
 
 
-def _timesteps(options: Options, num_steps: int) -> np.ndarray:
+def _timesteps(options: Options, wanted: Wanted) -> np.ndarray:
     """Descending timesteps float64, whole numbers: spaced as of one step more, down to the last."""
+    if wanted.timesteps is not None:
+        return np.asarray(wanted.timesteps, np.float64)
+    num_steps = wanted.num_steps
     train, spaced = options.num_train_timesteps, options["timestep_spacing"]
     last = train
     if options["lambda_min_clipped"] > -math.inf:
@@ -37,16 +40,16 @@ def _timesteps(options: Options, num_steps: int) -> np.ndarray:
     return np.arange(last, 0, -train / num_steps).round() - 1.0
 
 
-def _levels(options: Options, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _levels(options: Options, wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps, and the σ from and to which steps lead, float32 and one longer."""
-    training = sigmas.training_sigmas(options)
+    training, num_steps = sigmas.training_sigmas(options), wanted.num_steps
     levels = sigmas.respaced(options, float(training[-1]), float(training[0]), num_steps)
     rounded = options["use_karras_sigmas"]
     if not rounded and options["use_lu_lambdas"]:  # before exponential ones, in diffusers too
         logs = np.log(training)
         levels, rounded = np.exp(np.linspace(float(logs[-1]), float(logs[0]), num_steps)), True
     if levels is None:
-        timesteps = _timesteps(options, num_steps)
+        timesteps = _timesteps(options, wanted)
         levels = np.interp(timesteps, np.arange(len(training)), training)
     else:
         timesteps = sigmas.timesteps_of(levels, training)
@@ -57,7 +60,7 @@ def _levels(options: Options, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _make(options: Options, wanted: Wanted) -> Schedule:
     noisy = options["algorithm_type"] == SDE
-    every, levels = _levels(options, wanted.num_steps)
+    every, levels = _levels(options, wanted)
     timesteps = spacing.after_strength(every, wanted.strength)
     first = len(every) - len(timesteps)
     few = options["lower_order_final"] and len(every) < FEW_STEPS

@@ -20,10 +20,10 @@ from engines.samplers.schedule import (
 )
 
 
-def _levels(options: Options, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _levels(options: Options, wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps and, one longer at least, the σ from and to which steps lead, float32."""
-    training = sigmas.training_sigmas(options)
-    timesteps: np.ndarray = spacing.spaced(options, num_steps).astype(np.float32)
+    training, num_steps = sigmas.training_sigmas(options), wanted.num_steps
+    timesteps: np.ndarray = spacing.spaced(options, wanted).astype(np.float32)
     if options["interpolation_type"] == "log_linear":
         levels = np.exp(np.linspace(np.log(training[-1]), np.log(training[0]), num_steps + 1))
     else:
@@ -38,7 +38,7 @@ def _levels(options: Options, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _make(ancestral: bool, options: Options, wanted: Wanted) -> Schedule:
-    every, levels = _levels(options, wanted.num_steps)
+    every, levels = _levels(options, wanted)
     timesteps = spacing.after_strength(every, wanted.strength)
     largest = float(levels.max())
     if options["timestep_spacing"] == "leading":
@@ -77,6 +77,7 @@ EULER_ANCESTRAL = Sampler(
     functools.partial(_make, True),
     spacing.most_spaced,
     defaults=TRAINING | sigmas.SPACED,
-    known={"timestep_spacing": SPACINGS},
+    known={"timestep_spacing": SPACINGS, "prediction_type": ("epsilon", "v_prediction")},
     stands_in_for=("KDPM2AncestralDiscreteScheduler",),
+    takes_timesteps=False,
 )

@@ -48,12 +48,14 @@ class Wanted(NamedTuple):
     Where it does with LCM and TCD differs between diffusers' pipelines. Stable Diffusion's, and all
     that inpaint, drop the first of ``num_steps`` steps (``strength_drops_steps``), as with every
     sampler; the one of models with a guidance embedding spreads all of them over what is left.
+    ``timesteps``, where it names them, are descending and ``num_steps`` long.
     """
 
     num_steps: int
     strength: float
     strength_drops_steps: bool
     eta: float | None
+    timesteps: tuple[int, ...] | None = None
 
 
 class Step(NamedTuple):
@@ -144,7 +146,8 @@ class Sampler:
 
     ``defaults`` are that class's; ``fixed`` are options that choosing the sampler settles,
     whatever a config says; ``known`` are the values of an option that a table can hold: with
-    others the sampler is refused. ``most_steps`` bounds a row's ``num_steps``.
+    others the sampler is refused. ``most_steps`` bounds a row's ``num_steps``. Rows may name their
+    timesteps where the class's ``set_timesteps`` takes them.
     """
 
     scheduler: str
@@ -154,6 +157,7 @@ class Sampler:
     known: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     stands_in_for: tuple[str, ...] = ()  # classes whose rule is no table
+    takes_timesteps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

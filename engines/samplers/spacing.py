@@ -10,9 +10,11 @@ from engines.errors import InvalidInput
 from engines.samplers.schedule import Options, Wanted
 
 
-def spaced(options: Options, num_steps: int) -> np.ndarray:
+def spaced(options: Options, wanted: Wanted) -> np.ndarray:
     """Descending timesteps float64 ``[num_steps]`` as DDIM and Euler space them, not rounded."""
-    train = options.num_train_timesteps
+    if wanted.timesteps is not None:
+        return np.asarray(wanted.timesteps, np.float64)
+    train, num_steps = options.num_train_timesteps, wanted.num_steps
     if options["timestep_spacing"] == "linspace":
         return np.linspace(0, train - 1, num_steps)[::-1]
     if options["timestep_spacing"] == "leading":
@@ -27,6 +29,8 @@ def most_spaced(options: Options, _: Wanted) -> int:
 
 def distilled(options: Options, wanted: Wanted) -> np.ndarray:
     """Descending timesteps of LCM and TCD: every k-th of the solver's own steps."""
+    if wanted.timesteps is not None:
+        return after_strength(np.asarray(wanted.timesteps, np.float64), wanted.strength)
     original = int(options["original_inference_steps"])
     k = options.num_train_timesteps // original
     origin = np.arange(1, int(original * _spread(wanted)) + 1) * k - 1

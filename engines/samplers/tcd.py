@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from engines.samplers import prediction, spacing
 from engines.samplers.lcm import DISTILLED
 from engines.samplers.schedule import Options, Sampler, Schedule, Step, Wanted
@@ -20,7 +22,8 @@ def _make(options: Options, wanted: Wanted) -> Schedule:
     for index, timestep in enumerate(timesteps):
         last = index == len(timesteps) - 1
         target = 0.0 if last else timesteps[index + 1]
-        inner = float(alphas[math.floor((1 - eta) * target)])
+        share = np.float32(1 - eta)  # diffusers' arithmetic: a bit more is another timestep
+        inner = float(alphas[math.floor(share * np.float32(target))])
         alpha = float(alphas[int(timestep)])
         levels = math.sqrt(alpha), math.sqrt(1 - alpha)
         a, b = prediction.x0(options["prediction_type"], *levels)

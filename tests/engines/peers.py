@@ -156,6 +156,8 @@ class Peer:
             "generator": torch.Generator().manual_seed(wanted.seed),
             "output_type": "latent",
         }
+        if wanted.timesteps is not None:
+            arguments["timesteps"] = list(wanted.timesteps)
         if self._text_class is not LatentConsistencyModelPipeline or wanted.mask is not None:
             arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
         if self._text_class is StableDiffusionXLPipeline:

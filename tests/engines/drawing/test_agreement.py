@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,19 @@ SD_IMAGES += [
     for sampler, eta in (("lcm", 0.0), ("tcd", 0.0), ("tcd", 0.3))
     for n, s, w in [(1, 1.0, 1.0), (4, 0.5, 1.0), (8, 0.75, 7.5)]
 ]
+NAMED = [
+    recipe(sampler=sampler, num_steps=len(timesteps), guidance_scale=w, eta=eta,
+           timesteps=timesteps)
+    for sampler, eta in (("lcm", 0.0), ("euler", 0.0), ("tcd", 0.3), ("dpmpp_2m", 0.0),
+                         ("dpmpp_2m_sde", 0.0))
+    for timesteps, w in [((999, 749, 499, 249), 1.0), ((800,), 0.0), ((900, 431, 7), 7.5)]
+]  # fmt: skip
+NAMED += [
+    dataclasses.replace(each, image=_image(4), strength=0.5) for each in NAMED if each.num_steps > 3
+]
 RECIPES: dict[str, list[Recipe]] = {
-    "tiny-lcm": LCM,
-    "tiny-sd": SD + SD_IMAGES,
+    "tiny-lcm": LCM + [each for each in NAMED if each.sampler == "lcm"],
+    "tiny-sd": SD + SD_IMAGES + NAMED,
     "tiny-v": [r for r in SD if r.num_steps in (1, 4, 7)] + SD_IMAGES,
     "tiny-demo": LCM,
 }

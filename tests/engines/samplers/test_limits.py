@@ -52,6 +52,7 @@ def test_checkpoints_that_no_sampler_draws(option: str, value: object) -> None:
         ("timestep_type", "random", {"euler"}), ("final_sigmas_type", "one", {"euler"} | DPMPP),
         ("solver_order", 3, DPMPP), ("solver_type", "rk4", DPMPP),
         ("variance_type", "learned_range", DPMPP),
+        ("prediction_type", "sample", {"euler_ancestral"}),
     ],
 )  # fmt: skip
 def test_an_option_refuses_the_samplers_that_have_it(
@@ -110,6 +111,62 @@ def test_schedules(
 def test_limits_are_named(sampler: str, num_steps: int, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         make_schedule(NoiseSchedule.from_config(BASE), sampler, num_steps)
+
+
+TAKERS = "lcm, euler, tcd, dpmpp_2m, dpmpp_2m_sde"
+KARRAS = {"use_karras_sigmas": True}
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+NOT_TAKEN = "takes none with the checkpoint's scheduler option"
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "num_steps", "timesteps", "message"),
+    [
+        ({}, "ddim", 1, (800,), f"[800] and the sampler ddim takes none; leave timesteps out or "
+         f"use {TAKERS}"),
+        ({}, "euler_ancestral", 2, (999, 499), "[999, 499] and the sampler euler_ancestral takes "
+         f"none; leave timesteps out or use {TAKERS}"),
+        (KARRAS, "euler", 1, (800,), f"[800] and the sampler euler {NOT_TAKEN} "
+         "use_karras_sigmas=True; leave timesteps out or use lcm, tcd"),
+        ({"use_exponential_sigmas": True}, "dpmpp_2m", 1, (800,), "[800] and the sampler dpmpp_2m "
+         f"{NOT_TAKEN} use_exponential_sigmas=True; leave timesteps out or use lcm, tcd"),
+        ({"use_lu_lambdas": True}, "dpmpp_2m_sde", 1, (800,), "[800] and the sampler dpmpp_2m_sde "
+         f"{NOT_TAKEN} use_lu_lambdas=True; leave timesteps out or use lcm, euler, tcd"),
+        (CONTINUOUS, "euler", 1, (800,), f"[800] and the sampler euler {NOT_TAKEN} "
+         "timestep_type='continuous'; leave timesteps out or use lcm, tcd, dpmpp_2m, dpmpp_2m_sde"),
+        ({}, "lcm", 0, (), "[]; name at least one, or leave it out"),
+        ({}, "lcm", 3, (999, 499), "2 numbers and num_inference_steps is 3; leave that out or give "
+         "as many"),
+        ({}, "lcm", 2, (1000, 499), "[1000, 499]; each must be from 0 to 999, the training's last"),
+        ({"num_train_timesteps": 500}, "tcd", 1, (500,), "[500]; each must be from 0 to 499, the "
+         "training's last"),
+        ({}, "lcm", 2, (499, -1), "[499, -1]; each must be from 0 to 999, the training's last"),
+        ({}, "euler", 2, (499, 999), "[499, 999]; each must be below the one before it, the "
+         "noisiest is first"),
+        ({}, "dpmpp_2m", 2, (499, 499), "[499, 499]; each must be below the one before it, the "
+         "noisiest is first"),
+        ({}, "lcm", 20, tuple(range(20)), "[0, 1, 2, 3, 4, 5, 6, 7, ...]; each must be below the "
+         "one before it, the noisiest is first"),
+    ],
+)  # fmt: skip
+def test_timesteps(
+    config: dict[str, Any], sampler: str, num_steps: int, timesteps: tuple[int, ...], message: str
+) -> None:
+    noise = NoiseSchedule.from_config(BASE | config)
+    with pytest.raises(InvalidInput) as caught:
+        make_schedule(noise, sampler, num_steps, timesteps=timesteps)
+    assert (caught.value.field, str(caught.value)) == ("timesteps", f"timesteps is {message}")
+
+
+def test_more_timesteps_than_a_distillation_had() -> None:
+    """LCM's own spacing has 50; of timesteps that are named there may be more, as in diffusers."""
+    timesteps = tuple(range(599, -1, -10))
+    peer = LCMScheduler(**BASE)
+    peer.set_timesteps(timesteps=list(timesteps))
+    schedule = make_schedule(
+        NoiseSchedule.from_config(BASE), "lcm", len(timesteps), timesteps=timesteps
+    )
+    np.testing.assert_array_equal(schedule.timesteps, peer.timesteps.numpy())
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 0.8, 1.0])

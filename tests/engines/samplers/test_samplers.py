@@ -73,6 +73,7 @@ CLASSES: dict[str, dict[str, list[Any]]] = {
 }  # fmt: skip
 BEYOND_A_TABLE = {
     "clip_sample": True, "thresholding": True, "solver_order": 3, "variance_type": "learned_range",
+    "prediction_type": "sample",  # EulerAncestralDiscreteScheduler has no rule for it
 }  # fmt: skip
 OURS = {
     "LCMScheduler": ["lcm"], "TCDScheduler": ["tcd"], "DDIMScheduler": ["ddim"],
@@ -97,14 +98,11 @@ def fake_unet(sample: torch.Tensor, timestep: float) -> torch.Tensor:
     return torch.sin(3 * sample + 0.01 * timestep) + 0.3 * sample
 
 
-def assert_agrees(
-    table: Schedule, peer: Any, num_steps: int, strength: float, extra: dict[str, float]
-) -> None:
+def assert_agrees(table: Schedule, peer: Any, strength: float, extra: dict[str, float]) -> None:
     """Where both start, and every step from the same sample: inputs, outcome, noise drawn.
 
     And at every timestep an image and noise mixed, as inpainting does.
     """
-    peer.set_timesteps(num_steps)
     first = len(peer.timesteps) - min(int(len(peer.timesteps) * strength), len(peer.timesteps))
     if hasattr(peer, "set_begin_index"):
         peer.set_begin_index(first)
@@ -145,17 +143,28 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, terms: list[torch.Ten
 
 
 def compare(
-    config: dict[str, Any], sampler: str, num_steps: int, strength: float, eta: float
+    config: dict[str, Any], sampler: str, steps: int | tuple[int, ...], strength: float, eta: float
 ) -> None:
-    """A sampler on a config: as diffusers draws, or refused for an option that diffusers obeys."""
-    note(f"{sampler}, {num_steps} steps, strength {strength}, eta {eta}: {config}"[:1000])
+    """A sampler on a config: as diffusers draws, or refused for an option that diffusers obeys.
+
+    ``steps`` are a count, or the timesteps themselves.
+    """
+    note(f"{sampler}, steps {steps}, strength {strength}, eta {eta}: {config}"[:1000])
+    num_steps, timesteps = (steps, None) if isinstance(steps, int) else (len(steps), steps)
     noise = NoiseSchedule.from_config(config)
     peer = scheduler_of(sampler, config)
     assume(int(num_steps * strength) >= 1)
     try:
-        table = make_schedule(noise, sampler, num_steps, strength=strength, eta=eta)
+        table = make_schedule(
+            noise, sampler, num_steps, strength=strength, eta=eta, timesteps=timesteps
+        )
     except InvalidInput as refused:
         text = str(refused)
+        if refused.field == "timesteps":
+            assert "takes none" in text
+            with pytest.raises((TypeError, ValueError), match="timesteps"):
+                peer.set_timesteps(timesteps=timesteps)
+            return
         if "epsilon" in text:  # ᾱ = 0: diffusers divides by it
             assert peer.config.rescale_betas_zero_snr
             assert peer.alphas_cumprod[-1] == 0
@@ -166,10 +175,17 @@ def compare(
         return
     assert sampler in samplers_of(noise)
     extra = {"eta": eta} if sampler in ("ddim", "tcd") else {}
-    assert_agrees(table, peer, num_steps, strength, extra)
+    if timesteps is None:
+        peer.set_timesteps(num_steps)
+    else:
+        peer.set_timesteps(timesteps=list(timesteps))
+    assert_agrees(table, peer, strength, extra)
 
 
 STEPS = st.integers(1, 20)
+NAMED = st.lists(st.integers(0, 999), min_size=1, max_size=8, unique=True).map(
+    lambda timesteps: tuple(sorted(timesteps, reverse=True))
+)
 STRENGTH = st.sampled_from([1.0, 0.8, 0.5])
 ETA = st.sampled_from([0.0, 0.3, 1.0])
 
@@ -180,8 +196,6 @@ def test_agrees_with_its_own_class(
     config: dict[str, Any], data: st.DataObject, num_steps: int, strength: float, eta: float
 ) -> None:
     sampler = data.draw(st.sampled_from(OURS[config["_class_name"]]))
-    # EulerAncestralDiscreteScheduler has no rule for it.
-    assume((sampler, config.get("prediction_type")) != ("euler_ancestral", "sample"))
     compare(config, sampler, num_steps, strength, eta)
 
 
@@ -191,5 +205,30 @@ def test_agrees_on_configs_of_other_classes(
     config: dict[str, Any], sampler: str, num_steps: int, strength: float, eta: float
 ) -> None:
     """What a config lacks has the default of the sampler's class, not of the config's."""
-    assume((sampler, config.get("prediction_type")) != ("euler_ancestral", "sample"))
     compare(config, sampler, num_steps, strength, eta)
+
+
+@settings(max_examples=400, deadline=None)
+@given(configs(), st.sampled_from(SAMPLERS), NAMED, STRENGTH, ETA)
+def test_agrees_at_named_timesteps(
+    config: dict[str, Any],
+    sampler: str,
+    timesteps: tuple[int, ...],
+    strength: float,
+    eta: float,
+) -> None:
+    """Any that descend; samplers whose class takes none, or not with an option, refuse them."""
+    compare(config, sampler, timesteps, strength, eta)
+
+
+@pytest.mark.parametrize(("last", "eta"), [(90, 0.3), (650, 0.3), (15, 0.8), (80, 0.9)])
+def test_tcd_aims_at_the_same_timestep(last: int, eta: float) -> None:
+    """(1 - η) · t is a whole number here, and in float64 a bit less than one or a bit more."""
+    peer = scheduler_of("tcd", {})
+    peer.set_timesteps(timesteps=[999, last])
+    table = make_schedule(NoiseSchedule.from_config({}), "tcd", 2, eta=eta, timesteps=(999, last))
+    sample, output = torch.full((2, *SHAPE), 0.5)
+    aimed = peer.step(output, peer.timesteps[0], sample, eta=eta).pred_noised_sample
+    _, _, _, p, q, r, _ = (float(c) for c in table.coefficients[0])
+    kept = math.sqrt(1 - r**2)  # of what was aimed at, once it is noised up to the last timestep
+    torch.testing.assert_close((p * sample + q * output) / kept, aimed, rtol=1e-5, atol=0)
