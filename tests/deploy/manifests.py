@@ -21,6 +21,7 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 VERSIONS = ("1.30", "1.37")  # the oldest that these manifests are for, and the newest known
+CLUSTER_WIDE = {"Namespace", "StorageClass"}
 WITHOUT_SCHEMA = {"PodMonitoring", "Rules"}  # GKE's own kinds: none is at hand
 Object = dict[str, Any]
 
@@ -51,7 +52,8 @@ def with_component(name: str, component: str, folder: Path) -> list[Object]:
     """An overlay of a user's own, in ``folder``: one of ours and a component."""
     above = os.path.relpath(KUBERNETES, folder.resolve())
     (folder / "kustomization.yaml").write_text(
-        f"resources: [{above}/overlays/{name}]\ncomponents: [{above}/components/{component}]\n"
+        f"namespace: fourstep\nresources: [{above}/overlays/{name}]\n"
+        f"components: [{above}/components/{component}]\n"
     )
     return render(folder)
 
@@ -103,10 +105,12 @@ def check(thing: Object) -> None:
 
 
 def check_all(objects: list[Object]) -> None:
-    """Raises where a field of any is unknown or has a wrong value, or two have one name."""
+    """Raises where a field is unknown or has a wrong value, two have one name, or one no place."""
     for thing in objects:
         if thing["kind"] not in WITHOUT_SCHEMA:
             check(thing)
+        namespace = None if thing["kind"] in CLUSTER_WIDE else "fourstep"
+        assert thing["metadata"].get("namespace") == namespace, thing["metadata"]
     names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
     assert len(names) == len(set(names))
 

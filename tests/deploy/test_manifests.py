@@ -29,7 +29,6 @@ from tests.deploy.manifests import (
 
 EXAMPLES = ("alb-ingress.yaml", "headroom.yaml", "own-cache.yaml", "secrets.yaml")
 OF_OTHERS = {"keda.sh/v1alpha1"}  # whose schema is not at hand
-CLUSTER_WIDE = {"Namespace", "StorageClass"}
 
 
 def test_what_there_is() -> None:
@@ -42,9 +41,6 @@ def test_what_there_is() -> None:
 
 def test_every_object_is_valid(objects: list[Object]) -> None:
     check_all(objects)
-    for thing in objects:
-        namespace = None if thing["kind"] in CLUSTER_WIDE else "fourstep"
-        assert thing["metadata"].get("namespace") == namespace
 
 
 @pytest.mark.parametrize("name", ["eks-a10g", "gke-l4"])
