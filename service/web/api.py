@@ -14,7 +14,7 @@ from service.replica import Replica
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
 from service.web.answers import Answers, given_timeout_s, in_worker
 from service.web.image_files import ImageFiles
-from service.web.parsing import accepted_format, parse_edit, parse_generation
+from service.web.parsing import parse_edit, parse_generation, with_accepted_format
 from service.web.schema import ImageParams, ImagesResponse, ModelList, ModelObject
 from service.web.uploads import decode_image
 
@@ -34,21 +34,19 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
         """Draw images from a prompt. `Accept: image/png|jpeg|webp` returns the raw image."""
         params = await parse_generation(request, replica.settings)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
-        output_format = accepted_format(request.headers.get("accept", ""), params)
+        params, raw = with_accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
         timeout_s = _check_room(replica, answers, request, params)
         admitted = admit(params, replica.runner, replica.settings, tenant)
         if replica.safety is not None:
             await in_worker(replica, replica.safety.check_prompt, params.prompt)
-        return await answers.answer(
-            request, params, admitted, output_format, "image_generation", timeout_s
-        )
+        return await answers.answer(request, params, admitted, raw, "image_generation", timeout_s)
 
     async def edits(request: Request) -> Response:
         """Redraw one image after a prompt (image-to-image); `strength` says how far."""
         params, upload = await parse_edit(request, replica.settings)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
-        output_format = accepted_format(request.headers.get("accept", ""), params)
+        params, raw = with_accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
         tenant = request.state.exchange.tenant
         timeout_s = _check_room(replica, answers, request, params)
@@ -61,9 +59,7 @@ def build_router(replica: Replica, answers: Answers, files: ImageFiles | None) -
             return admitted
 
         admitted = await in_worker(replica, prepare)
-        return await answers.answer(
-            request, params, admitted, output_format, "image_edit", timeout_s
-        )
+        return await answers.answer(request, params, admitted, raw, "image_edit", timeout_s)
 
     for path, endpoint in (("/images/generations", generations), ("/images/edits", edits)):
         router.add_api_route(

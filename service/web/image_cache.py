@@ -18,7 +18,7 @@ from service.web.images import DEFAULT_QUALITY
 if TYPE_CHECKING:
     from engines.drawing.info import ModelInfo
     from engines.families.recipe import Recipe
-    from service.web.schema import OutputFormat
+    from service.web.schema import ImageParams
 
 
 class ImageCache:
@@ -74,16 +74,15 @@ class CachedRows:
         self.cache.put(self.keys[row_index], data)
 
 
-def image_keys(
-    recipes: Sequence[Recipe], output_format: OutputFormat, quality: int | None, model: ModelInfo
-) -> list[bytes]:
+def image_keys(recipes: Sequence[Recipe], params: ImageParams, model: ModelInfo) -> list[bytes]:
     """SHA-256 of all that decides an encoded image's bytes, for each recipe of one request.
 
     What changes while a replica serves is the engine that draws (``serve_meanwhile``): it counts.
     Weights and LoRA files are read once, at start.
     """
     image = hashlib.sha256(b"" if recipes[0].image is None else recipes[0].image.tobytes())
-    encoding = (output_format, DEFAULT_QUALITY if quality is None else quality)
+    quality = params.output_compression
+    encoding = (params.output_format, DEFAULT_QUALITY if quality is None else quality)
     common = (image.digest(), encoding, model.model_id, model.backend, model.precision)
     return [hashlib.sha256(repr((_drawn(recipe), *common)).encode()).digest() for recipe in recipes]
 
