@@ -21,7 +21,7 @@ from service.web.image_cache import CachedRows, ImageCache, image_keys
 from service.web.image_files import ImageFiles
 from service.web.images import MEDIA_TYPES, to_base64
 from service.web.job import EncodedImage, Job, flags, withheld_warnings
-from service.web.schema import ImageParams, OutputFormat
+from service.web.schema import ImageParams
 
 T = TypeVar("T")
 
@@ -53,13 +53,12 @@ class Answers:
         request: Request,
         params: ImageParams,
         admitted: Admitted,
-        raw_format: OutputFormat | None,
+        raw: bool,
         event_name: str,
         deadline: float,
     ) -> Response:
-        """Draw by ``deadline`` (the engine loop's clock) and send what was asked for.
-
-        ``raw_format`` is that of a bare image, if any.
+        """Draw by ``deadline`` (the engine loop's clock) and send what was asked for: the bare
+        image if ``raw``.
 
         Raises:
             ServiceError: nothing was accepted, or the request did not end with its images.
@@ -67,16 +66,14 @@ class Answers:
         exchange = request.state.exchange
         if self._replica.safety is not None:
             await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
-        output_format = raw_format or params.output_format
         job = Job(
             self._replica,
             params,
             admitted,
             request_id=exchange.request_id,
             tenant=exchange.tenant,
-            output_format=output_format,
             deadline=deadline,
-            cached_rows=await self._cached_rows(params, admitted, output_format),
+            cached_rows=await self._cached_rows(params, admitted),
         )
         job.request.timings.parse_s = time.perf_counter() - exchange.begun
         if exchange.trace is not None and job.request.rows:
@@ -92,21 +89,19 @@ class Answers:
         fields = {"n": len(images), "steps": admitted.num_steps}
         exchange.log_fields |= fields | timings.milliseconds()
         headers = {"server-timing": _server_timing(timings)}
-        if raw_format is not None:
+        if raw:
             headers |= _raw_headers(images[0], admitted)
-            return Response(images[0].data, media_type=MEDIA_TYPES[raw_format], headers=headers)
+            media_type = MEDIA_TYPES[params.output_format]
+            return Response(images[0].data, media_type=media_type, headers=headers)
         content = await self._body(request, params, admitted, images, timings)
         return Response(orjson.dumps(content), media_type="application/json", headers=headers)
 
-    async def _cached_rows(
-        self, params: ImageParams, admitted: Admitted, output_format: OutputFormat
-    ) -> CachedRows | None:
+    async def _cached_rows(self, params: ImageParams, admitted: Admitted) -> CachedRows | None:
         if self._cache is None or not self.may_be_cached(params):
             return None
         recipes = [drawing.recipe for drawing in admitted.drawings]
-        quality, info = params.output_compression, self._replica.runner.info
         keys = await in_worker(
-            self._replica, image_keys, recipes, admitted.paste, output_format, quality, info
+            self._replica, image_keys, recipes, admitted.paste, params, self._replica.runner.info
         )
         return CachedRows(self._cache, keys)
 

@@ -17,7 +17,7 @@ from service.web.answers import Answers, given_timeout_s, until_disconnect
 from service.web.image_files import ImageFiles
 from service.web.intake import Intake
 from service.web.masks import Edited
-from service.web.parsing import Uploads, accepted_format, parse_edit, parse_generation
+from service.web.parsing import Uploads, parse_edit, parse_generation, with_accepted_format
 from service.web.schema import ImageParams, ImagesResponse, ModelList, ModelObject
 from service.web.uploads import decode_picture
 
@@ -41,19 +41,17 @@ def build_router(
         """Draw images from a prompt. `Accept: image/png|jpeg|webp` returns the raw image."""
         params = await parse_generation(request, replica.settings)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
-        output_format = accepted_format(request.headers.get("accept", ""), params)
+        params, raw = with_accepted_format(request.headers.get("accept", ""), params)
         tenant = request.state.exchange.tenant
         deadline = _check_room(replica, answers, request, params)
         admitted = admit(params, replica.runner, replica.settings, tenant)
-        return await answers.answer(
-            request, params, admitted, output_format, "image_generation", deadline
-        )
+        return await answers.answer(request, params, admitted, raw, "image_generation", deadline)
 
     async def edits(request: Request) -> Response:
         """Redraw an image, or what a mask marks of it, after a prompt; `strength` says how far."""
         params, uploads = await parse_edit(request, replica.settings)
         check_model(params.model, replica.runner.info.model_id, replica.settings)
-        output_format = accepted_format(request.headers.get("accept", ""), params)
+        params, raw = with_accepted_format(request.headers.get("accept", ""), params)
         max_px = replica.settings.max_input_px
         tenant = request.state.exchange.tenant
         deadline = _check_room(replica, answers, request, params)
@@ -72,9 +70,7 @@ def build_router(
         admitted = await until_disconnect(request, decoding)
         del uploads  # megabytes, for as long as the images take
         request.state.exchange.release_body()
-        return await answers.answer(
-            request, params, admitted, output_format, "image_edit", deadline
-        )
+        return await answers.answer(request, params, admitted, raw, "image_edit", deadline)
 
     for path, endpoint in (("/images/generations", generations), ("/images/edits", edits)):
         router.add_api_route(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engines.drawing.info import ModelInfo
     from engines.families.recipe import Recipe
     from service.web.masks import Paste
-    from service.web.schema import OutputFormat
+    from service.web.schema import ImageParams
 
 
 class ImageCache:
@@ -76,11 +76,7 @@ class CachedRows:
 
 
 def image_keys(
-    recipes: Sequence[Recipe],
-    paste: Paste | None,
-    output_format: OutputFormat,
-    quality: int | None,
-    model: ModelInfo,
+    recipes: Sequence[Recipe], paste: Paste | None, params: ImageParams, model: ModelInfo
 ) -> list[bytes]:
     """SHA-256 of all that decides an encoded image's bytes, for each recipe of one request.
 
@@ -90,7 +86,8 @@ def image_keys(
     pasted = (None, None) if paste is None else (paste.image, paste.share)
     arrays = (recipes[0].image, recipes[0].mask, *pasted)
     edited = [None if each is None else hashlib.sha256(each.tobytes()).digest() for each in arrays]
-    encoding = (output_format, DEFAULT_QUALITY if quality is None else quality)
+    quality = params.output_compression
+    encoding = (params.output_format, DEFAULT_QUALITY if quality is None else quality)
     common = (edited, paste and paste.box, encoding, model.model_id, model.backend, model.precision)
     return [hashlib.sha256(repr((_drawn(recipe), *common)).encode()).digest() for recipe in recipes]
 

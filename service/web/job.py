@@ -23,7 +23,7 @@ from service.replica import Replica
 from service.web.admission import Admitted
 from service.web.image_cache import CachedRows
 from service.web.images import encode_image
-from service.web.schema import ImageParams, OutputFormat
+from service.web.schema import ImageParams
 
 DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
 
@@ -60,14 +60,12 @@ class Job:
         *,
         request_id: str,
         tenant: Tenant,
-        output_format: OutputFormat,
         deadline: float,
         cached_rows: CachedRows | None = None,
     ) -> None:
         self._replica = replica
         self._params = params
         self._admitted = admitted
-        self._output_format = output_format
         self._tenant = tenant
         self._mailbox = replica.mailbox()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
@@ -192,7 +190,7 @@ class Job:
         text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
         data = encode_image(
             pixels,
-            self._output_format,
+            self._params.output_format,
             self._replica.settings,
             quality=self._params.output_compression,
             text=text if final else None,

@@ -331,29 +331,37 @@ def _plain(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def accepted_format(accept: str, params: ImageParams) -> OutputFormat | None:
-    """The image format that ``Accept`` asks for as a raw body, or None for JSON.
+def with_accepted_format(accept: str, params: T) -> tuple[T, bool]:
+    """The parameters in the image format that ``Accept`` asks for, if any, and whether one does:
+    the answer is a bare image then, and else JSON.
 
     Only an explicit ``image/png``, ``image/jpeg`` or ``image/webp`` counts, the first one listed;
     ``*/*`` and ``application/json`` mean JSON.
 
     Raises:
-        BadRequest: a raw body cannot carry several images or a stream, or two formats are asked.
+        BadRequest: a raw body cannot carry several images, a URL or a stream, or two formats are
+            asked.
     """
     media_types = [part.split(";")[0].strip().lower() for part in accept.split(",")]
     if "application/json" in media_types:
-        return None
+        return params, False
     formats: dict[str, OutputFormat] = {
         "image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp",
     }  # fmt: skip
     wanted = next((formats[media] for media in media_types if media in formats), None)
     if wanted is None:
-        return None
+        return params, False
     if "output_format" in params.model_fields_set and params.output_format != wanted:
         raise BadRequest(
             f"output_format is {params.output_format!r} but the Accept header asks for {wanted!r}; "
             "send one of them",
             param="output_format",
+        )
+    if params.response_format == "url":
+        raise BadRequest(
+            f"response_format is 'url', but a raw image body ({accept}) is the image itself; ask "
+            "for application/json",
+            param="response_format",
         )
     if params.n != 1 or params.stream:
         what = f"n is {params.n}" if params.n != 1 else "stream is true"
@@ -361,4 +369,4 @@ def accepted_format(accept: str, params: ImageParams) -> OutputFormat | None:
             f"{what}, but a raw image body ({accept}) carries one image; ask for application/json",
             param="n" if params.n != 1 else "stream",
         )
-    return wanted
+    return params.model_copy(update={"output_format": wanted}), True

@@ -177,6 +177,14 @@ def test_raw_image_with_seed_timings_and_parameters(http: TestClient) -> None:
     assert "Steps: 3, Sampler: lcm, CFG scale: 8.5, Seed: 11, Size: 64x64" in text["parameters"]
 
 
+def test_a_raw_image_has_the_compression_that_its_format_takes(http: TestClient) -> None:
+    body = {"prompt": "x", "seed": 12, "num_inference_steps": 1, "output_compression": 20}
+    raw = http.post("/v1/images/generations", json=body, headers={"accept": "image/jpeg"}).content
+    told = http.post("/v1/images/generations", json=body | {"output_format": "jpeg"}).json()
+    assert raw == base64.b64decode(told["data"][0]["b64_json"])
+    assert Image.open(io.BytesIO(raw)).format == "JPEG"
+
+
 def test_answers_say_what_was_done(http: TestClient) -> None:
     body = {"prompt": "x" * 40, "negative_prompt": "blurry", "response_format": "url"}
     answer = http.post("/v1/images/generations", json=body).json()
@@ -233,6 +241,8 @@ def test_wrong_values_are_named(
         ({}, b'{"prompt": "' + b"x" * 300_000 + b'"}', 413, "at most 200000"),
         ({"accept": "image/png"}, b'{"prompt": "x", "n": 2}', 400, "n is 2"),
         ({"accept": "image/png"}, b'{"prompt": "x", "output_format": "webp"}', 400, "Accept"),
+        ({"accept": "image/png"}, b'{"prompt": "x", "response_format": "url"}', 400, "is 'url'"),
+        ({"accept": "image/png"}, b'{"prompt": "x", "output_compression": 9}', 400, "lossless"),
         ({"x-request-timeout": "soon"}, b'{"prompt": "x"}', 400, "X-Request-Timeout"),
         ({"x-request-timeout": "0.001"}, b'{"prompt": "x"}', 504, "not finished by its deadline"),
     ],
