@@ -53,6 +53,7 @@ def app(
 JOINED = {
     "background", "guidance_scale", "image", "images", "loras", "mask", "num_inference_steps",
     "output_compression", "partial_images", "prompt", "seed", "size", "strength",
+    "timesteps",
 }  # fmt: skip
 
 
