@@ -38,6 +38,7 @@ class Admitted:
     width: int
     height: int
     num_steps: int
+    timesteps: tuple[int, ...] | None
     guidance_scale: float
     sampler: str
     loras: Mapping[str, float]
@@ -82,8 +83,11 @@ def admit(
     """
     info = runner.info
     width, height = _size(params.size, info, None if edited is None else edited.pixels)
-    num_steps = params.num_inference_steps or steps_of_quality(
-        params.quality, info.default_num_steps, settings.max_steps
+    timesteps = None if params.timesteps is None else tuple(params.timesteps)
+    num_steps = (
+        params.num_inference_steps
+        or len(timesteps or ())
+        or steps_of_quality(params.quality, info.default_num_steps, settings.max_steps)
     )
     _at_most("num_inference_steps", num_steps, settings.max_steps)
     guidance = params.guidance_scale
@@ -102,6 +106,7 @@ def admit(
             height_px=height,
             seed=seed + index,
             num_steps=num_steps,
+            timesteps=timesteps,
             guidance_scale=guidance,
             sampler=sampler,
             strength=_strength(params, fitted),
@@ -124,8 +129,8 @@ def admit(
             f"priority is {params.priority!r}; this API key has {priority.name.lower()} at most"
         )
     return Admitted(
-        drawings, width, height, num_steps, guidance, sampler, loras, seed, priority, warnings,
-        paste=paste,
+        drawings, width, height, num_steps, timesteps, guidance, sampler, loras, seed, priority,
+        warnings, paste=paste,
     )  # fmt: skip
 
 
@@ -191,6 +196,7 @@ def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
 def check_limits(params: ImageParams, settings: Settings) -> None:
     """Raise `BadRequest` for what needs no model to be seen wrong; before `admit`."""
     _at_most("n", params.n, settings.max_images)
+    _at_most("timesteps", len(params.timesteps or ()), settings.max_steps, " numbers")
     for name in ("prompt", "negative_prompt"):
         _at_most(name, len(getattr(params, name) or ""), settings.max_prompt_chars, " characters")
     if not params.prompt.strip():

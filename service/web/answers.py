@@ -132,6 +132,7 @@ class Answers:
             "background": "opaque",
             "output_format": params.output_format,
             "num_inference_steps": admitted.num_steps,
+            "timesteps": admitted.timesteps,
             "guidance_scale": admitted.guidance_scale,
             "sampler": admitted.sampler,
             "loras": dict(admitted.loras),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -229,8 +229,9 @@ def parameters_text(
         f"{name}: {value}"
         for name, value in {
             "Steps": admitted.num_steps,
+            **({"Timesteps": _quoted(admitted.timesteps)} if admitted.timesteps else {}),
             "Sampler": admitted.sampler,
-            **({"LoRAs": _listed(admitted.loras)} if admitted.loras else {}),
+            **({"LoRAs": _quoted(_weighted(admitted.loras))} if admitted.loras else {}),
             "CFG scale": admitted.guidance_scale,
             "Seed": admitted.seed + row_index,
             "Size": admitted.size,
@@ -240,6 +241,9 @@ def parameters_text(
     return {"parameters": f"{params.prompt}\n{negative}{settings}", "Software": "Fourstep"}
 
 
-def _listed(loras: Mapping[str, float]) -> str:
-    listed = ", ".join(f"{name}: {weight:g}" for name, weight in sorted(loras.items()))
-    return f'"{listed}"'  # quoted, as readers of this text split it at commas
+def _weighted(loras: Mapping[str, float]) -> list[str]:
+    return [f"{name}: {weight:g}" for name, weight in sorted(loras.items())]
+
+
+def _quoted(values: Iterable[object]) -> str:
+    return f'"{", ".join(map(str, values))}"'  # readers of this text split it at commas

@@ -121,6 +121,7 @@ def _set_limits(properties: Object, settings: Settings) -> None:
     """This service's own limits, where they are narrower than the protocol's."""
     _typed(properties["n"])["maximum"] = settings.max_images
     _typed(properties["num_inference_steps"])["maximum"] = settings.max_steps
+    _typed(properties["timesteps"])["maxItems"] = settings.max_steps
     for name in ("prompt", "negative_prompt"):
         _typed(properties[name])["maxLength"] = settings.max_prompt_chars
 
@@ -136,13 +137,8 @@ def _typed(schema: Object) -> Object:
 def _form(schema: Object) -> Object:
     """A form of ``schema``: null is an empty field, a list is JSON text, and there is a file."""
     properties = schema["properties"]
-    loras = {
-        "type": "string",
-        "contentMediaType": "application/json",
-        "contentSchema": _typed(properties["loras"]),
-    }
-    for name, each in properties.items():
-        typed = loras if name == "loras" else _typed(each)
+    for each in properties.values():
+        typed = _as_text(_typed(each))
         if "enum" in typed:
             each.pop("anyOf", None)
             each |= typed | {"enum": [*typed["enum"], ""]}
@@ -157,6 +153,13 @@ def _form(schema: Object) -> Object:
         "what is transparent in it is drawn anew.",
     }
     return schema | {"required": ["image", *schema["required"]]}
+
+
+def _as_text(typed: Object) -> Object:
+    """How a form has what is no scalar."""
+    if typed.get("type") != "array":
+        return typed
+    return {"type": "string", "contentMediaType": "application/json", "contentSchema": typed}
 
 
 def _body(media_type: str, model: str) -> Object:

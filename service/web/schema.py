@@ -12,10 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -29,7 +31,17 @@ MAX_SEED = 2**63 - 1  # also of the last image, so that every seed returned can 
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
 Name = Annotated[str, StringConstraints(max_length=256)]  # longer than any that is served
 Note = Annotated[str, StringConstraints(max_length=1024)]  # kept nowhere
+FORM_EXAMPLES = {"loras": '[{"name": "...", "weight": 1.0}]', "timesteps": "[999, 749, 499, 249]"}
 ABOUT = ("title", "description", "default")  # of a field's JSON schema: what says nothing of a type
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 2.0 is an integer there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+MAX_TIMESTEP = 99_999  # beyond any training
+Timestep = Annotated[int, Field(ge=0, le=MAX_TIMESTEP), BeforeValidator(_whole)]
 
 
 class Input(BaseModel):
@@ -91,8 +103,8 @@ class ImageParams(Input):
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = Field(
         "auto",
-        description="Without num_inference_steps: low draws half the model's default steps, "
-        "rounded up, high and hd draw twice as many, or as many as this service takes.",
+        description="Without num_inference_steps and timesteps: low draws half the model's default "
+        "steps, rounded up, high and hd draw twice as many, or as many as this service takes.",
     )
     background: Literal["auto", "opaque", "transparent"] = Field(
         "auto", description="Images are opaque; `transparent` is refused."
@@ -109,6 +121,12 @@ class ImageParams(Input):
     style: Literal["vivid", "natural"] | None = Field(None, description="Has no effect here.")
 
     num_inference_steps: int | None = Field(None, ge=1, description="Denoise calls per image.")
+    timesteps: list[Timestep] | None = Field(
+        None,
+        min_length=1,
+        description="Training timesteps to draw at, descending, one for each step; not with every "
+        "sampler. Default: the sampler spaces num_inference_steps of them.",
+    )
     guidance_scale: float | None = Field(None, ge=0, le=50, description="Guidance weight.")
     negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
     seed: int | None = Field(
@@ -127,9 +145,8 @@ class ImageParams(Input):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _whole(cls, value: object) -> object:
-        """JSON has one kind of number: 2.0 is an integer there."""
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def _is_whole(cls, value: object) -> object:
+        return _whole(value)
 
     def unknown_fields(self) -> Iterator[str]:
         """Dotted names of what is no field; there are some only where the service ignores them."""
@@ -141,6 +158,8 @@ def _unknown_fields(model: BaseModel) -> Iterator[str]:
     for name in type(model).model_fields:
         if isinstance(values := getattr(model, name), list):
             for index, value in enumerate(values):
+                if not isinstance(value, BaseModel):
+                    continue
                 yield from (f"{name}.{index}.{below}" for below in _unknown_fields(value))
 
 
@@ -183,14 +202,14 @@ class EditRequest(EditParams):
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
     absent = (None, "")  # an HTML form sends every field, one that was left blank as ""
 
-    @field_validator("loras", mode="before")
+    @field_validator(*FORM_EXAMPLES, mode="before")
     @classmethod
-    def _from_form(cls, value: object) -> object:
-        """A form carries the list as JSON text."""
+    def _from_form(cls, value: object, info: ValidationInfo) -> object:
+        """A form carries a list as JSON text."""
         try:
             return from_json(value) if isinstance(value, str) else value
         except ValueError:
-            raise ValueError('write it as JSON, [{"name": "...", "weight": 1.0}]') from None
+            raise ValueError(f"write it as JSON, {FORM_EXAMPLES[info.field_name or '']}") from None
 
 
 class ImageReference(Input):
@@ -241,6 +260,7 @@ class ImagesResponse(BaseModel):
     background: str = "opaque"
     output_format: OutputFormat
     num_inference_steps: int
+    timesteps: list[int] | None = Field(description="Null: as the sampler spaces them.")
     guidance_scale: float
     sampler: str
     loras: dict[str, float]

@@ -178,6 +178,17 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         (2.5, f"num_inference_steps is 2.5: {INTEGER}"),
         (10**20, f"num_inference_steps is {10**20}; at most 20 are accepted"),
     ],
+    "timesteps": [
+        (800, "timesteps is 800: input should be a valid array"),
+        ("[800]", 'timesteps is "[800]": input should be a valid array'),
+        ([], "timesteps is []: list should have at least 1 item after validation, not 0"),
+        ([499, 999], "timesteps is [499, 999]; each must be below the one before it, the noisiest "
+                     "is first"),
+        ([499, 499], "timesteps is [499, 499]; each must be below the one before it, the noisiest "
+                     "is first"),
+        ([1000], "timesteps is [1000]; each must be from 0 to 999, the training's last"),
+        ([*range(20, -1, -1)], "timesteps is 21 numbers; at most 20 numbers are accepted"),
+    ],
     "guidance_scale": [
         (-0.1, "guidance_scale is -0.1: input should be greater than or equal to 0"),
         (50.1, "guidance_scale is 50.1: input should be less than or equal to 50"),
@@ -221,6 +232,23 @@ LORA_FIELDS: dict[str, list[tuple[Any, str]]] = {
         (float("inf"), f"loras.0.weight is Infinity: {FINITE}"),
     ],
 }
+TIMESTEPS: list[tuple[Any, str]] = [
+    (-1, "is -1: input should be greater than or equal to 0"),
+    (10**9, f"is {10**9}: input should be less than or equal to 99999"),
+    (2.5, f"is 2.5: {INTEGER}"),
+    ("499", f'is "499": {INTEGER}'),
+    (True, f"is true: {INTEGER}"),
+    (None, f"is null: {INTEGER}"),
+]
+NEEDS_NONE = "takes none; leave timesteps out or use lcm, euler, tcd, dpmpp_2m, dpmpp_2m_sde"
+WITH_OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"timesteps": [999, 499], "num_inference_steps": 3},
+     "timesteps is 2 numbers and num_inference_steps is 3; leave that out or give as many"),
+    ({"timesteps": [800], "sampler": "ddim"},
+     f"timesteps is [800] and the sampler ddim {NEEDS_NONE}"),
+    ({"timesteps": [999, 499], "sampler": "euler_ancestral"},
+     f"timesteps is [999, 499] and the sampler euler_ancestral {NEEDS_NONE}"),
+]  # fmt: skip
 
 
 def rows(table: dict[str, list[tuple[Any, str]]]) -> list[Any]:
@@ -244,6 +272,24 @@ def test_wrong_values_in_loras(http: TestClient, field: str, value: Any, message
     assert_error(http.post(GENERATIONS, content=body), message, param=f"loras.0.{field}")
     form = {"prompt": "x", "loras": json.dumps(loras)}
     assert_error(post_form(http, form), message, param=f"loras.0.{field}")
+
+
+@pytest.mark.parametrize(("value", "message"), TIMESTEPS)
+def test_wrong_values_in_timesteps(http: TestClient, value: Any, message: str) -> None:
+    body = {"prompt": "x", "timesteps": [999, value]}
+    answer = http.post(GENERATIONS, json=body)
+    assert_error(answer, f"timesteps.1 {message}", param="timesteps.1")
+
+
+@pytest.mark.parametrize(("fields", "message"), WITH_OTHERS)
+def test_timesteps_that_do_not_go_with_other_fields(
+    http: TestClient, fields: dict[str, Any], message: str
+) -> None:
+    body = {"prompt": "x"} | fields
+    assert_error(http.post(GENERATIONS, json=body), message, "timesteps")
+    assert_error(http.post(EDITS, json=body | {"image": PNG}), message, "timesteps")
+    form = body | {"timesteps": json.dumps(fields["timesteps"])}
+    assert_error(post_form(http, form), message, "timesteps")
 
 
 AS_INTEGER = "input should be a valid integer, unable to parse string as an integer"
@@ -288,6 +334,16 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
     "num_inference_steps": [
         ("0", 'num_inference_steps is "0": input should be greater than or equal to 1'),
         ("21", "num_inference_steps is 21; at most 20 are accepted"),
+    ],
+    "timesteps": [
+        (
+            "999, 499",
+            'timesteps is "999, 499": value error, write it as JSON, [999, 749, 499, 249]',
+        ),
+        ("800", "timesteps is 800: input should be a valid list"),
+        ("[]", "timesteps is []: list should have at least 1 item after validation, not 0"),
+        ("[499, 999]", "timesteps is [499, 999]; each must be below the one before it, the "
+                       "noisiest is first"),
     ],
     "guidance_scale": [
         ("nan", f'guidance_scale is "nan": {FINITE}'),

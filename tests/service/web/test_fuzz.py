@@ -54,6 +54,7 @@ JOINED = {
     "background", "guidance_scale", "image", "images", "loras", "mask",
     "num_inference_steps",
     "output_compression", "partial_images", "prompt", "seed", "size", "strength",
+    "timesteps",
 }  # fmt: skip
 
 

@@ -123,6 +123,7 @@ IN_EDITS: dict[str, tuple[Any, Any]] = {
 }
 WITH: dict[str, tuple[dict[str, Any], tuple[Any, Any]]] = {
     "output_compression": ({"output_format": "jpeg"}, (20, 95)),
+    "timesteps": ({}, ([999, 499], [999, 259])),
     "eta": ({"sampler": "ddim", "num_inference_steps": 3}, (0.0, 1.0)),
 }
 

@@ -27,7 +27,7 @@ IGNORED = [
     "unknown field 'loras.0.scale' was ignored",
     "unknown field 'loras.1.note' was ignored",
 ]
-BODY = {"prompt": "x", "num_inference_steps": 1, "seed": 4, "loras": LORAS} | UNKNOWN
+BODY = {"prompt": "x", "timesteps": [999, 499], "seed": 4, "loras": LORAS} | UNKNOWN
 FORM = {
     name: value if isinstance(value, str) else json.dumps(value) for name, value in BODY.items()
 }
