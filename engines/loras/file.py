@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import CheckpointError, reason_of
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PREFIXES = {"denoiser": "unet", "text_encoder": "text_encoder"}  # part → prefix of its weights
+PREFIXES = {  # part → prefixes of its weights; where there is no second encoder, none has them
+    "denoiser": ("unet",),
+    "text_encoder": ("text_encoder", "text_encoder_2"),
+}
+# What diffusers' conversion of the original's block names reads of a UNet's configuration.
+SGM_BLOCKS = SimpleNamespace(layers_per_block=2)
 USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, beside a file that it saved itself
 UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # of files for a UNet and nothing else
@@ -73,8 +79,9 @@ def read_lora(path: Path) -> Lora:
             f"unet.{key}" if key.startswith(UNET_BLOCKS) else key: matrix
             for key, matrix in _with_alphas(path, raw).items()
         }
-        state = StableDiffusionPipeline.lora_state_dict(dict(matrices))[0]
-        layers = {part: _layers(part, prefix, state) for part, prefix in PREFIXES.items()}
+        state = StableDiffusionPipeline.lora_state_dict(dict(matrices), unet_config=SGM_BLOCKS)[0]
+        prefixes = [prefix for each in PREFIXES.values() for prefix in each]
+        layers = {prefix: _layers(prefix, state) for prefix in prefixes}
     except CheckpointError:
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds; all mean the same here
@@ -82,7 +89,14 @@ def read_lora(path: Path) -> Lora:
             f"LoRA {path} cannot be read by diffusers: {reason_of(error)}"
         ) from error
     _check_all_used(path, matrices, layers)
-    return {part: _pairs(path, prefix, layers[part], metadata) for part, prefix in PREFIXES.items()}
+    return {
+        part: {
+            name: pair
+            for prefix in own
+            for name, pair in _pairs(path, prefix, layers[prefix], metadata).items()
+        }
+        for part, own in PREFIXES.items()
+    }
 
 
 def _file_of(path: Path) -> Path:
@@ -169,17 +183,19 @@ def _with_alphas(path: Path, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _layers(part: str, prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's own entries under peft's names, `<layer>.lora_A.weight` and `.lora_B.weight`."""
+def _layers(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's own entries under peft's names, `<layer>.lora_A.weight` and `.lora_B.weight`."""
     from diffusers.utils import state_dict_utils as names
 
     layers = {k[len(prefix) + 1 :]: v for k, v in state.items() if k.startswith(f"{prefix}.")}
-    if part == "denoiser":
+    if prefix == "unet":
         return dict(names.convert_unet_state_dict_to_peft(layers))
     # At once, where diffusers guesses at one of the two, or at neither, from the layers there are.
     both = names.DIFFUSERS_TO_PEFT | names.DIFFUSERS_OLD_TO_PEFT
     layers = names.convert_state_dict(layers, both)
-    return {key.removeprefix("text_model."): value for key, value in layers.items()}
+    # transformers' encoder with a projection still has a level that the one without has lost.
+    level = "text_model." if prefix == "text_encoder_2" else ""
+    return {level + key.removeprefix("text_model."): value for key, value in layers.items()}
 
 
 def _check_all_used(
@@ -204,7 +220,7 @@ def _check_all_used(
 def _pairs(
     path: Path, prefix: str, layers: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> dict[str, LowRank]:
-    """A part's pairs by the names of the weights that they change."""
+    """A network's pairs by the names of the weights that they change."""
     names = sorted(key.removesuffix(DOWN) for key in layers if key.endswith(DOWN))
     ranks = {name: layers[name + DOWN].shape[0] for name in names}
     scales = _scales(path, prefix, metadata, ranks)

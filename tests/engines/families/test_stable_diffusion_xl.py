@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from engines.build.checkpoint import load_pipeline
 from engines.drawing.runner import Runner
@@ -19,7 +24,7 @@ from engines.families import stable_diffusion_xl
 from engines.families.recipe import Recipe
 from engines.order import Order
 from tests.engines.checkpoints import make_xl_checkpoint, with_scheduler
-from tests.engines.peers import Peer, assert_agree, draw_together, recipe
+from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SAMPLERS = ("lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde")
@@ -191,3 +196,74 @@ def test_rows_ignore_their_neighbours(runner: Runner) -> None:
     for each, ours in zip(wanted, together, strict=True):
         (alone,) = draw_together(runner, [each])
         assert_agree(ours, alone, each)
+
+
+TARGETS = {
+    "unet": ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2"],
+    "text_encoder": ["q_proj", "fc1"],
+    "text_encoder_2": ["v_proj", "out_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random pairs for UNet and both encoders, as diffusers saves them."""
+    out = tmp_path_factory.mktemp("xl-lora")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "tiny-xl")
+    torch.manual_seed(5)
+    layers = {}
+    for name, modules in TARGETS.items():
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=modules, init_lora_weights=False)
+        getattr(pipeline, name).add_adapter(config)
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(getattr(pipeline, name))
+        layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(out, **layers)
+    return out / "pytorch_lora_weights.safetensors"
+
+
+BLOCKS = {  # diffusers' names of what has attention → the original's, of three layers a level
+    r"down_blocks\.(\d)\.attentions\.(\d)": lambda m: (
+        f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.1"
+    ),
+    r"mid_block\.attentions\.0": lambda m: "middle_block.1",
+    r"up_blocks\.(\d)\.attentions\.(\d)": lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.1",
+}
+
+
+def as_original(layer: str) -> str:
+    for pattern, name in BLOCKS.items():
+        layer = re.sub(f"^{pattern}", name, layer)
+    return layer
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "kohya, the original's blocks"])
+def test_loras_of_the_unet_and_both_encoders(
+    layout: str, folder: Path, lora: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    file = lora
+    if layout != "diffusers":
+        prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+        state = {}
+        for key, matrix in load_file(lora).items():
+            part, _, layer = key.partition(".")
+            name, half = re.fullmatch(r"(.*)\.lora_([AB])\.weight", layer).groups()  # type: ignore[union-attr]
+            if part == "unet" and layout != "kohya":
+                name = as_original(name)
+            if part != "unet" and not name.startswith("text_model."):
+                name = f"text_model.{name}"
+            base = f"{prefixes[part]}_{name.replace('.', '_')}"
+            state[f"{base}.{'lora_down' if half == 'A' else 'lora_up'}.weight"] = matrix
+            state[f"{base}.alpha"] = torch.tensor(6.0)
+        file = tmp_path / "kohya.safetensors"
+        save_file(state, file)
+    order = Order(
+        str(folder / "tiny-xl"), backend="torch", cache_dir=cache_dir, loras={"it": file},
+        num_threads=1,
+    )  # fmt: skip
+    kin, others = Runner.open(order), Peer(folder / "tiny-xl", loras={"it": lora})
+    for weight in (1.0, 0.5):
+        wanted = recipe(sampler="euler", guidance_scale=3.0, loras={"it": weight})
+        (ours,) = draw_together(kin, [wanted])
+        assert_agree(ours, others.draw(wanted), wanted)
+    (plain,) = draw_together(kin, [recipe(sampler="euler", guidance_scale=3.0)])
+    assert psnr_db(plain.pixels, ours.pixels) < 40  # it does something
