@@ -115,12 +115,23 @@ def test_names_follow_what_they_name(chart: Any) -> None:
         ({"replicas": {"min": -1}}, "min"),
         ({"monitoring": {"kind": "datadog"}}, "kind"),
         ({"cache": {"model": {"COMPUTE_CAPABILITY": "8.9"}}}, "COMPUTE_CAPABILITY"),
-        ({"disruptionBudget": {"enabled": True}}, "min"),  # of one pod, which nothing could drain
     ],
 )
 def test_wrong_values_are_refused_by_name(chart: Any, values: Object, word: str) -> None:
     with pytest.raises(helm.HelmValuesError, match=word):
         chart.validate_schema(chart.merge_values(values))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"replicas": {"min": 4}}, r"replicas\.min is 4 and must be at most replicas\.max, 3"),
+        ({"disruptionBudget": {"enabled": True}}, r"replicas\.min is 1.* raise it, or leave"),
+    ],
+)
+def test_values_that_do_not_go_together_say_so(chart: Any, values: Object, words: str) -> None:
+    with pytest.raises(helm.HelmRenderError, match=words):
+        chart.render(values, name="fourstep", namespace="fourstep")
 
 
 def test_every_value_is_in_the_schema_and_lint_finds_nothing(chart: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from pathlib import Path
 
 import jsonschema
@@ -83,6 +84,16 @@ def test_an_overlay_of_ones_own_as_the_readme_has_it(kubectl: None, tmp_path: Pa
     assert images == {"REGISTRY/fourstep:0.1.0-cuda"}
     budget = one(objects, "PodDisruptionBudget")["spec"]
     assert group(objects)["minReplicas"] > budget["minAvailable"], "else no node can be drained"
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    text = (ROOT / "deploy" / "README.md").read_text()
+    roots = (ROOT, ROOT / "deploy", KUBERNETES)
+    rooms = "deploy|kubernetes|overlays|components|examples|prometheus|helm|tests|service"
+    named = set(re.findall(rf"(?<![\w./])(?:{rooms})/[\w./-]*\w", text))
+    assert len(named) > 20
+    missing = {each for each in named if not any((root / each).exists() for root in roots)}
+    assert missing == set()
 
 
 def test_scale_to_zero_leaves_the_head_to_take_the_first_request(

@@ -25,6 +25,7 @@ from tests.deploy.kuberay import (
     worker_pod,
 )
 from tests.deploy.manifests import (
+    ROOT,
     Object,
     check,
     group,
@@ -120,6 +121,37 @@ def test_what_must_come_again_is_a_sidecar(made: list[Object]) -> None:
             if sidecar.get("restartPolicy") == "Always":
                 assert sidecar["startupProbe"], "what comes after waits for it"
                 assert "readinessProbe" not in sidecar, "it says nothing about who can serve"
+
+
+SPOT = (  # labels of nodes that go within seconds: GKE's, EKS', Karpenter's, AKS'
+    {"cloud.google.com/gke-spot": "true"},
+    {"eks.amazonaws.com/capacityType": "SPOT"},
+    {"karpenter.sh/capacity-type": "spot"},
+    {"kubernetes.azure.com/scalesetpriority": "spot"},
+)
+
+
+def test_the_head_is_where_nobody_takes_it_away(made: list[Object]) -> None:
+    head = made[0]
+    affinity = head["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert selects(term, {"kubernetes.io/os": "linux", "karpenter.sh/capacity-type": "on-demand"})
+    assert not any(selects(term, labels) for labels in SPOT)
+    (better,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert not selects(better["preference"], {"cloud.google.com/gke-accelerator": "nvidia-l4"})
+    annotations = head["metadata"]["annotations"]
+    assert annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+    assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+
+
+def test_every_pod_may_pull_from_a_registry_that_wants_a_password(
+    objects: list[Object], made: list[Object]
+) -> None:
+    for pod in made:
+        account = one(objects, "ServiceAccount", pod["spec"]["serviceAccountName"])
+        (secret,) = account["imagePullSecrets"]
+        created = f"kubectl -n fourstep create secret docker-registry {secret['name']} "
+        assert created in (ROOT / "deploy" / "README.md").read_text()
 
 
 def test_a_pod_ends_within_its_grace(objects: list[Object], made: list[Object]) -> None:
