@@ -15,6 +15,7 @@ class Defaults:
     sampler: str | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
+    timesteps: tuple[int, ...] | None = None
 
 
 OWN_DEFAULTS = Defaults()  # the checkpoint's
@@ -50,6 +51,7 @@ class Facts:
     default_guidance_scale: float
     scheduler: Mapping[str, Any]
     num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
+    default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
 
     @property
     def max_tokens(self) -> int:
@@ -60,15 +62,6 @@ class Facts:
     def scheduler_class(self) -> str | None:
         """The checkpoint's own, of diffusers; None in manifests of before it was kept."""
         return self.scheduler.get("_class_name")
-
-    def with_defaults(self, defaults: Defaults) -> Facts:
-        """These facts, with the defaults that were chosen."""
-        chosen = {
-            f"default_{name}": value
-            for name, value in dataclasses.asdict(defaults).items()
-            if value is not None
-        }
-        return dataclasses.replace(self, **chosen)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -85,4 +78,6 @@ class Facts:
             # What Stable Diffusion's pipelines set, and options of a class without it lacked.
             values["scheduler"] = {"clip_sample": False} | values["scheduler"]
         values["windows"] = tuple(Window(**window) for window in values["windows"])
+        if values.get("default_timesteps") is not None:
+            values["default_timesteps"] = tuple(values["default_timesteps"])
         return cls(**values)

@@ -18,8 +18,10 @@ from engines.cli import (
     PrecisionOption,
     SamplerOption,
     StepsOption,
+    TimestepsOption,
     app,
     parse_loras,
+    parse_timesteps,
     run,
 )
 from engines.order import DEFAULT_CACHE_DIR
@@ -41,6 +43,7 @@ def serve(
     ] = None,
     lora: LoraOption = None,
     steps: StepsOption = 0,
+    timesteps: TimestepsOption = "",
     guidance: GuidanceOption = None,
     sampler: SamplerOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -60,6 +63,7 @@ def serve(
         "loras": {name: str(path) for name, path in paths.items()},
         "default_loras": weights,
         "default_steps": steps or None,
+        "default_timesteps": parse_timesteps(timesteps),
         "default_guidance": guidance,
         "default_sampler": sampler or None,
         "model": model,

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     default_loras: dict[str, float] = Field({}, description="name → weight λ, of `loras`")
     default_sampler: SamplerName | None = None
     default_steps: int | None = Field(None, ge=1, le=1000)
+    default_timesteps: tuple[int, ...] | None = Field(
+        None, min_length=1, description="descending, one for each of `default_steps`"
+    )
     default_guidance: float | None = Field(None, ge=0, le=50)
 
     # Answers.
@@ -177,7 +180,12 @@ class Settings(BaseSettings):
             loras=self.loras,
             serve_meanwhile=self.serve_meanwhile,
             device=self.device,
-            defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
+            defaults=Defaults(
+                self.default_sampler,
+                self.default_steps,
+                self.default_guidance,
+                self.default_timesteps,
+            ),
         )
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ from engines.build.plan import PlanTarget, check_target, compile_plan, import_te
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
 from engines.loras.file import ADAPTER_CONFIG
+from engines.samplers.defaults import with_defaults
 
 if TYPE_CHECKING:
     from engines.families.part import Part
@@ -191,7 +192,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
     pipeline = load_pipeline(source, blueprint.precision)
-    facts = load_facts(source, pipeline).with_defaults(blueprint.defaults)
+    facts = with_defaults(load_facts(source, pipeline), blueprint.defaults)
     if target:
         target = target.settled(facts)
         check_target(target, facts)
