@@ -44,6 +44,9 @@ SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the mo
 StepsOption = Annotated[
     int, typer.Option(min=0, max=1000, help="Default denoise calls; 0: the model's.")
 ]
+TimestepsOption = Annotated[
+    str, typer.Option(help="Default timesteps, as 999,749,499,249; empty: as the sampler has them.")
+]
 GuidanceOption = Annotated[
     float | None, typer.Option(min=0, max=50, help="Default guidance scale; none: the model's.")
 ]
@@ -117,6 +120,7 @@ def build(
     architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
     steps: StepsOption = 0,
+    timesteps: TimestepsOption = "",
     guidance: GuidanceOption = None,
 ) -> None:
     """Compile a model's parts into a bundle."""
@@ -147,7 +151,7 @@ def build(
     begun = time.monotonic()
     loras = [_weighted(text) for text in lora or ()]
     fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
-    defaults = Defaults(sampler or None, steps or None, guidance)
+    defaults = Defaults(sampler or None, steps or None, guidance, parse_timesteps(timesteps))
     overrides = find_overrides(unet, vae, architecture)
     blueprint = Blueprint(find_model(model), precision, target, fused, defaults, overrides)
     bundle = build_bundle(blueprint, out, show_progress)
@@ -158,6 +162,16 @@ def build(
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise typer.BadParameter(f"{option} is {value!r}; use {', '.join(allowed)}")
+
+
+def parse_timesteps(text: str) -> tuple[int, ...] | None:
+    """Whole numbers with commas between them; of no text None."""
+    try:
+        return tuple(int(each) for each in text.split(",")) if text else None
+    except ValueError:
+        raise typer.BadParameter(
+            f"--timesteps is {text!r}; write whole numbers, as 999,749,499,249"
+        ) from None
 
 
 def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
@@ -219,6 +233,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
     }
     for what, entry in manifest.get("beside", {}).items():  # absent in older manifests
         lines[what] = f"{entry['name']} ({entry['sha256'][:16]})"
+    if timesteps := facts.get("default_timesteps"):
+        lines["timesteps"] = ", ".join(map(str, timesteps))
     if plans := manifest.get("plans"):
         target = plans["target"]
         sizes = ", ".join(f"{width}x{height}" for width, height in target["sizes_px"])
@@ -292,6 +308,7 @@ def generate(
     device: DeviceOption = "auto",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT; default: the model's.")] = "",
     steps: Annotated[int, typer.Option(help="Denoise calls; 0: the model's default.")] = 0,
+    timesteps: Annotated[str, typer.Option(help="As of `build`.")] = "",
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
@@ -309,14 +326,19 @@ def generate(
 
     begun = time.monotonic()
     paths, weights = parse_loras(lora)
+    named = parse_timesteps(timesteps)
     order = Order(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
         architecture=architecture,
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()
-    recipe = runner.default_recipe(seed, prompt, steps or runner.info.default_num_steps)
+    num_steps = steps or len(named or ()) or runner.info.default_num_steps
+    recipe = runner.default_recipe(seed, prompt, num_steps)
+    sampler = sampler or recipe.sampler
     changes: dict[str, Any] = {
+        "sampler": sampler,
+        "timesteps": named or runner.info.timesteps_for(sampler, num_steps),
         "negative_prompt": negative,
         "loras": {name: weights.get(name, 1.0) for name in paths},
     }
@@ -324,8 +346,6 @@ def generate(
         changes["width_px"], changes["height_px"] = _size(size)
     if guidance is not None:
         changes["guidance_scale"] = guidance
-    if sampler:
-        changes["sampler"] = sampler
     drawing = runner.draw([dataclasses.replace(recipe, **changes)])[0]
     assert drawing.pixels is not None, "draw() finishes what it starts"
     drawn = time.monotonic()

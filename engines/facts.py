@@ -15,6 +15,7 @@ class Defaults:
     sampler: str | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
+    timesteps: tuple[int, ...] | None = None
 
 
 OWN_DEFAULTS = Defaults()  # the checkpoint's
@@ -54,6 +55,7 @@ class Facts:
     components: Mapping[str, str] = field(default_factory=dict)
     strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
+    default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
 
     @property
     def max_tokens(self) -> int:
@@ -64,15 +66,6 @@ class Facts:
     def scheduler_class(self) -> str | None:
         """The checkpoint's own, of diffusers; None in manifests of before it was kept."""
         return self.scheduler.get("_class_name")
-
-    def with_defaults(self, defaults: Defaults) -> Facts:
-        """These facts, with the defaults that were chosen."""
-        chosen = {
-            f"default_{name}": value
-            for name, value in dataclasses.asdict(defaults).items()
-            if value is not None
-        }
-        return dataclasses.replace(self, **chosen)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -90,4 +83,6 @@ class Facts:
             values["scheduler"] = {"clip_sample": False} | values["scheduler"]
         values.setdefault("strength_drops_steps", not values["time_cond_dim"])
         values["windows"] = tuple(Window(**window) for window in values["windows"])
+        if values.get("default_timesteps") is not None:
+            values["default_timesteps"] = tuple(values["default_timesteps"])
         return cls(**values)

@@ -19,10 +19,12 @@ from engines.cli import (
     PrecisionOption,
     SamplerOption,
     StepsOption,
+    TimestepsOption,
     UnetOption,
     VaeOption,
     app,
     parse_loras,
+    parse_timesteps,
     run,
 )
 from engines.order import DEFAULT_CACHE_DIR
@@ -53,6 +55,7 @@ def serve(
     vae: VaeOption = "",
     architecture: ArchitectureOption = "",
     steps: StepsOption = 0,
+    timesteps: TimestepsOption = "",
     guidance: GuidanceOption = None,
     sampler: SamplerOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -72,6 +75,7 @@ def serve(
         "loras": paths,
         "default_loras": weights,
         "default_steps": steps or None,
+        "default_timesteps": parse_timesteps(timesteps),
         "default_guidance": guidance,
         "default_sampler": sampler or None,
         "model": model,

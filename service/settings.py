@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     default_loras: dict[str, float] = Field({}, description="name → weight λ, of `loras`")
     default_sampler: SamplerName | None = None
     default_steps: int | None = Field(None, ge=1, le=1000)
+    default_timesteps: tuple[int, ...] | None = Field(
+        None, min_length=1, description="descending, one for each of `default_steps`"
+    )
     default_guidance: float | None = Field(None, ge=0, le=50)
 
     # Answers.
@@ -204,7 +207,12 @@ class Settings(BaseSettings):
             unet=self.unet,
             vae=self.vae,
             architecture=self.architecture,
-            defaults=Defaults(self.default_sampler, self.default_steps, self.default_guidance),
+            defaults=Defaults(
+                self.default_sampler,
+                self.default_steps,
+                self.default_guidance,
+                self.default_timesteps,
+            ),
         )
 
     @model_validator(mode="after")

@@ -36,6 +36,7 @@ from engines.build.source import NO_OVERRIDES, Overrides, fingerprint, name_of
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
 from engines.loras.file import ADAPTER_CONFIG
+from engines.samplers.defaults import with_defaults
 
 if TYPE_CHECKING:
     from engines.families.part import Part
@@ -211,7 +212,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
     pipeline = load_pipeline(source, blueprint.precision, overrides)
-    facts = load_facts(source, pipeline, overrides).with_defaults(blueprint.defaults)
+    facts = with_defaults(load_facts(source, pipeline, overrides), blueprint.defaults)
     if target:
         target = target.settled(facts)
         check_target(target, facts)

@@ -35,6 +35,7 @@ class ModelInfo:
     default_sampler: str
     stands_in: bool  # the default sampler, for a scheduler that is none of ours
     default_num_steps: int
+    default_timesteps: tuple[int, ...] | None  # of so many steps with this sampler
     default_guidance_scale: float
     samplers: tuple[str, ...]
     loras: tuple[str, ...]
@@ -42,6 +43,11 @@ class ModelInfo:
     max_decode_batch: int
     max_calls: int  # engine calls that run side by side
     components: Mapping[str, str]  # names of what stands in for the checkpoint's own
+
+    def timesteps_for(self, sampler: str, num_steps: int) -> tuple[int, ...] | None:
+        """Where a row draws that names no timesteps; None: as the sampler spaces them."""
+        pinned_for = (self.default_sampler, self.default_num_steps)
+        return self.default_timesteps if (sampler, num_steps) == pinned_for else None
 
 
 def describe(model: Model, max_batch: int | None, model_id: str | None) -> ModelInfo:
@@ -67,6 +73,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         default_sampler=facts.default_sampler,
         stands_in=bool(stand_in),
         default_num_steps=facts.default_num_steps,
+        default_timesteps=facts.default_timesteps,
         default_guidance_scale=facts.default_guidance_scale,
         samplers=samplers_of(noise),
         loras=model.adapters.names,

@@ -95,11 +95,13 @@ def _dump(order: Order) -> bytes:
 
 def _load(line: bytes) -> Order:
     values = json.loads(line)
+    listed = values["defaults"]["timesteps"]
+    timesteps = None if listed is None else tuple(listed)
     return Order(
         **values
         | {
             "cache_dir": Path(values["cache_dir"]),
-            "defaults": Defaults(**values["defaults"]),
+            "defaults": Defaults(**values["defaults"] | {"timesteps": timesteps}),
         }
     )
 

@@ -35,6 +35,7 @@ from engines.families import family_named
 from engines.families.family import Family
 from engines.loras.file import read_lora
 from engines.order import Order
+from engines.samplers.defaults import with_defaults
 
 logger = logging.getLogger("fourstep.model")
 # A decode beside a denoise call: they run one after the other, but the GPU has always one to go on
@@ -224,7 +225,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     tokenizers = {name: whole(Tokenizer.from_file(str(bundle.tokenizer(name)))) for name in names}
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(find(order).loras, engines)
-    facts = bundle.facts.with_defaults(order.defaults)
+    facts = with_defaults(bundle.facts, order.defaults)
     precision = bundle.precision
     return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
 
@@ -251,7 +252,7 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     if device != "cpu":
         keep_kernels(order.cache_dir / "kernels")
     pipeline = load_pipeline(source, precision, overrides)
-    facts = load_facts(source, pipeline, overrides).with_defaults(order.defaults)
+    facts = with_defaults(load_facts(source, pipeline, overrides), order.defaults)
     parts = family_named(facts.family).parts(pipeline, facts)
     engines = {part.name: TorchEngine(part, device) for part in parts}
     names = [window.tokenizer for window in facts.windows]

@@ -339,6 +339,7 @@ class Runner:
             num_steps=num_steps,
             guidance_scale=info.default_guidance_scale,
             sampler=info.default_sampler,
+            timesteps=info.timesteps_for(info.default_sampler, num_steps),
         )
 
     def padded_rows(self) -> dict[str, int]:

@@ -93,6 +93,7 @@ def admit(
     guidance = params.guidance_scale
     guidance = info.default_guidance_scale if guidance is None else guidance
     sampler = params.sampler or info.default_sampler
+    timesteps = timesteps or info.timesteps_for(sampler, num_steps)
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     crop = params.size != "auto"

@@ -138,6 +138,7 @@ def _model_object(replica: Replica) -> ModelObject:
         "min_size_px": info.min_size_px,
         "max_size_px": info.max_size_px,
         "default_num_inference_steps": info.default_num_steps,
+        "default_timesteps": info.default_timesteps,
         "max_num_inference_steps": settings.max_steps,
         "default_guidance_scale": info.default_guidance_scale,
         "guidance_embedding": info.guidance_embedding,

@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 
 from engines.build.bundle import Blueprint, ensure_bundle, open_bundle
-from engines.cli import parse_loras
+from engines.cli import parse_loras, parse_timesteps
 
 PROGRAM = "from engines.cli import app, run; run(app)"
 # Runs a command and then says which heavy packages it has imported, on the last line of stdout.
@@ -171,10 +171,21 @@ def test_a_weight_that_is_no_number(weight: str) -> None:
         parse_loras([f"x=it.safetensors@{weight}"])
 
 
+def test_timesteps_have_commas_between_them() -> None:
+    assert parse_timesteps("999,749, 499") == (999, 749, 499)
+    assert parse_timesteps("") is None
+    for wrong in ("999 749", "[999]", "999,", "9.5"):
+        with pytest.raises(typer.BadParameter, match="write whole numbers, as 999,749,499,249"):
+            parse_timesteps(wrong)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "word"),
-    [("--size", "big", "512x512"), ("--steps", "0.5", "steps"), ("--size", "63x64", "multiple")],
-)
+    [
+        ("--size", "big", "512x512"), ("--steps", "0.5", "steps"), ("--size", "63x64", "multiple"),
+        ("--timesteps", "499,999", "noisiest is first"),
+    ],
+)  # fmt: skip
 def test_refuses_bad_values(option: str, value: str, word: str, bundle: Path) -> None:
     done = _fourstep("generate", "x", "-o", "x.png", "--model", bundle, option, value)
     assert done.returncode != 0

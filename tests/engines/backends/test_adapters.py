@@ -224,7 +224,7 @@ def test_a_lora_fused_at_build_time_draws_as_one_switched_on(
 ) -> None:
     chosen = {"both": 0.3, "everything": 1.2}
     fused = tuple((loras[name], weight) for name, weight in chosen.items())
-    defaults = Defaults("lcm", 3, 1.0)
+    defaults = Defaults("lcm", guidance_scale=1.0, timesteps=(999, 499, 249))
     source = checkpoints / "tiny-sd"
     bundle = build_bundle(
         Blueprint(source, loras=fused, defaults=defaults), tmp_path / "fused", lambda *_: None
@@ -236,7 +236,9 @@ def test_a_lora_fused_at_build_time_draws_as_one_switched_on(
     info = built.info
     assert (info.default_sampler, info.default_num_steps) == ("lcm", 3)
     assert info.default_guidance_scale == 1.0
+    assert info.default_timesteps == (999, 499, 249)
     (one,) = built.draw([built.default_recipe(3, "a cube", info.default_num_steps)])
+    assert one.schedule.timesteps.tolist() == [999, 499, 249]
     same = dataclasses.replace(one.recipe, loras=chosen)
     (other,) = switched.draw([same])
     assert psnr_db(one.pixels, other.pixels) >= 50

@@ -134,6 +134,7 @@ def test_the_key_covers_all_that_a_bundle_is_made_of(
         Blueprint(source, loras=((lora, 1.0),)).key,
         Blueprint(source, loras=((lora, 0.5),)).key,
         Blueprint(source, defaults=Defaults(num_steps=2)).key,
+        Blueprint(source, defaults=Defaults(timesteps=(999, 499))).key,
     ]
     lora.write_bytes(b"two")
     keys.append(Blueprint(source, loras=((lora, 1.0),)).key)

@@ -65,7 +65,10 @@ def test_rows_in_flight_go_on_by_the_engine_that_was_built(runner: Runner, order
 
 def test_the_building_process_gets_the_order_whole(order: Order) -> None:
     full = dataclasses.replace(
-        order, loras={"ink": "/ink.safetensors"}, unet="/unet", defaults=Defaults("lcm", 4, 1.5)
+        order,
+        loras={"ink": "/ink.safetensors"},
+        unet="/unet",
+        defaults=Defaults("lcm", 2, 1.5, (999, 499)),
     )
     assert _load(_dump(full)) == full
 
