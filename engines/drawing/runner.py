@@ -50,12 +50,12 @@ class Runner:
 
     def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
         self._succession = Succession(model, self._describe)
-        self._noise = NoiseSchedule.from_config(
+        noise = NoiseSchedule.from_config(
             model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
         )
         self._prompts = Prompts()
         self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
-        self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
+        self._schedule = functools.lru_cache(maxsize=1024)(functools.partial(make_schedule, noise))
         self._build: BackgroundBuild | None = None
         self.info: ModelInfo = describe(model, max_batch, model_id)
 
@@ -128,10 +128,10 @@ class Runner:
         schedule = self._schedule(
             recipe.sampler,
             recipe.num_steps,
-            recipe.timesteps,
-            recipe.strength if image else 1.0,
-            image,
-            recipe.eta,
+            strength=recipe.strength if image else 1.0,
+            image_to_image=image,
+            eta=recipe.eta,
+            timesteps=recipe.timesteps,
         )
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
@@ -158,25 +158,6 @@ class Runner:
         if not image:
             drawing.latents = schedule.noise_scale * _draw_noise(drawing)
         return drawing
-
-    def _make_schedule(
-        self,
-        sampler: str,
-        num_steps: int,
-        timesteps: tuple[int, ...] | None,
-        strength: float,
-        image: bool,
-        eta: float | None,
-    ) -> Schedule:
-        return make_schedule(
-            self._noise,
-            sampler,
-            num_steps,
-            timesteps=timesteps,
-            strength=strength,
-            image_to_image=image,
-            eta=eta,
-        )
 
     # -- the engine threads ------------------------------------------------------------------
 
