@@ -49,10 +49,16 @@ class Runner:
 
     def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
         self._succession = Succession(model, self._describe)
+<<<<<<< HEAD
         self._noise = NoiseSchedule.from_config(model.facts.scheduler)
+=======
+        noise = NoiseSchedule.from_config(
+            model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
+        )
+>>>>>>> h2-recipes
         self._prompts = Prompts()
         self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
-        self._schedule = functools.lru_cache(maxsize=1024)(self._make_schedule)
+        self._schedule = functools.lru_cache(maxsize=1024)(functools.partial(make_schedule, noise))
         self._build: BackgroundBuild | None = None
         self.info: ModelInfo = describe(model, max_batch, model_id)
 
@@ -124,10 +130,17 @@ class Runner:
         schedule = self._schedule(
             recipe.sampler,
             recipe.num_steps,
+<<<<<<< HEAD
             recipe.timesteps,
             1.0 if recipe.image is None else recipe.strength,
             recipe.mask is not None or facts.strength_drops_steps,
             recipe.eta,
+=======
+            strength=recipe.strength if image else 1.0,
+            image_to_image=image,
+            eta=recipe.eta,
+            timesteps=recipe.timesteps,
+>>>>>>> h2-recipes
         )
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
@@ -155,6 +168,7 @@ class Runner:
             begin_from_text(drawing)
         return drawing
 
+<<<<<<< HEAD
     def _make_schedule(
         self,
         sampler: str,
@@ -174,6 +188,8 @@ class Runner:
             eta=eta,
         )
 
+=======
+>>>>>>> h2-recipes
     # -- the engine threads ------------------------------------------------------------------
 
     @engine_call("text_encoder")

@@ -29,8 +29,8 @@ def check(timesteps: tuple[int, ...], num_steps: int, num_train_timesteps: int) 
         wrong = "[]; name at least one, or leave it out"
     elif len(timesteps) != num_steps:
         wrong = (
-            f"{len(timesteps)} numbers and num_inference_steps is {num_steps}; leave that out or "
-            "give as many"
+            f"{shown(timesteps)} and num_inference_steps is {num_steps}; it must be "
+            f"{len(timesteps)}, one step for each, or left out"
         )
     elif any(not 0 <= timestep <= last for timestep in timesteps):
         wrong = f"{shown(timesteps)}; each must be from 0 to {last}, the training's last"

@@ -60,7 +60,7 @@ def test_a_manifest_keeps_them() -> None:
     [
         (Defaults(timesteps=(800,)), "timesteps is .800. and the sampler ddim takes none"),
         (Defaults("lcm", 60), "num_inference_steps is 60; the lcm sampler takes 1 to 50"),
-        (Defaults("lcm", 3, timesteps=(800,)), "timesteps is 1 numbers and num_inference_steps"),
+        (Defaults("lcm", 3, timesteps=(800,)), "timesteps is .800. and num_inference_steps is 3"),
         (Defaults("lcm", timesteps=(400, 800)), "timesteps is .400, 800.; each must be below"),
         (Defaults("heun"), "sampler is 'heun'; known are"),
     ],

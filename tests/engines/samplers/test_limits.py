@@ -135,8 +135,8 @@ NOT_TAKEN = "takes none with the checkpoint's scheduler option"
         (CONTINUOUS, "euler", 1, (800,), f"[800] and the sampler euler {NOT_TAKEN} "
          "timestep_type='continuous'; leave timesteps out or use lcm, tcd, dpmpp_2m, dpmpp_2m_sde"),
         ({}, "lcm", 0, (), "[]; name at least one, or leave it out"),
-        ({}, "lcm", 3, (999, 499), "2 numbers and num_inference_steps is 3; leave that out or give "
-         "as many"),
+        ({}, "lcm", 3, (999, 499), "[999, 499] and num_inference_steps is 3; it must be 2, one "
+         "step for each, or left out"),
         ({}, "lcm", 2, (1000, 499), "[1000, 499]; each must be from 0 to 999, the training's last"),
         ({"num_train_timesteps": 500}, "tcd", 1, (500,), "[500]; each must be from 0 to 499, the "
          "training's last"),

@@ -243,7 +243,8 @@ TIMESTEPS: list[tuple[Any, str]] = [
 NEEDS_NONE = "takes none; leave timesteps out or use lcm, euler, tcd, dpmpp_2m, dpmpp_2m_sde"
 WITH_OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"timesteps": [999, 499], "num_inference_steps": 3},
-     "timesteps is 2 numbers and num_inference_steps is 3; leave that out or give as many"),
+     "timesteps is [999, 499] and num_inference_steps is 3; it must be 2, one step for each, or "
+     "left out"),
     ({"timesteps": [800], "sampler": "ddim"},
      f"timesteps is [800] and the sampler ddim {NEEDS_NONE}"),
     ({"timesteps": [999, 499], "sampler": "euler_ancestral"},
