@@ -49,13 +49,7 @@ class Runner:
 
     def __init__(self, model: Model, *, max_batch: int | None = None, model_id: str | None = None):
         self._succession = Succession(model, self._describe)
-<<<<<<< HEAD
-        self._noise = NoiseSchedule.from_config(model.facts.scheduler)
-=======
-        noise = NoiseSchedule.from_config(
-            model.facts.scheduler, strength_drops_steps=not model.facts.time_cond_dim
-        )
->>>>>>> h2-recipes
+        noise = NoiseSchedule.from_config(model.facts.scheduler)
         self._prompts = Prompts()
         self._layouts: list[Lanes] = []  # of the last denoise calls, while their rows may go on
         self._schedule = functools.lru_cache(maxsize=1024)(functools.partial(make_schedule, noise))
@@ -130,17 +124,10 @@ class Runner:
         schedule = self._schedule(
             recipe.sampler,
             recipe.num_steps,
-<<<<<<< HEAD
-            recipe.timesteps,
-            1.0 if recipe.image is None else recipe.strength,
-            recipe.mask is not None or facts.strength_drops_steps,
-            recipe.eta,
-=======
-            strength=recipe.strength if image else 1.0,
-            image_to_image=image,
+            strength=1.0 if recipe.image is None else recipe.strength,
+            strength_drops_steps=recipe.mask is not None or facts.strength_drops_steps,
             eta=recipe.eta,
             timesteps=recipe.timesteps,
->>>>>>> h2-recipes
         )
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
@@ -168,28 +155,6 @@ class Runner:
             begin_from_text(drawing)
         return drawing
 
-<<<<<<< HEAD
-    def _make_schedule(
-        self,
-        sampler: str,
-        num_steps: int,
-        timesteps: tuple[int, ...] | None,
-        strength: float,
-        drops_steps: bool,
-        eta: float | None,
-    ) -> Schedule:
-        return make_schedule(
-            self._noise,
-            sampler,
-            num_steps,
-            timesteps=timesteps,
-            strength=strength,
-            strength_drops_steps=drops_steps,
-            eta=eta,
-        )
-
-=======
->>>>>>> h2-recipes
     # -- the engine threads ------------------------------------------------------------------
 
     @engine_call("text_encoder")
