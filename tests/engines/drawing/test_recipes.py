@@ -79,7 +79,7 @@ def test_a_recipe_draws_as_diffusers_does(name: str, checkpoints: Path, tmp_path
         for eta in case.etas
     ]
     assert {each.timesteps for each in wanted} == {case.pinned.timesteps}
-    peer = Peer(model, lcm=False)
+    peer = Peer(model)
     for each, ours in zip(wanted, draw_together(runner, wanted), strict=True):
         assert_agree(ours, peer.draw(each), (name, each))
     runner.close()
@@ -91,7 +91,7 @@ def test_lcm_lora(checkpoints: Path, tmp_path: Path) -> None:
     model = with_scheduler(LCM, checkpoints / "tiny-sd", tmp_path / "model")
     defaults = Defaults(num_steps=4, guidance_scale=1.0)
     order = Order(str(model), "torch", num_threads=1, loras={"lcm": lora}, defaults=defaults)
-    runner, peer = Runner.open(order), Peer(model, lcm=False, loras={"lcm": lora})
+    runner, peer = Runner.open(order), Peer(model, loras={"lcm": lora})
     plain = dataclasses.replace(runner.default_recipe(3, "a red cube", 4), eta=0.0)
     for guidance_scale in (0.0, 1.0, 1.5):
         wanted = dataclasses.replace(plain, loras={"lcm": 1.0}, guidance_scale=guidance_scale)
@@ -122,5 +122,5 @@ def test_euler_ancestral_has_no_rule_for_a_prediction_of_the_sample(
     with pytest.raises(InvalidInput, match="option prediction_type='sample'; use lcm, ddim, euler"):
         runner.start(wanted)
     with pytest.raises(NotImplementedError, match="sample"):
-        Peer(model, lcm=False).draw(wanted)
+        Peer(model).draw(wanted)
     runner.close()
