@@ -28,7 +28,7 @@ NAMED = [999, 749, 499, 249]
 
 @pytest.fixture(scope="module")
 def peer(lcm_checkpoint: Path) -> Peer:
-    return Peer(lcm_checkpoint, lcm=True)
+    return Peer(lcm_checkpoint)
 
 
 @pytest.fixture(scope="module")
