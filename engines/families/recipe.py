@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Blend(NamedTuple):
+    """Another prompt, and how far towards it what stands before it moves: 0 not at all, 1 whole."""
+
+    prompt: str
+    share: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,3 +33,4 @@ class Recipe:
     image: np.ndarray | None = None
     num_previews: int = 0
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
+    blends: tuple[Blend, ...] = ()  # what the prompt's embeddings move towards, one by one

@@ -21,6 +21,9 @@ from diffusers import (
     StableDiffusionPipeline,
     TCDScheduler,
 )
+from diffusers.pipelines.deprecated.audio_diffusion.pipeline_audio_diffusion import (
+    AudioDiffusionPipeline,
+)
 from PIL import Image
 
 from engines.drawing.runner import Runner
@@ -114,6 +117,8 @@ class Peer:
             "generator": torch.Generator().manual_seed(wanted.seed),
             "output_type": "latent",
         }
+        if wanted.blends:
+            arguments |= {"prompt": None, "prompt_embeds": self._blended(wanted)}
         if not self._lcm:
             arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
         if wanted.image is None:
@@ -131,6 +136,16 @@ class Peer:
             decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
             pixels = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return Result(latents[0].numpy(), np.asarray(pixels))
+
+    def _blended(self, wanted: Recipe) -> torch.Tensor:
+        """The prompt's embeddings ``[1, L, D]``, moved by diffusers' own slerp."""
+        prompts = [wanted.prompt, *(blend.prompt for blend in wanted.blends)]
+        with torch.inference_mode():
+            found = [self._pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in prompts]
+        embeds = found[0]
+        for end, blend in zip(found[1:], wanted.blends, strict=True):
+            embeds = AudioDiffusionPipeline.slerp(embeds, end, blend.share)
+        return embeds
 
 
 def draw_together(runner: Runner, recipes: Sequence[Recipe]) -> list[Result]:
