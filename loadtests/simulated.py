@@ -24,6 +24,7 @@ class SimulatedRow:
     tenant: str = ""
     deadline: float = float("inf")
     cancelled: bool = False
+    live: bool = False
 
     def __post_init__(self) -> None:
         self.num_steps_left = self.num_steps

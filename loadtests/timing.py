@@ -36,6 +36,10 @@ class TimingDouble:
         """A full denoise call, as `service.batching.scheduler.Costs` has it."""
         return self.seconds(self.step, [group[0]] * self.limits.max_batch)
 
+    def step_fixed_s(self, group: tuple[int, int]) -> float:
+        """The part of a denoise call that does not depend on its rows."""
+        return self.step[0]
+
     def decode_fixed_s(self, group: tuple[int, int]) -> float:
         """The part of a decode call that does not depend on its rows."""
         return self.decode[0]

@@ -37,6 +37,7 @@ class Drawing:
     texts: tuple[Tokens | None, ...]  # of each lane: the prompt, then what guidance leads away from
     tables: Mapping[str, np.ndarray]  # float32 [num_steps, ...]: the denoiser's, a line a step
     conditioning: dict[str, Lanewise]  # the denoiser's too; what texts say, by encode_text
+    blends: tuple[tuple[Tokens, float], ...] = ()  # what the prompt moves towards, and how far
     num_truncated_tokens: tuple[int, ...] = ()  # of each text: what its window has no room for
     text_encoded: bool = False
     latents: Tensor | None = None  # float32 [C, h, w], by start or encode_image
@@ -54,6 +55,12 @@ class Drawing:
     def num_lanes(self) -> int:
         """2 where classifier-free guidance needs an unconditional row."""
         return len(self.texts)
+
+    @property
+    def all_texts(self) -> tuple[Tokens, ...]:
+        """What the text encoder must have seen before this row can step."""
+        lanes = tuple(tokens for tokens in self.texts if tokens is not None)
+        return lanes + tuple(tokens for tokens, _ in self.blends)
 
     @property
     def num_steps(self) -> int:

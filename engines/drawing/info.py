@@ -110,7 +110,9 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         raise InvalidInput(
             "guidance_scale", recipe.guidance_scale, "guidance_scale must be a finite number"
         )
-    for name, text in (("prompt", recipe.prompt), ("negative_prompt", recipe.negative_prompt)):
+    prompts = (recipe.prompt, *(blend.prompt for blend in recipe.blends))
+    texts = [("prompt", text) for text in prompts] + [("negative_prompt", recipe.negative_prompt)]
+    for name, text in texts:
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line

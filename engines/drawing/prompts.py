@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engines.backends.adapters import AdapterSet
@@ -14,11 +15,27 @@ from engines.backends.adapters import AdapterSet
 Tokens = Mapping[str, np.ndarray]  # a text by the text encoder's inputs: int64 [L] each, padded
 Encoded = Mapping[str, Tensor]  # a text by the text encoder's outputs, without the batch
 NUM_KEPT = 1024
+PARALLEL = 0.9995  # cosine from which sin θ is too small to divide by in half precision
 
 
 def key_of(tokens: Tokens) -> bytes:
     """Equal for texts of the same tokens."""
     return b"".join(ids.tobytes() for ids in tokens.values())
+
+
+def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Between two tensors of one shape, each one vector: ``share`` 0 is ``start``, 1 is ``end``.
+
+    Along the arc between them (Shoemake, "Animating rotation with quaternion curves", 1985), as
+    diffusers' `AudioDiffusionPipeline.slerp`; along the chord where they are all but parallel.
+    """
+    a, b = start.float(), end.float()
+    cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    if abs(cosine) > PARALLEL:
+        return torch.lerp(a, b, share).to(start.dtype)
+    angle = torch.acos(cosine)
+    arc = torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b
+    return (arc / torch.sin(angle)).to(start.dtype)
 
 
 class Prompts:

@@ -29,7 +29,7 @@ from engines.drawing.info import ModelInfo, check_recipe, describe
 from engines.drawing.lanes import Lanes
 from engines.drawing.model import Model, load_interim, load_model, must_be_built
 from engines.drawing.noise import begin_from_image, begin_from_text, draw_ahead
-from engines.drawing.prompts import Encoded, Prompts, key_of
+from engines.drawing.prompts import Encoded, Prompts, key_of, slerp
 from engines.drawing.stage import Stage
 from engines.drawing.succession import Succession
 from engines.drawing.warming import draw_every_batch
@@ -132,6 +132,7 @@ class Runner:
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
         texts = [model.tokenize(text) for text in conditions.texts]
+        blends = [(model.tokenize(blend.prompt)[0], blend.share) for blend in recipe.blends]
         drawing = Drawing(
             recipe=recipe,
             schedule=schedule,
@@ -144,11 +145,12 @@ class Runner:
                 **conditions.tables,
             },
             conditioning=dict(conditions.tensors),
+            blends=tuple((tokens, share) for tokens, share in blends if tokens is not None),
             num_truncated_tokens=tuple(num_lost for _, num_lost in texts),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
         )
-        keys = [None if tokens is None else key_of(tokens) for tokens in drawing.texts]
-        known = {key: self._prompts.find(loras, key) for key in keys if key is not None}
+        keys = map(key_of, drawing.all_texts)
+        known = {key: self._prompts.find(loras, key) for key in keys}
         if all(encoded is not None for encoded in known.values()):
             _take_texts(drawing, known)
         if recipe.image is None:
@@ -164,7 +166,7 @@ class Runner:
             self._encode_alike(loras, [each for each in drawings if each.group.loras == loras])
 
     def _encode_alike(self, loras: AdapterSet, drawings: list[Drawing]) -> None:
-        texts = {key_of(each): each for drawing in drawings for each in drawing.texts if each}
+        texts = {key_of(each): each for drawing in drawings for each in drawing.all_texts}
         known = {key: self._prompts.find(loras, key) for key in texts}
         unknown = [key for key, encoded in known.items() if encoded is None]
         for start in range(0, len(unknown), self.info.max_batch):  # a row may have two texts
@@ -354,6 +356,11 @@ def _shapes(tensors: Mapping[str, Lanewise]) -> tuple[tuple[str, tuple[int, ...]
 def _take_texts(drawing: Drawing, known: Mapping[bytes, Encoded | None]) -> None:
     """What the text encoder said of each lane's text; zeros for a lane that is to have none."""
     found = [None if tokens is None else known[key_of(tokens)] for tokens in drawing.texts]
+    for tokens, share in drawing.blends:  # of the prompt alone: what guidance leads away from stays
+        start, end = found[0], known[key_of(tokens)]
+        assert start is not None, "a prompt is a text"
+        assert end is not None, "all texts are known"
+        found[0] = {name: slerp(value, end[name], share) for name, value in start.items()}
     sample = next(encoded for encoded in found if encoded is not None)
     for name, like in sample.items():
         drawing.conditioning[name] = tuple(

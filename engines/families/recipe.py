@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Blend(NamedTuple):
+    """Another prompt, and how far towards it what stands before it moves: 0 not at all, 1 whole."""
+
+    prompt: str
+    share: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,3 +43,4 @@ class Recipe:
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
+    blends: tuple[Blend, ...] = ()  # what the prompt's embeddings move towards, one by one

@@ -31,9 +31,16 @@ class Pace:
         """A denoise call of as many rows as there ever were."""
         return self._fastest(WorkKind.DENOISE, group, sys.maxsize)
 
+    def step_fixed_s(self, group: Group) -> float:
+        """The part of a denoise call that does not depend on its rows."""
+        return self._fixed_s(WorkKind.DENOISE, group)
+
     def decode_fixed_s(self, group: Group) -> float:
         """The part of a decode call that does not depend on its rows: what one call less saves."""
-        fastest_s = self._of(WorkKind.DECODE, group)
+        return self._fixed_s(WorkKind.DECODE, group)
+
+    def _fixed_s(self, kind: WorkKind, group: Group) -> float:
+        fastest_s = self._of(kind, group)
         if len(fastest_s) < 2:
             return 0.0
         few, many = min(fastest_s), max(fastest_s)

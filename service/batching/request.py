@@ -144,6 +144,10 @@ class Row:
     def cancelled(self) -> bool:
         return self.request.cancelled
 
+    @property
+    def live(self) -> bool:
+        return self.request.live
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -161,6 +165,7 @@ class Request:
     rows: list[Row] = field(default_factory=list)  # filled at admission
     tenant: str = ""
     priority: int = 0  # higher goes first
+    live: bool = False  # a frame of a live session, which gives way to others
     status: Status = Status.WAITING  # written by the engine loop alone
     cancelled: bool = False  # set by the handler, honoured at the next step boundary
     num_finished: int = 0

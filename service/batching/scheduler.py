@@ -15,6 +15,10 @@ never overtaken by a tenant's own that arrived more than ``patience · s`` denoi
 whatever its size. Simulated (`python -m loadtests simulate`'s engines, steps 1, 2, 4, 8, two sizes,
 50 to 85 % load) patience 4 against order of arrival: p50 0.69 to 0.94 of it, p95 0.99 to 1.10,
 p99 1.06 to 1.19.
+
+Rows of live sessions give way: where a step costs by the row (a CPU) they run while no other row of
+their priority or above is here, and from ``LIVE_PATIENCE`` denoise calls after they came as any
+other. Where most of a step's time is the call's own they join every batch.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from engines.drawing.stage import Stage
+
+# So a saturated engine still draws a live row of two steps every ten calls.
+LIVE_PATIENCE = 8
 
 
 class Schedulable(Protocol):
@@ -48,6 +55,8 @@ class Schedulable(Protocol):
     def deadline(self) -> float: ...
     @property
     def cancelled(self) -> bool: ...
+    @property
+    def live(self) -> bool: ...
 
 
 R = TypeVar("R", bound=Schedulable)
@@ -119,6 +128,10 @@ class Costs(Protocol):
         """A full denoise call."""
         ...
 
+    def step_fixed_s(self, group: Any) -> float:
+        """The part of a denoise call that does not depend on its rows."""
+        ...
+
     def decode_fixed_s(self, group: Any) -> float:
         """The part of a decode call that does not depend on its rows."""
         ...
@@ -154,7 +167,7 @@ class Scheduler(Generic[R]):
     @property
     def has_more(self) -> bool:
         """Whether the last `schedule` left rows for another call beside that one."""
-        return any(self._may_start(KIND_OF_STAGE[row.stage]) for row in self._ready())
+        return bool(self._startable())
 
     def add(self, rows: Iterable[R]) -> None:
         """Put rows at the end of the line."""
@@ -202,7 +215,7 @@ class Scheduler(Generic[R]):
         the wait, see `_pays_to_wait`.
         """
         self._admit()
-        ready = [row for row in self._ready() if self._may_start(KIND_OF_STAGE[row.stage])]
+        ready = self._startable()
         choices = (self._encode, self._decode_or_denoise)
         work = None
         for choose in reversed(choices) if self._encoded_last else choices:
@@ -228,8 +241,24 @@ class Scheduler(Generic[R]):
         """What `schedule` gave is over, however it went: another call of its kind may start."""
         self._calls[work.kind] -= 1
 
+    def _startable(self) -> list[R]:
+        """The rows that another call may have now."""
+        return [
+            row
+            for row in self._ready()
+            if self._may_start(KIND_OF_STAGE[row.stage]) and not self._gives_way(row)
+        ]
+
     def _may_start(self, kind: WorkKind) -> bool:
         return not (self.limits.one_of_a_kind and self._calls[kind])
+
+    def _gives_way(self, row: R) -> bool:
+        """Whether a row stays out of calls that rows of others are, or will be, in."""
+        if not row.live or self._num_denoise_calls - self._arrivals[row] >= LIVE_PATIENCE:
+            return False
+        if self._costs and 2 * self._costs.step_fixed_s(row.group) > self._costs.step_s(row.group):
+            return False
+        return any(not each.live and each.priority >= row.priority for each in self.running)
 
     def _ready(self) -> list[R]:
         """The running rows that are in no call."""

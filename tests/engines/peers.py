@@ -27,6 +27,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     TCDScheduler,
 )
+from diffusers.pipelines.deprecated.audio_diffusion.pipeline_audio_diffusion import (
+    AudioDiffusionPipeline,
+)
 from PIL import Image
 
 from engines.drawing.runner import Runner
@@ -158,6 +161,8 @@ class Peer:
         }
         if wanted.timesteps is not None:
             arguments["timesteps"] = list(wanted.timesteps)
+        if wanted.blends:
+            arguments |= {"prompt": None, "prompt_embeds": self._blended(wanted)}
         if self._text_class is not LatentConsistencyModelPipeline or wanted.mask is not None:
             arguments |= {"negative_prompt": wanted.negative_prompt, "eta": wanted.eta}
         if self._text_class is StableDiffusionXLPipeline:
@@ -184,6 +189,16 @@ class Peer:
             decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
             pixels = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return Result(latents[0].numpy(), np.asarray(pixels))
+
+    def _blended(self, wanted: Recipe) -> torch.Tensor:
+        """The prompt's embeddings ``[1, L, D]``, moved by diffusers' own slerp."""
+        prompts = [wanted.prompt, *(blend.prompt for blend in wanted.blends)]
+        with torch.inference_mode():
+            found = [self._pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in prompts]
+        embeds = found[0]
+        for end, blend in zip(found[1:], wanted.blends, strict=True):
+            embeds = AudioDiffusionPipeline.slerp(embeds, end, blend.share)
+        return embeds
 
 
 def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engines.drawing.runner import Runner
-from engines.families.recipe import Recipe
+from engines.families.recipe import Blend, Recipe
 from engines.order import Order
 from tests.engines.conftest import BACKENDS, COMBINATIONS
 from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe
@@ -133,6 +133,25 @@ def test_any_prompt(prompt: str, runners: Runners, peers: dict[str, Peer]) -> No
     wanted = recipe(prompt=prompt, guidance_scale=8.5, num_steps=2)
     (ours,) = draw_together(runners["tiny-lcm", "onnxruntime"], [wanted])
     assert_agree(ours, peers["tiny-lcm"].draw(wanted), prompt)
+
+
+@pytest.mark.parametrize("name", ["tiny-lcm", "tiny-sd"])
+def test_a_prompt_on_its_way_to_others(name: str, runners: Runners, peers: dict[str, Peer]) -> None:
+    """Embeddings moved as diffusers moves them, beside rows that stay; the second time cached."""
+    plain = recipe(guidance_scale=7.5, negative_prompt="dark", num_steps=2)
+    blends = [(Blend("a blue ball", share),) for share in (0.0, 0.3, 1.0)]
+    blends.append((Blend("a blue ball", 0.3), Blend("at night", 0.6)))
+    moved = [dataclasses.replace(plain, blends=each) for each in blends]
+    runner = runners[name, "onnxruntime"]
+    for _ in range(2):
+        for wanted, ours in zip(
+            [plain, *moved], draw_together(runner, [plain, *moved]), strict=True
+        ):
+            assert_agree(ours, peers[name].draw(wanted), wanted.blends)
+    known = runner.start(moved[-1])
+    assert known.text_encoded, "no text is encoded twice"
+    arrived = dataclasses.replace(plain, prompt="a blue ball")
+    assert_agree(draw_together(runner, [arrived])[0], peers[name].draw(moved[2]))
 
 
 def test_rows_ignore_their_neighbours(runners: Runners) -> None:

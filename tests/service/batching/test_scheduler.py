@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.drawing.stage import Stage
-from service.batching.scheduler import Limits, Scheduler, Work, WorkKind
+from service.batching.scheduler import LIVE_PATIENCE, Limits, Scheduler, Work, WorkKind
 
 
 @dataclass(eq=False)
@@ -24,6 +24,7 @@ class FakeRow:
     priority: int = 0
     deadline: float = float("inf")
     cancelled: bool = False
+    live: bool = False
     stage: Stage = Stage.ENCODE_TEXT
     num_steps_left: int = field(init=False)
     num_calls: dict[WorkKind, int] = field(default_factory=dict)
@@ -54,16 +55,22 @@ class FakeCosts:
 
     step: float
     decode_fixed: float
+    step_fixed: float = 0.0
 
     def step_s(self, group: tuple[int, int]) -> float:
         return self.step
+
+    def step_fixed_s(self, group: tuple[int, int]) -> float:
+        return self.step_fixed
 
     def decode_fixed_s(self, group: tuple[int, int]) -> float:
         return self.decode_fixed
 
 
 costs = st.one_of(
-    st.none(), st.builds(FakeCosts, st.floats(0, 1), st.floats(0, 1)), st.just(FakeCosts(0, 1))
+    st.none(),
+    st.builds(FakeCosts, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
+    st.just(FakeCosts(0, 1)),
 )
 rows = st.builds(
     FakeRow,
@@ -73,6 +80,7 @@ rows = st.builds(
     needs_image=st.booleans(),
     tenant=st.sampled_from(["", "alice", "bob"]),
     priority=st.integers(-1, 1),
+    live=st.booleans(),
 )
 limits = st.builds(
     Limits,
@@ -385,3 +393,54 @@ def test_calls_side_by_side_are_of_different_kinds_where_that_is_asked() -> None
     assert after is not None
     assert after.kind is WorkKind.DENOISE
     assert failed not in after.rows
+
+
+def _live(num_steps: int) -> FakeRow:
+    return FakeRow(num_steps, 64, stage=Stage.DENOISE, live=True)
+
+
+@pytest.mark.parametrize("costs", [None, FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.4)])
+def test_a_live_row_gives_way_where_a_step_costs_by_the_row(costs: FakeCosts | None) -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(8, 4), costs)
+    live, other = _live(2), FakeRow(4, 64, stage=Stage.DENOISE)
+    scheduler.add([live])
+    assert _step(scheduler).rows == (live,), "nobody else is here"
+    scheduler.add([other])
+    for _ in range(4 + 1):  # steps and its decode
+        assert _step(scheduler).rows == (other,)
+    assert _step(scheduler).rows == (live,)
+
+
+def test_a_live_row_waits_for_no_call_that_it_could_not_join() -> None:
+    """Beside a call of others there is none of live rows: it would share their cores."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(8, 4))
+    scheduler.add([_live(2), FakeRow(4, 64, stage=Stage.DENOISE)])
+    assert scheduler.schedule() is not None
+    assert not scheduler.has_more
+    assert scheduler.schedule() is None
+
+
+def test_a_live_row_joins_every_batch_where_it_costs_little() -> None:
+    costs = FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.6)
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(8, 4), costs)
+    live, other = _live(2), FakeRow(4, 64, stage=Stage.DENOISE)
+    scheduler.add([live, other])
+    assert set(_step(scheduler).rows) == {live, other}
+
+
+def test_no_flood_keeps_a_live_row_out_for_long() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 4, 1000))
+    live = _live(2)
+    scheduler.add([live, *(FakeRow(8, 64, stage=Stage.DENOISE) for _ in range(100))])
+    num_denoise_calls = 0
+    while live.stage is not Stage.DONE:
+        num_denoise_calls += _step(scheduler).kind is WorkKind.DENOISE
+    assert LIVE_PATIENCE < num_denoise_calls <= LIVE_PATIENCE + 2 + 1
+
+
+@pytest.mark.parametrize(("priority", "first"), [(-1, "live"), (0, "other"), (1, "other")])
+def test_a_live_row_gives_way_to_none_that_is_less_urgent(priority: int, first: str) -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 4))
+    live = _live(1)
+    scheduler.add([FakeRow(1, 96, stage=Stage.DENOISE, priority=priority), live])
+    assert (live in _step(scheduler).rows) == (first == "live")
