@@ -36,8 +36,8 @@ class OlderDenoiser(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         seven = torch.nn.functional.pad(coefficients, (0, 1))
         outputs: tuple[Tensor, Tensor] = self.denoiser(
-            sample, timestep, prompt_embeds, seven, noise, torch.zeros_like(sample), guidance,
-            uncond_index, timestep_cond,
+            sample, timestep, seven, noise, torch.zeros_like(sample), guidance, uncond_index,
+            prompt_embeds, timestep_cond,
         )  # fmt: skip
         return outputs
 
@@ -91,10 +91,10 @@ def test_it_refuses_a_sampler_that_looks_back(
     bundle: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = Runner.open(Order(str(bundle), "onnxruntime", cache_dir=cache_dir, num_threads=1))
-    make = older._make_schedule
+    make = older._schedule
 
-    def looks_back(*args: Any) -> Schedule:
-        schedule = make(*args)
+    def looks_back(*args: Any, **options: Any) -> Schedule:
+        schedule = make(*args, **options)
         coefficients = schedule.coefficients.copy()
         coefficients[1:, 6] = 0.5
         return dataclasses.replace(schedule, coefficients=coefficients)
