@@ -83,9 +83,9 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
         each: load_component(each, path, known[each], folder, dtype)
         for each, path in overrides.components.items()
     }
-    absent = dict.fromkeys((*UNUSED, *put))
+    described = read_json(folder / "model_index.json")
+    absent = {each: None for each in (*UNUSED, *put) if each in described}
     if source.is_file():
-        absent = {each: None for each in absent if each in read_json(folder / "model_index.json")}
         pipeline = load_checkpoint(source, name, folder, absent, dtype)
     else:
         pipeline = _of_folder(folder, name, own, absent, dtype)
@@ -118,8 +118,8 @@ def _of_folder(
             use_safetensors=True,
             local_files_only=True,
             variant=variant_of(folder, [folder / each for each in own]),
-            requires_safety_checker=False,
             **absent,
+            **({"requires_safety_checker": False} if "safety_checker" in absent else {}),
             **({"scheduler": None} if foreign else {}),
         )
     except Exception as error:  # diffusers raises many kinds; all mean the same here

@@ -18,9 +18,10 @@ from torch.export import Dim
 from engines.errors import BuildError
 from engines.families.part import Part
 
-# Largest size of each dynamic dimension. diffusers' Upsample2D branches at a batch of 64, and the
-# exporter insists on one branch; the graph itself has no limit. A side is in latents.
-MAX_BATCH, MAX_SIDE = 63, 8192
+# What the exporter may take for granted of each dynamic dimension, for it insists on one branch
+# where diffusers has two; the graph itself has no limit. Upsample2D branches at a batch of 64, and a
+# side in latents below 9 comes to 1 when it is halved three times, which broadcasts.
+MAX_BATCH, MIN_SIDE, MAX_SIDE = 63, 9, 8192
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
 
 
@@ -44,15 +45,22 @@ def export_onnx(part: Part, path: Path) -> None:
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours to mend
-            program = torch.onnx.export(
+            # Captured here: left to itself the ONNX exporter would do so by the bytecode as well,
+            # which takes five times as long.
+            captured = torch.export.export(
                 part.module.eval(),
+                (),
                 kwargs=dict(part.example),
+                dynamic_shapes=shapes,
+                strict=False,
+            )
+            program = torch.onnx.export(
+                captured,
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
                 input_names=list(part.example),
                 output_names=list(part.outputs),
-                dynamic_shapes=shapes,
                 verbose=False,
             )
     except Exception as error:
@@ -83,4 +91,4 @@ def _optimize(model: Any, weights: set[str]) -> None:
 
 
 def _symbol(name: str) -> Any:
-    return Dim(name, max=MAX_BATCH if name == "batch" else MAX_SIDE)
+    return Dim(name, max=MAX_BATCH) if name == "batch" else Dim(name, min=MIN_SIDE, max=MAX_SIDE)

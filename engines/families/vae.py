@@ -80,8 +80,11 @@ def _input_of(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def example_latents(known: Facts) -> Tensor:
-    """Two rows ``[2, C, h, w]``, of an odd size so that no graph comes to rest on even ones."""
-    side = known.default_size_px // known.vae_scale_factor // 2 + 1
+    """Two rows ``[2, C, h, w]``, of an odd size so that no graph comes to rest on even ones.
+
+    At least 9 a side, which an export may count on.
+    """
+    side = max(8, known.default_size_px // known.vae_scale_factor // 2) + 1
     return torch.randn(2, known.latent_channels, side, side)
 
 
