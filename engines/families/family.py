@@ -58,6 +58,10 @@ class Family(Protocol):
     def COMPONENTS(self) -> Mapping[str, tuple[str, ...]]:  # noqa: N802
         """Of a pipeline, by name: the classes that the parts can be made of."""
 
+    @property
+    def SIZE_CONDITIONING(self) -> bool:  # noqa: N802
+        """Whether its models are told sizes: `Recipe.original_size` and the two beside it."""
+
     def facts(self, name: str, pipeline: Any) -> Facts:
         """What serving must know of a loaded diffusers pipeline."""
 

@@ -30,6 +30,7 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+SIZE_CONDITIONING = False
 # What StableDiffusionPipeline does to any scheduler that it is given.
 SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 COMPONENTS = {  # of a pipeline → the classes that the parts below can be made of

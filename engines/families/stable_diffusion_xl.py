@@ -31,6 +31,7 @@ COMPONENTS = {  # of a pipeline → the classes that the parts below can be made
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+SIZE_CONDITIONING = True
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -99,8 +100,10 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
         found = dataclasses.replace(found, texts=(recipe.prompt, None))
     drawn = (recipe.height_px, recipe.width_px)
     sizes = (
-        *(recipe.original_size or drawn), *recipe.crop_top_left, *(recipe.target_size or drawn),
-    )  # fmt: skip
+        *(recipe.original_size or drawn),
+        *(recipe.crops_coords_top_left or (0, 0)),
+        *(recipe.target_size or drawn),
+    )
     time_ids = torch.tensor(sizes, dtype=torch.float32)
     return dataclasses.replace(found, tensors={"time_ids": (time_ids,), **found.tensors})
 

@@ -38,7 +38,7 @@ WAYS: list[dict[str, Any]] = [
     {
         "num_steps": 5,
         "original_size": (512, 768),
-        "crop_top_left": (8, 16),
+        "crops_coords_top_left": (8, 16),
         "target_size": (96, 80),
     },
     {"num_steps": 6, "image": IMAGE, "strength": 0.5, "guidance_scale": 5.0},
