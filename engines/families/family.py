@@ -62,8 +62,10 @@ class Family(Protocol):
     def SIZE_CONDITIONING(self) -> bool:  # noqa: N802
         """Whether its models are told sizes: `Recipe.original_size` and the two beside it."""
 
-    def facts(self, name: str, pipeline: Any) -> Facts:
-        """What serving must know of a loaded diffusers pipeline."""
+    def facts(self, name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
+        """What serving must know of a loaded diffusers pipeline; ``scheduler`` are options that
+        count instead of its own, as with diffusers' ``from_config(config, **options)``.
+        """
 
     def parts(self, pipeline: Any, known: Facts) -> list[Part]:
         """The graphs of a pipeline, smallest first; `engines/README.md` has names and shapes."""

@@ -7,6 +7,7 @@ Two text encoders, a pooled embedding and the picture's sizes condition the UNet
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Denoiser(sd.Denoiser):
         return guided_step(predict, sample, coefficients, noise, previous, guidance, uncond_index)
 
 
-def facts(name: str, pipeline: Any) -> Facts:
+def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
     windows = (
         sd.window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),
@@ -87,7 +88,7 @@ def facts(name: str, pipeline: Any) -> Facts:
         pipeline,
         family=NAME,
         windows=windows,
-        scheduler=given_options(pipeline.scheduler),
+        scheduler=given_options(pipeline.scheduler) | dict(scheduler),
         guidance_scale=5.0,
         zeros_for_no_negative=bool(pipeline.config.force_zeros_for_empty_prompt),
     )
