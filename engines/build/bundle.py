@@ -199,9 +199,8 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
     source, target = blueprint.source, blueprint.target
     overrides = blueprint.overrides
-    pipeline_class(
-        described_in(source, overrides)
-    )  # a clear error before anything heavy is imported
+    described = described_in(source, overrides)
+    pipeline_class(described)  # a clear error before anything heavy is imported
     progress(f"loading {name_of(source)}", 0, 5)
     from engines.build.export import OPSET, export_onnx
     from engines.families import family_named

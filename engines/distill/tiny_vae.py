@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.distill.networks import build_tiny_vae
-from engines.distill.samples import make_samples, to_pixels
+from engines.distill.networks import SIZE_PX, VAE_SCALE_FACTOR, build_tiny_vae
+from engines.distill.samples import to_pixels
 from engines.distill.training import Course, Draws, Place, train
-from engines.distill.vae import LATENT_NOISE, NUM_PLAIN, NUM_STYLED, difference, encode
-from engines.distill.world import LOOKS
+from engines.distill.vae import LATENT_NOISE, difference, paint_and_encode
 
 COURSE = Course(num_steps=12_000, batch_size=16, learning_rate=2e-3, average=0.998)
 CROP = 8  # latents a side: a step costs a quarter of a whole picture's
+CROP_PX = VAE_SCALE_FACTOR * CROP
+NUM_CORNERS = SIZE_PX // VAE_SCALE_FACTOR - CROP + 1  # where a crop may begin, each way
 PLAIN_SHARE = 0.7  # of the rows; the others are of a style
 ENCODER_WEIGHT = 0.5  # of the latents' error beside the pixels'
 
@@ -31,24 +32,20 @@ def train_tiny_vae(course: Course, place: Place, tokenizer: Any, vae: Any) -> An
     """Train and return an AutoencoderTiny for the scaled latents of ``vae``, which stays."""
     torch.manual_seed(place.seed)
     tiny = build_tiny_vae().to(device=place.device, memory_format=torch.channels_last)
-    counts = {"plain": NUM_PLAIN} | dict.fromkeys(LOOKS, NUM_STYLED)
-    images, latents = [], []
-    for style, count in counts.items():
-        samples = make_samples(place, tokenizer, (128, 128), count, style)
-        images.append(samples.images)
-        latents.append(encode(vae, samples.images, place) * vae.config.scaling_factor)
+    images, unscaled = zip(*paint_and_encode(place, tokenizer, vae), strict=True)
+    latents = [each * vae.config.scaling_factor for each in unscaled]
 
     def loss_of(draws: Draws) -> Tensor:
         rows = course.batch_size
         styled = draws.numpy.random(rows) > PLAIN_SHARE
         kinds = np.where(styled, draws.numpy.integers(1, len(images), size=rows), 0)
         picks = [(kind, int(draws.numpy.integers(len(images[kind])))) for kind in kinds]
-        corners = draws.numpy.integers(0, 128 // 8 - CROP + 1, size=(rows, 2))  # of latents
+        corners = draws.numpy.integers(0, NUM_CORNERS, size=(rows, 2))  # of latents
         crops, shown = [], []
         for (kind, index), (top, left) in zip(picks, corners, strict=True):
             crops.append(latents[kind][index][:, top : top + CROP, left : left + CROP])
-            rows_px, columns_px = (slice(8 * at, 8 * (at + CROP)) for at in (top, left))
-            shown.append(images[kind][index][rows_px, columns_px])
+            top, left = VAE_SCALE_FACTOR * top, VAE_SCALE_FACTOR * left
+            shown.append(images[kind][index][top : top + CROP_PX, left : left + CROP_PX])
         pixels = _channels_last(to_pixels(np.stack(shown)), place)
         chosen = torch.stack(crops)  # [B, 4, CROP, CROP]
         noisy = chosen + LATENT_NOISE * torch.randn(chosen.shape, generator=draws.torch)

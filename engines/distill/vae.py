@@ -6,6 +6,7 @@ train on. The second leaves those latents as they are and sharpens what is drawn
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.distill.networks import build_vae
+from engines.distill.networks import SIZE_PX, VAE_SCALE_FACTOR, build_vae
 from engines.distill.samples import Samples, make_samples, to_pixels
 from engines.distill.training import Course, Draws, Place, train
 from engines.distill.world import LOOKS
@@ -35,7 +36,7 @@ def train_vae(course: Course, place: Place, tokenizer: Any) -> Any:
     """
     torch.manual_seed(place.seed)
     vae = build_vae().to(place.device)
-    native = (128, 128)
+    native = (SIZE_PX, SIZE_PX)
     plain = make_samples(place, tokenizer, native, NUM_PLAIN)
     styled = [make_samples(place, tokenizer, native, NUM_STYLED, style) for style in LOOKS]
 
@@ -76,13 +77,7 @@ def encode(vae: Any, images: np.ndarray[Any, np.dtype[np.uint8]], place: Place) 
 def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any:
     """Train the decoder on whole pictures, in place; the encoder and its latents stay."""
     torch.manual_seed(place.seed)
-    native = (128, 128)
-    counts = {"plain": NUM_PLAIN} | dict.fromkeys(LOOKS, NUM_STYLED)
-    images, latents = [], []
-    for style, count in counts.items():
-        samples = make_samples(place, tokenizer, native, count, style)
-        images.append(samples.images)
-        latents.append(encode(vae, samples.images, place))
+    images, latents = zip(*paint_and_encode(place, tokenizer, vae), strict=True)
     scale = 1 / vae.config.scaling_factor
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True).train()
 
@@ -102,6 +97,17 @@ def train_decoder(course: Course, place: Place, tokenizer: Any, vae: Any) -> Any
     return vae.eval().requires_grad_(False)
 
 
+def paint_and_encode(place: Place, tokenizer: Any, vae: Any) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Pictures of each style, the plain first, and the encoder's latents of them, unscaled.
+
+    uint8 ``[N, H, W, 3]`` and float32 ``[N, 4, H / 8, W / 8]``.
+    """
+    counts = {"plain": NUM_PLAIN} | dict.fromkeys(LOOKS, NUM_STYLED)
+    for style, count in counts.items():
+        images = make_samples(place, tokenizer, (SIZE_PX, SIZE_PX), count, style).images
+        yield images, encode(vae, images, place)
+
+
 def difference(drawn: Tensor, pixels: Tensor) -> Tensor:
     """How far pictures are from those that they should be; both float32 [B, 3, H, W] in -1..1.
 
@@ -118,6 +124,8 @@ def _crops(sources: list[Samples], rng: np.random.Generator) -> Tensor:
     crops = []  # on the latents' own grid, so that a texture's phase is always the same
     for source in sources:
         picture = source.images[rng.integers(len(source))]
-        top, left = 8 * rng.integers(0, (picture.shape[0] - CROP_PX) // 8 + 1, size=2)
+        top, left = VAE_SCALE_FACTOR * rng.integers(
+            0, (picture.shape[0] - CROP_PX) // VAE_SCALE_FACTOR + 1, size=2
+        )
         crops.append(picture[top : top + CROP_PX, left : left + CROP_PX])
     return to_pixels(np.stack(crops))

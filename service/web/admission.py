@@ -20,12 +20,11 @@ from engines.families.recipe import Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
-from service.web.masks import HALF, Edited, Paste, region_of
+from service.web.edits import start_of
+from service.web.masks import Edited, Paste
 from service.web.parsing import cut
-from service.web.schema import MAX_SEED, EditParams, ImageParams
-from service.web.uploads import describe_resize
+from service.web.schema import MAX_SEED, ImageParams
 
-DEFAULT_STRENGTH = 0.8  # of an edit without a mask
 MAX_IGNORED = 10  # unknown fields that are named: warnings of a raw image travel in its head
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
 
@@ -35,7 +34,7 @@ class Admitted:
     """A request that may be queued: its drawings, what was settled for it, and what to tell."""
 
     drawings: list[Drawing]
-    width: int
+    width: int  # of what is sent: where a part was drawn, of the whole
     height: int
     num_steps: int
     timesteps: tuple[int, ...] | None
@@ -49,11 +48,7 @@ class Admitted:
 
     @property
     def size(self) -> str:
-        """``WIDTHxHEIGHT`` of what is sent: of a part that was drawn, the whole."""
-        if self.paste is None:
-            return f"{self.width}x{self.height}"
-        rows, columns, _ = self.paste.image.shape
-        return f"{columns}x{rows}"
+        return f"{self.width}x{self.height}"
 
 
 def check_model(name: str | None, model_id: str, settings: Settings) -> None:
@@ -96,8 +91,7 @@ def admit(
     timesteps = timesteps or info.timesteps_for(sampler, num_steps)
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
-    crop = params.size != "auto"
-    fitted, paste = _fit(params, edited, width, height, crop=crop)
+    start = start_of(params, edited, width, height)
     top_left = params.crops_coords_top_left
     drawings = []
     for index in range(params.n):
@@ -111,10 +105,10 @@ def admit(
             timesteps=timesteps,
             guidance_scale=guidance,
             sampler=sampler,
-            strength=_strength(params, fitted),
+            strength=start.strength,
             eta=params.eta,
-            image=None if fitted is None else fitted.pixels,
-            mask=None if fitted is None or fitted.mask is None else fitted.mask >= HALF,
+            image=start.image,
+            mask=start.mask,
             num_previews=params.partial_images if params.stream else 0,
             loras=loras,
             original_size=_height_width(params.original_size),
@@ -126,43 +120,19 @@ def admit(
         except InvalidInput as error:
             raise BadRequest(str(error), param=_API_NAMES.get(error.field, error.field)) from error
     warnings = _ignored(params) + _warnings(params, info, drawings[0], settings)
-    if edited is not None and (done := describe_resize(edited.pixels, width, height, crop=crop)):
-        warnings.append(done)
+    if start.warning is not None:
+        warnings.append(start.warning)
     priority = priority_of(params, tenant)
     if params.priority is not None and Priority[params.priority.upper()] != priority:
         warnings.append(
             f"priority is {params.priority!r}; this API key has {priority.name.lower()} at most"
         )
+    if start.paste is not None:
+        height, width, _ = start.paste.image.shape
     return Admitted(
         drawings, width, height, num_steps, timesteps, guidance, sampler, loras, seed, priority,
-        warnings, paste=paste,
+        warnings, start.paste,
     )  # fmt: skip
-
-
-def _fit(
-    params: ImageParams, edited: Edited | None, width: int, height: int, *, crop: bool
-) -> tuple[Edited | None, Paste | None]:
-    """What an edit draws from, in the size that is drawn, and what is pasted over the outcome."""
-    if edited is None or not isinstance(params, EditParams):
-        return None, None
-    if edited.mask is None:
-        return edited.fit(width, height, crop=crop), None
-    if params.padding_mask_crop is None:
-        fitted = edited.fit(width, height, crop=crop)
-        pasted, box = fitted, None
-    else:
-        box = region_of(edited.mask, width, height, params.padding_mask_crop)
-        fitted = edited.within(box).fit(width, height, crop=False)
-        pasted = edited
-    if not params.paste_back:
-        return fitted, None
-    return fitted, Paste.of(pasted, box, params.mask_feather)
-
-
-def _strength(params: ImageParams, edited: Edited | None) -> float:
-    given = params.strength if isinstance(params, EditParams) else None
-    masked = edited is None or edited.mask is not None
-    return given or (1.0 if masked else DEFAULT_STRENGTH)
 
 
 def steps_of_quality(quality: str, default: int, max_steps: int) -> int:

@@ -149,11 +149,11 @@ class Answers:
         urls = []
         for image in images:
             name = self._files and self._files.keep(image.data, params.output_format)
-            urls.append({"url": f"{base}{IMAGE_FILES}{name}" if name else data_url(image, params)})
+            urls.append({"url": f"{base}{IMAGE_FILES}{name}" if name else _data_url(image, params)})
         return urls
 
 
-def data_url(image: EncodedImage, params: ImageParams) -> str:
+def _data_url(image: EncodedImage, params: ImageParams) -> str:
     return f"data:{MEDIA_TYPES[params.output_format]};base64,{to_base64(image.data)}"
 
 

@@ -83,8 +83,9 @@ def image_keys(
     What changes while a replica serves is the engine that draws (``serve_meanwhile``): it counts.
     Weights and LoRA files are read once, at start.
     """
-    pasted = (None, None) if paste is None else (paste.image, paste.share)
-    arrays = (recipes[0].image, recipes[0].mask, *pasted)
+    arrays = [recipes[0].image, recipes[0].mask]
+    if paste is not None:
+        arrays += [paste.share, None if paste.image is recipes[0].image else paste.image]
     edited = [None if each is None else hashlib.sha256(each.tobytes()).digest() for each in arrays]
     quality = params.output_compression
     encoding = (params.output_format, DEFAULT_QUALITY if quality is None else quality)

@@ -13,8 +13,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
-import numpy as np
-
 from service.access.quota import Tenant
 from service.access.safety import PolicyViolation
 from service.batching.request import Event, Finished, Preview, Request, Resolved, Row, StageRecord
@@ -200,8 +198,7 @@ class Job:
         if self.request.records is not None:
             self.request.records.append(StageRecord("image_encode", begun, seconds))
         if final and not filtered:
-            height, width = np.shape(pixels)[:2]
-            self._replica.metrics.image(width, height, seconds)
+            self._replica.metrics.image(self._admitted.width, self._admitted.height, seconds)
             if self._cached_rows is not None:
                 self._cached_rows.put(event.row_index, data)
         preview_index = event.preview_index if isinstance(event, Preview) else None

@@ -57,11 +57,6 @@ class Picture(NamedTuple):
         return np.asarray(image)
 
 
-def decode_image(data: bytes, *, max_px: int, field: str = "image") -> np.ndarray:
-    """As `decode_picture`, to uint8 ``[H, W, 3]`` over white."""
-    return decode_picture(data, max_px=max_px, field=field).over_white()
-
-
 def decode_picture(data: bytes, *, max_px: int, field: str = "image") -> Picture:
     """Decode an upload: turned upright (Exif), in sRGB; of 16 bits the upper 8, of several
     pictures the first.

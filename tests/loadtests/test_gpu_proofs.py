@@ -29,7 +29,6 @@ def _prove(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, seconds: fl
     tests = folder / "test_slow.py"
     tests.write_text(TESTS.format(body=body))
     monkeypatch.setattr(proofs, "FILES", (str(tests), "--noconftest"))
-    monkeypatch.setattr(proofs, "LEAVE_S", 0.3)
     findings = Findings(folder / "gpu.jsonl")
     section = Section("tests", "cpu", findings, time.monotonic() + seconds)
     findings.begin("tests", {})
@@ -45,6 +44,7 @@ def _is_alive(folder: Path) -> bool:
 def test_what_was_counted_stands_although_pytest_does_not_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(proofs, "LEAVE_S", 0.3)
     leaving = "atexit.register(time.sleep, 60)"
     tables, left_out = _prove(tmp_path, monkeypatch, leaving, seconds=60)
     (row,) = tables["pytest"]

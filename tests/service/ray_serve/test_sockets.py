@@ -14,9 +14,12 @@ import pytest
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from service.ray_serve.environment import free_port, haproxy_available
+from tests.monitoring import wait_for
 from tests.service.processes import start, wait_until_ready
 
 pytestmark = pytest.mark.skipif(not haproxy_available(), reason="Ray's HAProxy is for Linux alone")
+
+KINDS = ("raylet", "gcs_server", "haproxy", "ray::ServeReplica")
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +59,15 @@ def is_loopback(address: str) -> bool:
 
 def test_others_reach_the_service_and_nothing_else(service: tuple[psutil.Process, int]) -> None:
     process, port = service
-    found = listeners(process)
-    names = {name for name, _, _ in found}
-    assert {"raylet", "gcs_server", "haproxy"} <= names, "what there is was not seen"
-    assert any(name.startswith("ray::ServeReplica") for name in names)
+    found: set[tuple[str, str, int]] = set()
+
+    def complete() -> bool:
+        """A proxy that is being replaced is not seen at every moment."""
+        found.update(listeners(process))
+        names = [name for name, _, _ in found]
+        return all(any(name.startswith(kind) for name in names) for kind in KINDS)
+
+    wait_for(complete, "a listener of each kind")
     open_to_others = {entry for entry in found if not is_loopback(entry[1])}
     assert open_to_others == {("haproxy", "0.0.0.0", port)}
     assert httpx.get(f"http://127.0.0.1:{port + 1}/readyz").text == "ready\n"

@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from service.replica import Replica
-from service.settings import load_settings
 from service.web.admission import steps_of_quality
-from service.web.app import build_app
 from service.web.schema import EditBody, EditRequest, GenerationRequest
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -28,13 +23,6 @@ BODY = {"prompt": "a red star", "seed": 7, "num_inference_steps": 2}
 OPTIONAL = set(GenerationRequest.model_fields) - set(BODY)
 OPTIONAL_IN_FORMS = set(EditRequest.model_fields) - set(BODY)
 OPTIONAL_IN_EDITS = set(EditBody.model_fields) - set(BODY) - {"image"}
-
-
-@pytest.fixture(scope="module")
-def http(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[TestClient]:
-    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
-    with TestClient(build_app(Replica(load_settings(values)))) as client:
-        yield client
 
 
 def upload() -> bytes:

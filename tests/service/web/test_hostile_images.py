@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from service.errors import BadRequest, TooLarge
 from service.web.jpeg import MAX_SCANS, MAX_SEGMENTS, MAX_STRAY_BYTES
-from service.web.uploads import MAX_PNG_CHUNKS, decode_image
+from service.web.uploads import MAX_PNG_CHUNKS, decode_picture
 from tests.service.web.files import chunk, saved
 
 MAX_PX = 200 * 200
@@ -62,7 +62,7 @@ def test_every_kind_is_read_as_pillow_reads_it(name: str) -> None:
             white = Image.new("RGBA", expected.size, "white")
             expected = Image.alpha_composite(white, expected.convert("RGBA"))
         wanted = np.asarray(expected.convert("RGB"), np.int16)
-    found = decode_image(FILES[name], max_px=MAX_PX)
+    found = decode_picture(FILES[name], max_px=MAX_PX).over_white()
     assert found.dtype == np.uint8
     assert np.abs(found - wanted).max() <= 1
 
@@ -73,7 +73,7 @@ def test_every_orientation_is_turned_upright(value: int, file_format: str) -> No
     data = saved(PICTURE, file_format, exif=oriented(value))
     with Image.open(io.BytesIO(data)) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
-    assert np.array_equal(decode_image(data, max_px=MAX_PX), wanted)
+    assert np.array_equal(decode_picture(data, max_px=MAX_PX).over_white(), wanted)
 
 
 def cut(data: bytes, at: int, _: bytes) -> bytes:
@@ -134,7 +134,7 @@ def test_damaged_files_are_read_or_refused(name: str, damage: list[tuple[Any, in
     for change, at, noise in damage:
         data = change(data, at, noise) or b"\x00"
     try:
-        pixels = decode_image(data, max_px=MAX_PX)
+        pixels = decode_picture(data, max_px=MAX_PX).over_white()
     except (BadRequest, TooLarge) as refused:
         error = refused
     else:
@@ -202,7 +202,7 @@ def test_bombs_cost_neither_memory_nor_time() -> None:
 def survive() -> None:
     """Decode every bomb; print by how many MiB the process has grown at its peak."""
     files = bombs()  # making them takes more than reading them should
-    decode_image(FILES["png"], max_px=4096 * 4096)
+    decode_picture(FILES["png"], max_px=4096 * 4096).over_white()
 
     def clear_peak() -> None:
         with open("/proc/self/clear_refs", "w") as file:
@@ -216,7 +216,7 @@ def survive() -> None:
         clear_peak()
         before = peak_kib()
         with contextlib.suppress(BadRequest, TooLarge):
-            decode_image(data, max_px=4096 * 4096)
+            decode_picture(data, max_px=4096 * 4096).over_white()
         print(f"{name}: {(peak_kib() - before) // 1024}")
 
 
@@ -241,10 +241,10 @@ def test_what_a_jpeg_holds_is_bounded(repeated: bytes, at: int, limit: int, what
     def times(count: int) -> bytes:
         return PROGRESSIVE[:at] + count * repeated + PROGRESSIVE[at:]
 
-    assert decode_image(times(limit), max_px=MAX_PX).shape == PIXELS.shape
+    assert decode_picture(times(limit), max_px=MAX_PX).over_white().shape == PIXELS.shape
     for count in (limit + 1, 50 * limit):
         with pytest.raises(BadRequest, match=f"image has more than {what}"):
-            decode_image(times(count), max_px=MAX_PX)
+            decode_picture(times(count), max_px=MAX_PX).over_white()
 
 
 def test_the_chunks_of_a_png_are_bounded() -> None:
@@ -254,8 +254,8 @@ def test_the_chunks_of_a_png_are_bounded() -> None:
     def times(count: int) -> bytes:
         return png[:33] + count * padding + png[33:] + 3 * MAX_PNG_CHUNKS * padding
 
-    plain = decode_image(png, max_px=MAX_PX)
+    plain = decode_picture(png, max_px=MAX_PX).over_white()
     most = MAX_PNG_CHUNKS - num_chunks
-    assert np.array_equal(decode_image(times(most), max_px=MAX_PX), plain)
+    assert np.array_equal(decode_picture(times(most), max_px=MAX_PX).over_white(), plain)
     with pytest.raises(BadRequest, match=f"image has more than {MAX_PNG_CHUNKS} PNG chunks"):
-        decode_image(times(most + 1), max_px=MAX_PX)
+        decode_picture(times(most + 1), max_px=MAX_PX).over_white()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "OpenAI's images": {"images": [{"image_url": f"data:image/png;base64,{TEXT}"}]},
     "bare in images": {"images": [{"image_url": TEXT}]},
 }
-
-
-@pytest.fixture(scope="module")
-def http(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[TestClient]:
-    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
-    with TestClient(build_app(Replica(load_settings(values)))) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.replica import Replica
-from service.settings import load_settings
-from service.web.app import build_app
 from service.web.masks import Box, Edited, Paste, region_of
 from service.web.uploads import Picture
 from tests.engines.peers import Peer, psnr_db, recipe
@@ -30,13 +27,6 @@ PHOTO = RNG.integers(0, 256, (SIDE // 8, SIDE // 8, 3), np.uint8).repeat(8, 0).r
 ROWS, COLUMNS = np.mgrid[:SIDE, :SIDE]
 HOLE = np.hypot(ROWS - 30, COLUMNS - 36) < 17  # what is to change
 ASKED = {"seed": 5, "num_inference_steps": 3, "guidance_scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def http(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[TestClient]:
-    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
-    with TestClient(build_app(Replica(load_settings(values)))) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +50,18 @@ def clear(hole: np.ndarray) -> np.ndarray:
 MASK = png(np.zeros_like(PHOTO), clear(HOLE))
 
 
-def edit(client: openai.OpenAI, image: bytes, mask: Any = openai.NOT_GIVEN, **asked: Any) -> Any:
+def edit(
+    client: openai.OpenAI,
+    image: bytes,
+    mask: Any = openai.NOT_GIVEN,
+    warnings: Sequence[str] = (),
+    **asked: Any,
+) -> Any:
     answer = client.images.edit(
         image=("in.png", image), mask=mask, prompt="a red cube", extra_body=ASKED | asked
     )
+    assert answer.model_extra is not None
+    assert answer.model_extra["warnings"] == list(warnings)
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))))
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from service.errors import BadRequest
 from service.web import icc
-from service.web.uploads import decode_image
+from service.web.uploads import decode_picture
 from tests.service.web.files import chunk, saved
 
 MAX_PX = 300 * 300
@@ -36,7 +36,7 @@ def read_by_pillow(data: bytes) -> np.ndarray:
 
 
 def read(data: bytes) -> np.ndarray:
-    return decode_image(data, max_px=MAX_PX)
+    return decode_picture(data, max_px=MAX_PX).over_white()
 
 
 def png_of(samples: np.ndarray, colour_type: int, *chunks: bytes) -> bytes:

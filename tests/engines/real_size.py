@@ -1,0 +1,86 @@
+"""Checkpoints of real models' exact shapes, with random weights in fp16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from engines.build.source import ARCHITECTURES
+from tests.engines.checkpoints import SCHEDULE, make_tokenizer
+
+# Of the published UNets, to 0.1 %: LCM Dreamshaper v7 with its guidance embedding, SDXL base 1.0.
+SD15_LCM_PARAMETERS = 859_600_000
+SDXL_PARAMETERS = 2_567_000_000
+
+
+def make_sd15_lcm(folder: Path) -> None:
+    """Write a random checkpoint with the configs of LCM Dreamshaper v7 (SD 1.5), in fp16."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        LatentConsistencyModelPipeline,
+        LCMScheduler,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    tokenizer = make_tokenizer(folder.with_name(f"{folder.name}-vocabulary"), 77)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
+            hidden_act="quick_gelu", bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, time_cond_proj_dim=256,
+    )  # fmt: skip
+    count = sum(weight.numel() for weight in unet.parameters())
+    assert abs(count - SD15_LCM_PARAMETERS) < 1e-3 * SD15_LCM_PARAMETERS, count
+    vae = AutoencoderKL(
+        sample_size=512, latent_channels=4, block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    LatentConsistencyModelPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=LCMScheduler(**SCHEDULE), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def make_sdxl(folder: Path) -> None:
+    """Write a random checkpoint with the configs of SDXL base 1.0 and LCM as its scheduler."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        LCMScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    base = ARCHITECTURES / "stable-diffusion-xl-base-1.0"
+    first = make_tokenizer(folder.with_name(f"{folder.name}-vocabulary"), 77)
+    second = make_tokenizer(folder.with_name(f"{folder.name}-vocabulary-2"), 77)
+    second.pad_token = "!"  # its id is 0
+
+    def text_config(name: str) -> CLIPTextConfig:
+        values = json.loads((base / name / "config.json").read_text())
+        return CLIPTextConfig.from_dict(values | {"eos_token_id": first.eos_token_id})
+
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
+    count = sum(weight.numel() for weight in unet.parameters())
+    assert abs(count - SDXL_PARAMETERS) < 1e-3 * SDXL_PARAMETERS, count
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(base / "vae")),
+        text_encoder=CLIPTextModel(text_config("text_encoder")),
+        text_encoder_2=CLIPTextModelWithProjection(text_config("text_encoder_2")),
+        tokenizer=first, tokenizer_2=second, unet=unet,
+        scheduler=LCMScheduler(**SCHEDULE), force_zeros_for_empty_prompt=True,
+    ).save_pretrained(folder)  # fmt: skip
