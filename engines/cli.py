@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from pathlib import Path
@@ -69,6 +70,13 @@ VaeOption = Annotated[
         help="VAE in place of the model's: folder, file or hub id.", envvar="FOURSTEP_VAE"
     ),
 ]
+SchedulerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="KEY=VALUE, an option of the scheduler's config over the model's own, as "
+        "timestep_spacing=trailing; repeatable."
+    ),
+]
 ArchitectureOption = Annotated[
     str,
     typer.Option(
@@ -117,6 +125,7 @@ def build(
     ] = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
     steps: StepsOption = 0,
@@ -152,7 +161,7 @@ def build(
     loras = [_weighted(text) for text in lora or ()]
     fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
     defaults = Defaults(sampler or None, steps or None, guidance, parse_timesteps(timesteps))
-    overrides = find_overrides(unet, vae, architecture)
+    overrides = find_overrides(unet, vae, architecture, parse_options(scheduler))
     blueprint = Blueprint(find_model(model), precision, target, fused, defaults, overrides)
     bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
@@ -172,6 +181,22 @@ def parse_timesteps(text: str) -> tuple[int, ...] | None:
         raise typer.BadParameter(
             f"--timesteps is {text!r}; write whole numbers, as 999,749,499,249"
         ) from None
+
+
+def parse_options(texts: list[str] | None) -> dict[str, Any]:
+    """Options by name; values as JSON has them, or text."""
+    options: dict[str, Any] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if not (name and value) or name in options:
+            raise typer.BadParameter(
+                f"--scheduler is {text!r}; write it as KEY=VALUE, each key once"
+            )
+        try:
+            options[name] = json.loads(value.lower())
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
@@ -263,6 +288,7 @@ def verify(
     device: DeviceOption = "auto",
     unet: UnetOption = "",
     vae: VaeOption = "",
+    scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
@@ -272,7 +298,7 @@ def verify(
 
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
-        architecture=architecture,
+        scheduler=parse_options(scheduler), architecture=architecture,
     )  # fmt: skip
     exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
     truth, built = load_model(exact, show_progress), load_model(order, show_progress)
@@ -316,6 +342,7 @@ def generate(
     lora: LoraOption = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
@@ -329,7 +356,7 @@ def generate(
     named = parse_timesteps(timesteps)
     order = Order(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
-        architecture=architecture,
+        scheduler=parse_options(scheduler), architecture=architecture,
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engines.facts import OWN_DEFAULTS, Defaults
 
@@ -32,4 +33,5 @@ class Order:
     device: str = "auto"
     unet: str | None = None  # in place of the model's own, as is `vae`: folder, file or hub id
     vae: str | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # options over the checkpoint's own
     architecture: str | None = None  # of a single file: a diffusers folder or a shipped name

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     vae: str | None = Field(
         None, description="folder, file or hub id of a VAE in place of the model's"
     )
+    scheduler: dict[str, bool | int | float | str] = Field(
+        {}, description="options over those of the model's scheduler config, by name"
+    )
     architecture: str | None = Field(
         None, description="folder of configurations that fit a single file which says no known"
     )
@@ -206,6 +209,7 @@ class Settings(BaseSettings):
             device=self.device,
             unet=self.unet,
             vae=self.vae,
+            scheduler=self.scheduler,
             architecture=self.architecture,
             defaults=Defaults(
                 self.default_sampler,

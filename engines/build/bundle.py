@@ -102,6 +102,7 @@ class Blueprint:
         beside = [path.with_name(ADAPTER_CONFIG) for path, _ in self.loras if path.is_file()]
         lines += [fingerprint(config) for config in beside if config.is_file()]
         lines += [str(self.defaults)]
+        lines += [f"{name}={value!r}" for name, value in sorted(self.overrides.scheduler.items())]
         lines += [f"{what} {digest}" for what, (_, digest) in sorted(self.beside.items())]
         if self.target:
             lines += [str(self.target), str(import_tensorrt(self.target.engine).__version__)]

@@ -200,6 +200,7 @@ def load_facts(source: Path, pipeline: Any, overrides: Overrides = NO_OVERRIDES)
     """
     from engines.families import family_of
 
-    facts = family_of(type(pipeline).__name__).facts(name_of(source), pipeline)
+    family = family_of(type(pipeline).__name__)
+    facts = family.facts(name_of(source), pipeline, overrides.scheduler)
     components = {name: name_of(path) for name, path in overrides.components.items()}
     return dataclasses.replace(facts, components=components)

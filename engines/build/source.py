@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines.build.folder import WEIGHTS as USUAL_WEIGHTS
 from engines.errors import CheckpointError, reason_of
@@ -45,6 +45,7 @@ class Overrides:
     """What stands in for a checkpoint's own: local files or folders, by a component's name."""
 
     components: Mapping[str, Path] = field(default_factory=dict)  # of ``unet`` and ``vae``
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # options, by name
     architecture: Path | None = None  # diffusers folder of configurations that fit a single file
 
 
@@ -68,7 +69,7 @@ def find(order: Order) -> Sources:
     """
     return Sources(
         find_model(order.model),
-        find_overrides(order.unet, order.vae, order.architecture),
+        find_overrides(order.unet, order.vae, order.architecture, order.scheduler),
         {name: find_lora(str(lora)) for name, lora in order.loras.items()},
     )
 
@@ -107,11 +108,24 @@ def download(model: str) -> Path:
     return _fetch("model", model, lambda: DiffusionPipeline.download(hub_id, use_safetensors=True))
 
 
-def find_overrides(unet: str | None, vae: str | None, architecture: str | None) -> Overrides:
-    """Where the components are that stand in for a checkpoint's own."""
+def find_overrides(
+    unet: str | None,
+    vae: str | None,
+    architecture: str | None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> Overrides:
+    """Where the components are that stand in for a checkpoint's own, and scheduler options that do.
+
+    Raises:
+        CheckpointError: as `find`, or an option is not known or has a value that it cannot have.
+    """
+    from engines.samplers.options import check_options
+
+    check_options(scheduler or {})
     given = {"unet": unet, "vae": vae}
     components = {name: _find_component(name, text) for name, text in given.items() if text}
-    return Overrides(components, _find_architecture(architecture) if architecture else None)
+    found = _find_architecture(architecture) if architecture else None
+    return Overrides(components, dict(scheduler or {}), found)
 
 
 def _find_component(name: str, text: str) -> Path:

@@ -31,6 +31,7 @@ class ModelInfo:
     max_size_px: int
     max_tokens: int
     guidance_embedding: bool
+    size_conditioning: bool  # SDXL's
     scheduler: str | None  # diffusers' class that the checkpoint names, where that is known
     default_sampler: str
     stands_in: bool  # the default sampler, for a scheduler that is none of ours
@@ -69,6 +70,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         max_size_px=facts.max_size_px,
         max_tokens=facts.max_tokens,
         guidance_embedding=facts.time_cond_dim > 0,
+        size_conditioning=model.family.SIZE_CONDITIONING,
         scheduler=facts.scheduler_class,
         default_sampler=facts.default_sampler,
         stands_in=bool(stand_in),
@@ -110,6 +112,8 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         raise InvalidInput(
             "guidance_scale", recipe.guidance_scale, "guidance_scale must be a finite number"
         )
+    if not model.family.SIZE_CONDITIONING:
+        _check_no_size_told(recipe)
     prompts = (recipe.prompt, *(blend.prompt for blend in recipe.blends))
     texts = [("prompt", text) for text in prompts] + [("negative_prompt", recipe.negative_prompt)]
     for name, text in texts:
@@ -129,3 +133,14 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
     if recipe.mask.shape != shape[:2] or recipe.mask.dtype != np.bool_:
         found = f"{recipe.mask.dtype} {recipe.mask.shape}"
         raise InvalidInput("mask", found, f"mask is {found}; it must be bool {shape[:2]}")
+
+
+def _check_no_size_told(recipe: Recipe) -> None:
+    """Raise `InvalidInput` for what only a model with size conditioning could be told."""
+    for name in ("original_size", "crops_coords_top_left", "target_size"):
+        told = getattr(recipe, name)
+        if told is not None:
+            height, width = told
+            value = f"{width}x{height}" if name.endswith("size") else list(told)
+            message = f"{name} is {value}; this model has no size conditioning, leave it out"
+            raise InvalidInput(name, told, message)

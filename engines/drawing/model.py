@@ -104,8 +104,8 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     bundle = open_bundle(folder)
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
-            f"{folder} is a bundle, whose parts are built in; give --unet, --vae and "
-            "--architecture to fourstep build, or serve the checkpoint itself"
+            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, "
+            "--scheduler and --architecture to fourstep build, or serve the checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
         raise BundleError(

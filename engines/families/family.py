@@ -58,8 +58,14 @@ class Family(Protocol):
     def COMPONENTS(self) -> Mapping[str, tuple[str, ...]]:  # noqa: N802
         """Of a pipeline, by name: the classes that the parts can be made of."""
 
-    def facts(self, name: str, pipeline: Any) -> Facts:
-        """What serving must know of a loaded diffusers pipeline."""
+    @property
+    def SIZE_CONDITIONING(self) -> bool:  # noqa: N802
+        """Whether its models are told sizes: `Recipe.original_size` and the two beside it."""
+
+    def facts(self, name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
+        """What serving must know of a loaded diffusers pipeline; ``scheduler`` are options that
+        count instead of its own, as with diffusers' ``from_config(config, **options)``.
+        """
 
     def parts(self, pipeline: Any, known: Facts) -> list[Part]:
         """The graphs of a pipeline, smallest first; `engines/README.md` has names and shapes."""

@@ -39,8 +39,8 @@ class Recipe:
     mask: np.ndarray | None = None
     num_previews: int = 0
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
-    # SDXL's size conditioning in pixels, height before width; None: the size that is drawn.
+    # SDXL's size conditioning in pixels, height before width; None: the size drawn, and no crop.
     original_size: tuple[int, int] | None = None
-    crop_top_left: tuple[int, int] = (0, 0)
+    crops_coords_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     blends: tuple[Blend, ...] = ()  # what the prompt's embeddings move towards, one by one

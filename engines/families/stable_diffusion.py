@@ -30,6 +30,7 @@ PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+SIZE_CONDITIONING = False
 # What StableDiffusionPipeline does to any scheduler that it is given.
 SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 COMPONENTS = {  # of a pipeline → the classes that the parts below can be made of
@@ -103,7 +104,7 @@ def _latent_side(sample_size: Any) -> int:
     return int(sides[0])
 
 
-def facts(name: str, pipeline: Any) -> Facts:
+def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
     embedding = bool(pipeline.unet.config.time_cond_proj_dim)
     set_by_pipeline = {} if embedding else SET_BY_PIPELINE
@@ -112,7 +113,7 @@ def facts(name: str, pipeline: Any) -> Facts:
         pipeline,
         family=NAME,
         windows=(window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),),
-        scheduler=given_options(pipeline.scheduler) | set_by_pipeline,
+        scheduler=given_options(pipeline.scheduler) | set_by_pipeline | dict(scheduler),
         guidance_scale=8.5 if embedding else 7.5,
         strength_drops_steps=not embedding,
     )

@@ -7,6 +7,7 @@ Two text encoders, a pooled embedding and the picture's sizes condition the UNet
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ COMPONENTS = {  # of a pipeline → the classes that the parts below can be made
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+SIZE_CONDITIONING = True
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -75,7 +77,7 @@ class Denoiser(sd.Denoiser):
         return guided_step(predict, sample, coefficients, noise, previous, guidance, uncond_index)
 
 
-def facts(name: str, pipeline: Any) -> Facts:
+def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
     windows = (
         sd.window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),
@@ -86,7 +88,7 @@ def facts(name: str, pipeline: Any) -> Facts:
         pipeline,
         family=NAME,
         windows=windows,
-        scheduler=given_options(pipeline.scheduler),
+        scheduler=given_options(pipeline.scheduler) | dict(scheduler),
         guidance_scale=5.0,
         zeros_for_no_negative=bool(pipeline.config.force_zeros_for_empty_prompt),
     )
@@ -99,8 +101,10 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
         found = dataclasses.replace(found, texts=(recipe.prompt, None))
     drawn = (recipe.height_px, recipe.width_px)
     sizes = (
-        *(recipe.original_size or drawn), *recipe.crop_top_left, *(recipe.target_size or drawn),
-    )  # fmt: skip
+        *(recipe.original_size or drawn),
+        *(recipe.crops_coords_top_left or (0, 0)),
+        *(recipe.target_size or drawn),
+    )
     time_ids = torch.tensor(sizes, dtype=torch.float32)
     return dataclasses.replace(found, tensors={"time_ids": (time_ids,), **found.tensors})
 

@@ -12,6 +12,8 @@ only these.
 
 from __future__ import annotations
 
+from typing import Any
+
 from engines.errors import InvalidInput
 from engines.samplers import named
 from engines.samplers.ddim import DDIM
@@ -28,6 +30,7 @@ __all__ = [
     "default_sampler",
     "given_options",
     "make_schedule",
+    "option_values",
     "samplers_of",
 ]
 
@@ -46,6 +49,17 @@ SAMPLERS = tuple(_BY_NAME)
 def samplers_of(noise: NoiseSchedule) -> tuple[str, ...]:
     """The samplers that hold all of a checkpoint's options."""
     return tuple(name for name, each in _BY_NAME.items() if noise.refusal(each) is None)
+
+
+def option_values() -> dict[str, tuple[Any, ...]]:
+    """Scheduler options that a sampler reads → the values that samplers name, defaults first."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for sampler in _BY_NAME.values():
+        for name, default in sampler.defaults.items():
+            fixed = (sampler.fixed[name],) if name in sampler.fixed else ()
+            named = (default, *fixed, *sampler.known.get(name, ()))
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *named)))
+    return found
 
 
 def default_sampler(noise: NoiseSchedule) -> tuple[str, bool]:

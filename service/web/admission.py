@@ -92,6 +92,7 @@ def admit(
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     start = start_of(params, edited, width, height)
+    top_left = params.crops_coords_top_left
     drawings = []
     for index in range(params.n):
         recipe = Recipe(
@@ -110,6 +111,9 @@ def admit(
             mask=start.mask,
             num_previews=params.partial_images if params.stream else 0,
             loras=loras,
+            original_size=_height_width(params.original_size),
+            crops_coords_top_left=None if top_left is None else (top_left[0], top_left[1]),
+            target_size=_height_width(params.target_size),
         )
         try:
             drawings.append(runner.start(recipe))
@@ -223,6 +227,14 @@ def _size(size: str, info: ModelInfo, image: np.ndarray | None) -> tuple[int, in
                 param="size",
             )
     return width, height
+
+
+def _height_width(size: str | None) -> tuple[int, int] | None:
+    """As diffusers has what the API says as ``WIDTHxHEIGHT``."""
+    if size is None:
+        return None
+    width, height = map(int, size.split("x"))
+    return height, width
 
 
 def _ignored(params: ImageParams) -> list[str]:

@@ -142,6 +142,7 @@ def _model_object(replica: Replica) -> ModelObject:
         "max_num_inference_steps": settings.max_steps,
         "default_guidance_scale": info.default_guidance_scale,
         "guidance_embedding": info.guidance_embedding,
+        "size_conditioning": info.size_conditioning,
         "scheduler": info.scheduler,
         "default_sampler": info.default_sampler,
         "default_sampler_stands_in": info.stands_in,

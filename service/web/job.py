@@ -232,10 +232,22 @@ def parameters_text(
             "CFG scale": admitted.guidance_scale,
             "Seed": admitted.seed + row_index,
             "Size": admitted.size,
+            **_told_sizes(params),
             "Model": replica.runner.info.model_id,
         }.items()
     )
     return {"parameters": f"{params.prompt}\n{negative}{settings}", "Software": "Fourstep"}
+
+
+def _told_sizes(params: ImageParams) -> dict[str, str]:
+    """The size conditioning that was asked for."""
+    top_left = params.crops_coords_top_left
+    told = {
+        "Original size": params.original_size,
+        "Crops coords top left": None if top_left is None else _quoted(top_left),
+        "Target size": params.target_size,
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _weighted(loras: Mapping[str, float]) -> list[str]:

@@ -29,9 +29,14 @@ from service.settings import SamplerName
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_SEED = 2**63 - 1  # also of the last image, so that every seed returned can be sent again
 Size = Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")]
+ToldSize = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 Name = Annotated[str, StringConstraints(max_length=256)]  # longer than any that is served
 Note = Annotated[str, StringConstraints(max_length=1024)]  # kept nowhere
-FORM_EXAMPLES = {"loras": '[{"name": "...", "weight": 1.0}]', "timesteps": "[999, 749, 499, 249]"}
+FORM_EXAMPLES = {
+    "loras": '[{"name": "...", "weight": 1.0}]',
+    "timesteps": "[999, 749, 499, 249]",
+    "crops_coords_top_left": "[0, 0]",
+}
 ABOUT = ("title", "description", "default")  # of a field's JSON schema: what says nothing of a type
 
 
@@ -42,6 +47,8 @@ def _whole(value: object) -> object:
 
 MAX_TIMESTEP = 99_999  # beyond any training
 Timestep = Annotated[int, Field(ge=0, le=MAX_TIMESTEP), BeforeValidator(_whole)]
+MAX_COORDINATE_PX = 99_999  # as far as a size goes
+Coordinate = Annotated[int, Field(ge=0, le=MAX_COORDINATE_PX), BeforeValidator(_whole)]
 
 
 class Input(BaseModel):
@@ -129,6 +136,21 @@ class ImageParams(Input):
     )
     guidance_scale: float | None = Field(None, ge=0, le=50, description="Guidance weight.")
     negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
+    original_size: ToldSize | None = Field(
+        None,
+        description="`WIDTHxHEIGHT` in pixels that the picture is said to have had. This and the "
+        "next two: SDXL's size conditioning, refused by models without. Default: what is drawn.",
+    )
+    crops_coords_top_left: list[Coordinate] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="`[top, left]` in pixels at which it is said to have been cropped. "
+        "Default: `[0, 0]`.",
+    )
+    target_size: ToldSize | None = Field(
+        None, description="`WIDTHxHEIGHT` that it is said to have been cut to, as original_size."
+    )
     seed: int | None = Field(
         None, ge=0, lt=MAX_SEED + 1, description="Of the first image; image k uses seed + k."
     )

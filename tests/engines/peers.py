@@ -168,7 +168,7 @@ class Peer:
         if self._text_class is StableDiffusionXLPipeline:
             arguments |= {
                 "original_size": wanted.original_size, "target_size": wanted.target_size,
-                "crops_coords_top_left": wanted.crop_top_left,
+                "crops_coords_top_left": wanted.crops_coords_top_left or (0, 0),
             }  # fmt: skip
         if wanted.image is None:
             kind = self._text_class

@@ -38,7 +38,7 @@ WAYS: list[dict[str, Any]] = [
     {
         "num_steps": 5,
         "original_size": (512, 768),
-        "crop_top_left": (8, 16),
+        "crops_coords_top_left": (8, 16),
         "target_size": (96, 80),
     },
     {"num_steps": 6, "image": IMAGE, "strength": 0.5, "guidance_scale": 5.0},
@@ -156,7 +156,7 @@ def test_latents_with_a_mean_and_a_deviation(folder: Path, cache_dir: Path, tmp_
 def test_a_vae_that_overflows_in_half_precision_stays_whole(folder: Path) -> None:
     """As diffusers decodes with `force_upcast`; the fp16-fix VAE has it off."""
     pipeline = load_pipeline(folder / "tiny-xl", "fp16")
-    known = stable_diffusion_xl.facts("x", pipeline)
+    known = stable_diffusion_xl.facts("x", pipeline, {})
     for forced, dtype in ((False, torch.float16), (True, torch.float32)):
         pipeline.vae.register_to_config(force_upcast=forced)
         parts = {part.name: part.module for part in stable_diffusion_xl.parts(pipeline, known)}

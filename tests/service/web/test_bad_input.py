@@ -40,6 +40,8 @@ NUMBER = "input should be a valid number"
 FINITE = "input should be a finite number"
 BOOLEAN = "input should be a valid boolean"
 SIZE = "string should match pattern '^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$'"
+TOLD_SIZE = "string should match pattern '^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$'"
+NO_SIZES = "this model has no size conditioning, leave it out"
 SIDES = "width and height must be multiples of 8 from 32 to 128, for example 64x64"
 
 
@@ -201,6 +203,25 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         (5, f"negative_prompt is 5: {STRING}"),
         ("x" * 501, "negative_prompt is 501 characters; at most 500 characters are accepted"),
     ],
+    "original_size": [
+        (512, f"original_size is 512: {STRING}"),
+        ("auto", f'original_size is "auto": {TOLD_SIZE}'),
+        ("0x64", f'original_size is "0x64": {TOLD_SIZE}'),
+        ("1024x768", f"original_size is 1024x768; {NO_SIZES}"),
+    ],
+    "crops_coords_top_left": [
+        ("0,0", 'crops_coords_top_left is "0,0": input should be a valid array'),
+        ([8], "crops_coords_top_left is [8]: list should have at least 2 items after validation, "
+              "not 1"),
+        ([0, 8, 16], "crops_coords_top_left is [0, 8, 16]: list should have at most 2 items after "
+                     "validation, not 3"),
+        ([0, 0], f"crops_coords_top_left is [0, 0]; {NO_SIZES}"),
+    ],
+    "target_size": [
+        ("64 x 64", f'target_size is "64 x 64": {TOLD_SIZE}'),
+        ("100000x1", f'target_size is "100000x1": {TOLD_SIZE}'),
+        ("1024x768", f"target_size is 1024x768; {NO_SIZES}"),
+    ],
     "seed": [
         (-1, "seed is -1: input should be greater than or equal to 0"),
         (2**63, f"seed is {2**63}: input should be less than {2**63}"),
@@ -282,6 +303,20 @@ def test_wrong_values_in_timesteps(http: TestClient, value: Any, message: str) -
     assert_error(answer, f"timesteps.1 {message}", param="timesteps.1")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "is -1: input should be greater than or equal to 0"),
+        (10**9, f"is {10**9}: input should be less than or equal to 99999"),
+        ("8", f'is "8": {INTEGER}'),
+    ],
+)
+def test_wrong_values_in_a_crops_corner(http: TestClient, value: Any, message: str) -> None:
+    body = {"prompt": "x", "crops_coords_top_left": [0, value]}
+    answer = http.post(GENERATIONS, json=body)
+    assert_error(answer, f"crops_coords_top_left.1 {message}", param="crops_coords_top_left.1")
+
+
 @pytest.mark.parametrize(("fields", "message"), WITH_OTHERS)
 def test_timesteps_that_do_not_go_with_other_fields(
     http: TestClient, fields: dict[str, Any], message: str
@@ -355,6 +390,12 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
     "negative_prompt": [
         ("x" * 501, "negative_prompt is 501 characters; at most 500 characters are accepted")
     ],
+    "original_size": [("1024x768", f"original_size is 1024x768; {NO_SIZES}")],
+    "crops_coords_top_left": [
+        ("0, 0", 'crops_coords_top_left is "0, 0": value error, write it as JSON, [0, 0]'),
+        ("[8, 16]", f"crops_coords_top_left is [8, 16]; {NO_SIZES}"),
+    ],
+    "target_size": [("tall", f'target_size is "tall": {TOLD_SIZE}')],
     "seed": [("-1", 'seed is "-1": input should be greater than or equal to 0')],
     "sampler": [("heun", f'sampler is "heun": {SAMPLERS}')],
     "priority": [("urgent", f'priority is "urgent": {PRIORITIES}')],
