@@ -115,7 +115,7 @@ def find_overrides(unet: str | None, vae: str | None, architecture: str | None) 
 
 
 def _find_component(name: str, text: str) -> Path:
-    if found := _local(name, text):
+    if found := _local(name, text, DEMO_MODELS):
         return found
     if match := HUB_FILE.fullmatch(HUB_URL.sub("", text)):
         return _fetch(name, text, lambda: _hub_file(match))
