@@ -55,6 +55,7 @@ class Facts:
     components: Mapping[str, str] = field(default_factory=dict)
     strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
+    takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
 
     @property

@@ -90,8 +90,8 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     else:
         pipeline = _of_folder(folder, name, own, absent, dtype)
     pipeline.register_modules(**put)
-    channels = pipeline.unet.config.in_channels
-    if channels != pipeline.unet.config.out_channels:
+    channels, latents = (pipeline.unet.config[f"{way}_channels"] for way in ("in", "out"))
+    if channels not in (latents, 2 * latents + 1):  # the latter: with a mask, see families
         raise CheckpointError(
             f"{overrides.components.get('unet', source)} {strange_input(channels)}"
         )

@@ -80,6 +80,7 @@ def _of_file(name: str, header: Header, classes: Sequence[str], base: Path, dtyp
         dtype=dtype,
         local_files_only=True,
         **({"time_cond_proj_dim": embedding[1]} if embedding else {}),
+        **({"in_channels": 9} if header.unet_channels == 9 else {}),
     )
 
 

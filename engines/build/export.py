@@ -19,8 +19,8 @@ from engines.errors import BuildError
 from engines.families.part import Part
 
 # What the exporter may take for granted of each dynamic dimension, for it insists on one branch
-# where diffusers has two; the graph itself has no limit. Upsample2D branches at a batch of 64, and a
-# side in latents below 9 comes to 1 when it is halved three times, which broadcasts.
+# where there are two; the graph itself has no limit. diffusers' Upsample2D branches at a batch of
+# 64, and a side in latents below 9 comes to 1 when it is halved three times, which broadcasts.
 MAX_BATCH, MIN_SIDE, MAX_SIDE = 63, 9, 8192
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
 

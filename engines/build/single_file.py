@@ -25,9 +25,11 @@ UNET_KEYS = (LDM_UNET, "down_blocks.", "mid_block.", "up_blocks.")
 VAE_KEYS = (*LDM_VAE, "encoder.", "decoder.")
 TINY_VAE_KEYS = ("encoder.layers.", "decoder.layers.")
 FIRST_CONVOLUTIONS = (f"{LDM_UNET}input_blocks.0.0.weight", "conv_in.weight")
-EXTRA_INPUTS = {  # by the input channels of a UNet
-    9: ", latents with a mask and a masked image (inpainting)",
-    8: ", two images (editing)",
+EXTRA_INPUTS = {8: ", two images (editing)"}  # by the input channels of a UNet
+INPAINTING = {  # by the repository that diffusers knows: whose configurations are its own but for 9
+    "stable-diffusion-inpainting": "stable-diffusion-v1-5",
+    "stable-diffusion-2-inpainting": "stable-diffusion-2-1-base",
+    "stable-diffusion-xl-1.0-inpainting-0.1": "stable-diffusion-xl-base-1.0",
 }
 OPTIONS = {"lora": "--lora NAME=FILE", "unet": "--unet FILE", "vae": "--vae FILE"}
 
@@ -53,6 +55,14 @@ class Header:
         return "unet" if self.has(*UNET_KEYS) else "vae" if self.has(*VAE_KEYS) else ""
 
     @property
+    def unet_channels(self) -> int:
+        """Of the UNet's input; 0: there is none."""
+        if self.kind not in ("checkpoint", "unet"):
+            return 0
+        shapes = (self.shapes[key] for key in FIRST_CONVOLUTIONS if key in self.shapes)
+        return next(shapes, (0, 0))[1]
+
+    @property
     def scheduler(self) -> dict[str, Any]:
         """What the file says of its noise: ModelSpec's key, or SDXL trainers' empty tensors."""
         said: dict[str, Any] = {}
@@ -68,7 +78,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Raises CheckpointError where it is no safetensors file, or its UNet wants a mask."""
+    """Raises CheckpointError where it is no safetensors file, or its UNet wants two images."""
     from safetensors import safe_open
 
     try:
@@ -78,9 +88,8 @@ def read_header(file: Path) -> Header:
             header = Header(file, shapes, opened.metadata() or {})
     except Exception as error:  # SafetensorError and whatever the system says
         raise CheckpointError(f"{file} is no safetensors file: {reason_of(error)}") from error
-    found = next((shapes[key] for key in FIRST_CONVOLUTIONS if key in shapes), (0, 0))
-    if header.kind in ("checkpoint", "unet") and found[1] in EXTRA_INPUTS:
-        raise CheckpointError(f"{file} {strange_input(found[1])}")
+    if header.unet_channels in EXTRA_INPUTS:
+        raise CheckpointError(f"{file} {strange_input(header.unet_channels)}")
     return header
 
 
@@ -89,7 +98,8 @@ def strange_input(num_channels: int) -> str:
     kind = EXTRA_INPUTS.get(num_channels, "")
     return (
         f"has a UNet with {num_channels} input channels{kind}: only those "
-        "that take latents alone are served, use the model that it was made from"
+        "that take latents, alone or with a mask and a masked image, are served; use the model "
+        "that it was made from"
     )
 
 
@@ -105,7 +115,8 @@ def architecture_of(header: Header) -> Path:
     _check_whole(header)
     like = {key: torch.empty(shape, device="meta") for key, shape in header.shapes.items()}
     repository: str = fetch_diffusers_config(like)["pretrained_model_name_or_path"]
-    found = ARCHITECTURES / repository.rpartition("/")[2]
+    name = repository.rpartition("/")[2]
+    found = ARCHITECTURES / INPAINTING.get(name, name)
     if not found.is_dir():
         known = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet")))
         raise CheckpointError(
@@ -147,6 +158,16 @@ def load_checkpoint(
     header = read_header(file)
     _check_whole(header)
     try:
+        if header.unet_channels == 9 and "unet" not in given:  # the configurations may say 4
+            unet = diffusers.UNet2DConditionModel.from_single_file(
+                str(file),
+                config=str(architecture),
+                subfolder="unet",
+                dtype=dtype,
+                local_files_only=True,
+                in_channels=9,
+            )
+            given = {**given, "unet": unet}
         pipeline = getattr(diffusers, pipeline_class).from_single_file(
             str(file),
             config=str(architecture),

@@ -129,7 +129,7 @@ def find_overrides(
 
 
 def _find_component(name: str, text: str) -> Path:
-    if found := _local(name, text):
+    if found := _local(name, text, DEMO_MODELS):
         return found
     if match := HUB_FILE.fullmatch(HUB_URL.sub("", text)):
         return _fetch(name, text, lambda: _hub_file(match))

@@ -42,7 +42,7 @@ class Drawing:
     text_encoded: bool = False
     latents: Tensor | None = None  # float32 [C, h, w], by start or encode_image
     denoised: Tensor | None = None  # float32 [C, h, w], by denoise: the current guess
-    kept: Kept | None = None  # by encode_image, where there is a mask
+    kept: Kept | None = None  # by encode_image, where there is a mask that the UNet does not see
     step_index: int = 0  # by denoise
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
     previews: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], by decode
@@ -73,7 +73,7 @@ class Drawing:
             return Stage.DONE
         if not self.text_encoded:
             return Stage.ENCODE_TEXT
-        if self.recipe.image is not None and self.latents is None:
+        if self.latents is None:
             return Stage.ENCODE_IMAGE
         num_due = sum(step < self.step_index for step in self.preview_steps)
         if len(self.previews) < num_due:

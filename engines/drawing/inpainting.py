@@ -1,6 +1,8 @@
 """What inpainting leaves of an image: after each step its latents, noised, stand where they stood.
 
 The denoiser knows nothing of it, so that any engine's rows with and without masks share a batch.
+A UNet that takes a mask sees instead what is to stay, at every step, and nothing is put back; a
+row without a mask is to it one whose mask marks everything, without an image one of mid-grey.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.drawing import transfers
+from engines.families.recipe import Recipe
 
 if TYPE_CHECKING:
     from engines.drawing.drawing import Drawing
@@ -24,6 +27,25 @@ class Kept(NamedTuple):
     mask: Tensor  # float32 [1, h, w], on the CPU: 1 where it is drawn anew, else 0
     latents: Tensor  # float32 [C, h, w]
     noise: Tensor  # as latents: the row's first
+
+
+def begins_from_noise(recipe: Recipe) -> bool:
+    """Whether the image counts only by what a mask leaves of it."""
+    return recipe.image is None or recipe.strength == 1
+
+
+def marked(recipe: Recipe) -> np.ndarray:
+    """bool ``[H, W]``: what is drawn anew, all of it where there is no mask."""
+    if recipe.mask is not None:
+        return recipe.mask
+    return np.ones((recipe.height_px, recipe.width_px), np.bool_)
+
+
+def pixels_of(recipe: Recipe) -> np.ndarray:
+    """uint8 ``[H, W, 3]``; black without an image, which a mask over everything hides."""
+    if recipe.image is not None:
+        return recipe.image
+    return np.zeros((recipe.height_px, recipe.width_px, 3), np.uint8)
 
 
 def mask_of_latents(mask: np.ndarray, scale: int) -> Tensor:

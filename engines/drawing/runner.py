@@ -26,9 +26,16 @@ from engines.drawing.batching import rows_that_fit
 from engines.drawing.drawing import Drawing, Group, spread_previews
 from engines.drawing.faults import engine_call
 from engines.drawing.info import ModelInfo, check_recipe, describe
+from engines.drawing.inpainting import begins_from_noise, marked, pixels_of
 from engines.drawing.lanes import Lanes
 from engines.drawing.model import Model, load_interim, load_model, must_be_built
-from engines.drawing.noise import begin_from_image, begin_from_text, draw_ahead
+from engines.drawing.noise import (
+    Moments,
+    begin_from_image,
+    begin_from_text,
+    begin_with_mask,
+    draw_ahead,
+)
 from engines.drawing.prompts import Encoded, Prompts, key_of, slerp
 from engines.drawing.stage import Stage
 from engines.drawing.succession import Succession
@@ -153,7 +160,7 @@ class Runner:
         known = {key: self._prompts.find(loras, key) for key in keys}
         if all(encoded is not None for encoded in known.values()):
             _take_texts(drawing, known)
-        if recipe.image is None:
+        if recipe.image is None and not facts.takes_mask:
             begin_from_text(drawing)
         return drawing
 
@@ -187,14 +194,32 @@ class Runner:
     @engine_call("vae_encoder")
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
         """Input images of one size to noised latents at each row's first timestep."""
-        images = [drawing.recipe.image for drawing in drawings]
-        pixels = torch.from_numpy(np.stack([image for image in images if image is not None]))
+        facts = self._model.facts
+        scale = facts.vae_scale_factor
+        if facts.takes_mask:
+            self._encode_with_masks(drawings, scale)
+            return
         with self._succession.calling():
-            moments = self._run("vae_encoder", pixels=pixels)  # mean, std [B, C, h, w]
-        scale = self._model.facts.vae_scale_factor
-        for index, drawing in enumerate(drawings):
-            std = moments["std"][index] if "std" in moments else None
-            begin_from_image(drawing, moments["mean"][index], std, scale)
+            encoded = self._encode(_pixels(drawings))
+        for drawing, image in zip(drawings, encoded, strict=True):
+            begin_from_image(drawing, image, scale)
+
+    def _encode_with_masks(self, drawings: Sequence[Drawing], scale: int) -> None:
+        kept = torch.from_numpy(np.stack([~marked(each.recipe) for each in drawings])).float()
+        whole = [each for each in drawings if not begins_from_noise(each.recipe)]
+        with self._succession.calling():
+            masked = self._encode(_pixels(drawings), kept=kept)
+            ones = torch.ones_like(kept[: len(whole)])
+            images = self._encode(_pixels(whole), kept=ones) if whole else []
+        encoded = dict(zip(map(id, whole), images, strict=True))
+        for drawing, left in zip(drawings, masked, strict=True):
+            begin_with_mask(drawing, encoded.get(id(drawing)), left, scale)
+
+    def _encode(self, pixels: Tensor, **more: Tensor) -> list[Moments]:
+        moments = self._run("vae_encoder", pixels=pixels, **more)  # mean, std [B, C, h, w]
+        means = moments["mean"].unbind(0)
+        stds = moments["std"].unbind(0) if "std" in moments else (None,) * len(means)
+        return [Moments(mean, std) for mean, std in zip(means, stds, strict=True)]
 
     @engine_call("denoiser")
     def denoise(
@@ -347,6 +372,11 @@ def _coefficients(schedule: Schedule, recipe: Recipe, facts: Facts) -> np.ndarra
             "fourstep build MODEL --out DIR makes another",
         )
     return known
+
+
+def _pixels(drawings: Sequence[Drawing]) -> Tensor:
+    """uint8 ``[B, H, W, 3]``"""
+    return torch.from_numpy(np.stack([pixels_of(drawing.recipe) for drawing in drawings]))
 
 
 def _shapes(tensors: Mapping[str, Lanewise]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.drawing.stage import Stage
 from engines.errors import EngineError
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def draw_every_batch(runner: Runner, loras: Mapping[str, float]) -> None:
     for count, turn in itertools.product(_counts(runner.device, info.max_batch), turns):
         rows = _rows(runner, count, loras, f"text {turn}")
         runner.encode_text(rows)
+        pictured = [row for row in rows if row.stage is Stage.ENCODE_IMAGE]
+        for first in range(0, len(pictured), info.max_decode_batch):  # to a UNet that takes a mask
+            runner.encode_image(pictured[first : first + info.max_decode_batch])
         runner.denoise(rows)
     for count, turn in itertools.product(_counts(runner.device, info.max_decode_batch), turns):
         rows = _rows(runner, count, loras, f"picture {turn}", picture=True)

@@ -29,6 +29,7 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
 )
 SIZE_CONDITIONING = False
 # What StableDiffusionPipeline does to any scheduler that it is given.
@@ -56,7 +57,8 @@ class Denoiser(torch.nn.Module):
     """One whole step in one graph; its own inputs and outputs are those of `engines.families.step`.
 
     Conditioning: ``prompt_embeds`` float32 ``[B, L, D]``; ``timestep_cond`` float32 ``[B, K]`` for
-    models with a guidance embedding.
+    models with a guidance embedding; ``mask`` float32 ``[B, 1, h, w]`` and ``masked_latents``
+    float32 ``[B, C, h, w]`` for those that take a mask, whose UNet sees them beside the latents.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -69,10 +71,12 @@ class Denoiser(torch.nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, coefficients: Tensor, noise: Tensor,
         previous: Tensor, guidance: Tensor, uncond_index: Tensor, prompt_embeds: Tensor,
-        timestep_cond: Tensor | None = None,
+        timestep_cond: Tensor | None = None, mask: Tensor | None = None,
+        masked_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         def predict(scaled: Tensor) -> Tensor:
-            return self.predict(scaled, timestep, prompt_embeds, timestep_cond)
+            seen = beside(scaled, mask, masked_latents)
+            return self.predict(seen, timestep, prompt_embeds, timestep_cond)
 
         return guided_step(predict, sample, coefficients, noise, previous, guidance, uncond_index)
 
@@ -93,6 +97,21 @@ class Denoiser(torch.nn.Module):
         return output
 
 
+def beside(latents: Tensor, mask: Tensor | None, masked_latents: Tensor | None) -> Tensor:
+    """What the UNet sees: the latents, scaled already, and what a mask leaves, where it takes one.
+
+    The order is that of diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_inpaint.py.
+    """
+    if mask is None or masked_latents is None:
+        return latents
+    return torch.cat([latents, mask, masked_latents], dim=1)
+
+
+def takes_mask(unet: Any) -> bool:
+    """Whether a UNet of this config sees latents, a mask and masked latents: 9 channels for 4."""
+    return bool(unet.in_channels == 2 * unet.out_channels + 1)
+
+
 def _latent_side(sample_size: Any) -> int:
     """Of the pictures that a UNet was trained on, as its ``sample_size`` says."""
     sides = sample_size if isinstance(sample_size, list | tuple) else [sample_size]
@@ -107,6 +126,7 @@ def _latent_side(sample_size: Any) -> int:
 def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
     """What serving must know of a loaded diffusers pipeline."""
     embedding = bool(pipeline.unet.config.time_cond_proj_dim)
+    inpainting = takes_mask(pipeline.unet.config)  # by a pipeline that is not LCM's own
     set_by_pipeline = {} if embedding else SET_BY_PIPELINE
     return facts_of_unet(
         name,
@@ -115,7 +135,7 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         windows=(window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),),
         scheduler=given_options(pipeline.scheduler) | set_by_pipeline | dict(scheduler),
         guidance_scale=8.5 if embedding else 7.5,
-        strength_drops_steps=not embedding,
+        strength_drops_steps=inpainting or not embedding,
     )
 
 
@@ -144,7 +164,7 @@ def facts_of_unet(
     few = sampler in ("lcm", "tcd") or (trailing and not zero_snr)
     return Facts(
         name=name,
-        latent_channels=int(unet.in_channels),
+        latent_channels=int(unet.out_channels),
         vae_scale_factor=scale,
         default_size_px=default,
         size_multiple_px=scale,
@@ -155,6 +175,7 @@ def facts_of_unet(
         default_num_steps=4 if few else 25,
         default_guidance_scale=1.0 if few and not embedding else guidance_scale,
         scheduler=scheduler,
+        takes_mask=takes_mask(unet),
         **own,
     )
 
@@ -189,13 +210,23 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     """The four graphs of a pipeline, smallest first."""
     width = pipeline.unet.config.cross_attention_dim
     conditioning = {"prompt_embeds": torch.randn(2, known.max_tokens, width)}
-    if known.time_cond_dim:
-        conditioning["timestep_cond"] = torch.randn(2, known.time_cond_dim)
+    conditioning |= optional_conditioning(known)
     return [
         text_part(TextEncoder(pipeline.text_encoder), known, ("prompt_embeds",)),
         *vae_parts(pipeline.vae, known),
         denoiser_part(Denoiser(pipeline.unet), known, example_latents(known), conditioning),
     ]
+
+
+def optional_conditioning(known: Facts) -> dict[str, Tensor]:
+    """Examples, of two rows, of what only some UNets take."""
+    found = {}
+    if known.time_cond_dim:
+        found["timestep_cond"] = torch.randn(2, known.time_cond_dim)
+    if known.takes_mask:
+        latents = example_latents(known)
+        found |= {"mask": torch.ones_like(latents[:, :1]), "masked_latents": latents}
+    return found
 
 
 def text_part(module: torch.nn.Module, known: Facts, outputs: tuple[str, ...]) -> Part:

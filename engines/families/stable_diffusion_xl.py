@@ -23,7 +23,11 @@ from engines.families.vae import CLASSES, example_latents, vae_parts
 from engines.samplers import Schedule, given_options
 
 NAME = "stable_diffusion_xl"
-PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+PIPELINES = (
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
 COMPONENTS = {  # of a pipeline → the classes that the parts below can be made of
     "unet": ("UNet2DConditionModel",),
     "vae": CLASSES,
@@ -58,20 +62,22 @@ class Denoiser(sd.Denoiser):
 
     Conditioning: ``prompt_embeds`` float32 ``[B, L, D]``; ``pooled_embeds`` float32 ``[B, E]``;
     ``time_ids`` float32 ``[B, 6]``, sizes in pixels; ``timestep_cond`` float32 ``[B, K]`` for
-    models with a guidance embedding.
+    models with a guidance embedding; ``mask``, ``masked_latents`` as Stable Diffusion's.
     """
 
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, coefficients: Tensor, noise: Tensor,
         previous: Tensor, guidance: Tensor, uncond_index: Tensor, prompt_embeds: Tensor,
         pooled_embeds: Tensor, time_ids: Tensor, timestep_cond: Tensor | None = None,
+        mask: Tensor | None = None, masked_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # Sizes are embedded in float32 and joined with what is pooled: no mixed types in the graph.
         added = {"text_embeds": pooled_embeds, "time_ids": time_ids}
 
         def predict(scaled: Tensor) -> Tensor:
+            seen = sd.beside(scaled, mask, masked_latents)
             return self.predict(
-                scaled, timestep, prompt_embeds, timestep_cond, added_cond_kwargs=added
+                seen, timestep, prompt_embeds, timestep_cond, added_cond_kwargs=added
             )
 
         return guided_step(predict, sample, coefficients, noise, previous, guidance, uncond_index)
@@ -120,8 +126,7 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
         "pooled_embeds": torch.randn(2, encoder_2.config.projection_dim),
         "time_ids": torch.full((2, NUM_TIME_IDS), float(known.default_size_px)),
     }
-    if known.time_cond_dim:
-        conditioning["timestep_cond"] = torch.randn(2, known.time_cond_dim)
+    conditioning |= sd.optional_conditioning(known)
     encoders = TextEncoders(pipeline.text_encoder, encoder_2)
     return [
         sd.text_part(encoders, known, ("prompt_embeds", "pooled_embeds")),

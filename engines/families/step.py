@@ -50,7 +50,7 @@ def denoiser_part(
 ) -> Part:
     """The part ``denoiser``: ``module.forward`` takes the step's own inputs in the order of
     `guided_step`, with ``timestep`` after ``sample``, and then ``conditioning``, examples of two
-    rows, of which the batch alone varies.
+    rows, of which the batch varies, and the sides of those that have the latents'.
     """
     example = {
         "sample": latents,
@@ -63,7 +63,9 @@ def denoiser_part(
         **conditioning,
     }
     dynamic: DynamicShapes = {
-        name: LATENTS if value.shape == latents.shape else (BATCH, *(None,) * (value.dim() - 1))
+        name: LATENTS
+        if value.shape[2:] == latents.shape[2:]
+        else (BATCH, *(None,) * (value.dim() - 1))
         for name, value in example.items()
     }
     return Part("denoiser", module, example, dynamic, ("next_sample", "denoised"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engines.facts import Facts
 from engines.families.part import Part
-from engines.families.step import BATCH, LATENTS
+from engines.families.step import BATCH, LATENTS, Dims
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -51,10 +51,14 @@ class VaeDecoder(Normalized):
 
 
 class VaeEncoder(Normalized):
-    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean, std`` float32 ``[B, C, h, w]``, scaled."""
+    """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean, std`` float32 ``[B, C, h, w]``, scaled.
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        moments = self.vae.encoder(_input_of(self.vae, pixels))
+    ``kept`` float32 ``[B, H, W]``, of models that take a mask: 0 where pixels count as mid-grey,
+    else 1.
+    """
+
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        moments = self.vae.encoder(_input_of(self.vae, pixels, kept))
         if self.vae.quant_conv is not None:
             moments = self.vae.quant_conv(moments)
         mean, logvar = moments.float().chunk(2, dim=1)
@@ -65,17 +69,21 @@ class VaeEncoder(Normalized):
 class TinyVaeEncoder(Normalized):
     """``pixels`` uint8 ``[B, H, W, 3]`` → ``mean`` float32 ``[B, C, h, w]``, scaled.
 
-    An `AutoencoderTiny` answers with latents, not with a distribution to sample them from.
+    ``kept`` as `VaeEncoder` has it. An `AutoencoderTiny` answers with latents, not with a
+    distribution to sample them from.
     """
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        latents = self.vae.encode(_input_of(self.vae, pixels), return_dict=False)[0].float()
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        image = _input_of(self.vae, pixels, kept)
+        latents = self.vae.encode(image, return_dict=False)[0].float()
         return (latents - self.shift) * self.scale  # type: ignore[no-any-return]
 
 
-def _input_of(vae: Any, pixels: Tensor) -> Tensor:
+def _input_of(vae: Any, pixels: Tensor, kept: Tensor | None) -> Tensor:
     """uint8 ``[B, H, W, 3]`` as a VAE takes it: ``[B, 3, H, W]`` from -1 to 1, in its own type."""
     image = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0  # TensorRT moves no uint8
+    if kept is not None:
+        image = image * kept[:, None]  # no byte is mid-grey
     return image.to(vae.dtype)
 
 
@@ -92,13 +100,15 @@ def vae_parts(vae: Any, known: Facts) -> list[Part]:
     """The parts ``vae_decoder`` and ``vae_encoder``."""
     latents, scale = example_latents(known), known.vae_scale_factor
     rows, columns = (scale * side for side in latents.shape[2:])
-    pixels = torch.zeros(2, rows, columns, 3, dtype=torch.uint8)
-    dims = (BATCH, ("rows", scale), ("columns", scale), None)
+    sides = (BATCH, ("rows", scale), ("columns", scale))
+    example = {"pixels": torch.zeros(2, rows, columns, 3, dtype=torch.uint8)}
+    dynamic: dict[str, Dims] = {"pixels": (*sides, None)}
+    if known.takes_mask:
+        example["kept"], dynamic["kept"] = torch.ones(2, rows, columns), sides
     tiny = type(vae).__name__ == "AutoencoderTiny"
     encoder = TinyVaeEncoder(vae) if tiny else VaeEncoder(vae)
     return [
         Part("vae_decoder", VaeDecoder(vae), {"latents": latents}, {"latents": LATENTS},
              ("pixels", "pixel_sums")),
-        Part("vae_encoder", encoder, {"pixels": pixels}, {"pixels": dims},
-             ("mean",) if tiny else ("mean", "std")),
+        Part("vae_encoder", encoder, example, dynamic, ("mean",) if tiny else ("mean", "std")),
     ]  # fmt: skip

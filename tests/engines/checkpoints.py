@@ -16,7 +16,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -46,12 +48,18 @@ def make_tokenizer(folder: Path, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
 
 
 def make_checkpoint(
-    folder: Path, *, lcm: bool, prediction_type: str = "epsilon", three_levels: bool = False
+    folder: Path,
+    *,
+    lcm: bool,
+    prediction_type: str = "epsilon",
+    three_levels: bool = False,
+    inpainting: bool = False,
 ) -> Path:
     """Write a tiny Stable Diffusion (or LCM, with guidance embedding) checkpoint to ``folder``.
 
     ``three_levels`` gives the UNet the demo models' build: two halvings, so that sides of 8 n + 1
     and 16 n + 1 latents are odd at both, and the prompt pooled into the time embedding.
+    ``inpainting`` gives it 9 channels: it takes a mask and what that leaves.
     """
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "raw_tokenizer")
@@ -67,7 +75,7 @@ def make_checkpoint(
     pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
     pooled |= {"resnet_time_scale_shift": "scale_shift"}
     unet = UNet2DConditionModel(
-        sample_size=16 if three_levels else 8, in_channels=4, out_channels=4,
+        sample_size=16 if three_levels else 8, in_channels=9 if inpainting else 4, out_channels=4,
         block_out_channels=(32, 64, 64)[: 1 + num_deep], layers_per_block=1,
         cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * num_deep),
@@ -88,14 +96,18 @@ def make_checkpoint(
         pipeline = LatentConsistencyModelPipeline(scheduler=LCMScheduler(**options), **parts)
     else:
         scheduler = DDIMScheduler(**options, set_alpha_to_one=False, steps_offset=1)
-        pipeline = StableDiffusionPipeline(scheduler=scheduler, **parts)
+        kind = StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
+        pipeline = kind(scheduler=scheduler, **parts)
     pipeline.save_pretrained(folder)
     return folder
 
 
-def make_xl_checkpoint(folder: Path, *, pruned: bool = False, embedding: bool = False) -> Path:
+def make_xl_checkpoint(
+    folder: Path, *, pruned: bool = False, embedding: bool = False, inpainting: bool = False
+) -> Path:
     """Write a tiny SDXL checkpoint; ``pruned`` as SSD-1B is, whose ways down and up differ and
-    whose middle has no attention; ``embedding`` with the LCM guidance embedding.
+    whose middle has no attention; ``embedding`` with the LCM guidance embedding;
+    ``inpainting`` with 9 channels.
     """
     torch.manual_seed(1)
     tokenizer = make_tokenizer(folder / "raw_tokenizer")
@@ -118,8 +130,9 @@ def make_xl_checkpoint(folder: Path, *, pruned: bool = False, embedding: bool = 
             "mid_block_type": "UNetMidBlock2D",
         }
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64),
-        layers_per_block=2, cross_attention_dim=72, attention_head_dim=(4, 8), norm_num_groups=8,
+        sample_size=8, in_channels=9 if inpainting else 4, out_channels=4,
+        block_out_channels=(32, 64), layers_per_block=2,
+        cross_attention_dim=72, attention_head_dim=(4, 8), norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8,
@@ -131,7 +144,8 @@ def make_xl_checkpoint(folder: Path, *, pruned: bool = False, embedding: bool = 
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=64, latent_channels=4, scaling_factor=0.13025, force_upcast=True,
     )  # fmt: skip
-    pipeline = StableDiffusionXLPipeline(
+    kind = StableDiffusionXLInpaintPipeline if inpainting else StableDiffusionXLPipeline
+    pipeline = kind(
         vae=vae, text_encoder=text, text_encoder_2=text_2, tokenizer=tokenizer,
         tokenizer_2=second, unet=unet, add_watermarker=False,
         scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,8 @@ PIPELINES = {  # of a checkpoint's own class → from text, from an image, with 
         StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline,
         StableDiffusionXLInpaintPipeline,
     ),
+    "StableDiffusionInpaintPipeline": (StableDiffusionInpaintPipeline,) * 3,
+    "StableDiffusionXLInpaintPipeline": (StableDiffusionXLInpaintPipeline,) * 3,
 }  # fmt: skip
 ALGORITHMS = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}
 MAX_LATENT_ERROR = 1e-3
@@ -151,6 +154,8 @@ class Peer:
             self._pipeline.set_adapters(list(wanted.loras), list(wanted.loras.values()))
         elif self._loras:
             self._pipeline.disable_lora()
+        if self._text_class is self._mask_class:
+            wanted = _with_mask(wanted)
         scheduler = scheduler_of(wanted.sampler, self._pipeline.scheduler.config)
         arguments: dict[str, Any] = {
             "prompt": wanted.prompt,
@@ -199,6 +204,16 @@ class Peer:
         for end, blend in zip(found[1:], wanted.blends, strict=True):
             embeds = AudioDiffusionPipeline.slerp(embeds, end, blend.share)
         return embeds
+
+
+def _with_mask(wanted: Recipe) -> Recipe:
+    """As the pipelines of UNets that take a mask want it, which draw from nothing else."""
+    shape = (wanted.height_px, wanted.width_px)
+    mask = np.ones(shape, bool) if wanted.mask is None else wanted.mask
+    if wanted.image is not None:
+        return dataclasses.replace(wanted, mask=mask)
+    image = np.full((*shape, 3), 200, np.uint8)  # of which nothing is left
+    return dataclasses.replace(wanted, mask=mask, image=image, strength=1.0)
 
 
 def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:

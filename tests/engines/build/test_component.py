@@ -198,10 +198,10 @@ def test_another_architecture_is_refused(checkpoints: Path, tmp_path: Path) -> N
     assert "must be of the base's own architecture" in line
 
 
-def test_inpainting_is_refused_by_its_inputs(checkpoints: Path, tmp_path: Path) -> None:
+def test_editing_is_refused_by_its_inputs(checkpoints: Path, tmp_path: Path) -> None:
     base = checkpoints / "tiny-sd"
     options: dict[str, Any] = json.loads((base / "unet" / "config.json").read_text())
-    UNet2DConditionModel.from_config(options | {"in_channels": 9}).save_pretrained(tmp_path)
+    UNet2DConditionModel.from_config(options | {"in_channels": 8}).save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / WEIGHTS):
         line = _refusal(base, unet=str(path))
-        assert "9 input channels, latents with a mask and a masked image (inpainting)" in line
+        assert "8 input channels, two images (editing)" in line

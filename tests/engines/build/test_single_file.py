@@ -228,8 +228,8 @@ def test_other_files_are_told_by_what_they_hold(checkpoints: Path, tmp_path: Pat
         "a UNet alone, not a whole checkpoint: give it by --unet": pipeline.unet.state_dict(),
         "a VAE alone, not a whole checkpoint: give it by --vae": pipeline.vae.state_dict(),
         "holds model.layers.0.weight and so on": {"model.layers.0.weight": one},
-        "9 input channels, latents with a mask": state
-        | {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)},
+        "8 input channels, two images": state
+        | {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)},
     }
     for index, (expected, tensors) in enumerate(files.items()):
         file = _write(tmp_path / f"{index}.safetensors", tensors)

@@ -144,6 +144,8 @@ def test_what_is_neither_here_nor_a_hub_id(text: str, checkpoints: Path) -> None
 
 def test_shipped_names(checkpoints: Path) -> None:
     assert find_lora("demo-lcm-lora").name == "demo-lcm-lora"
+    tiny = find_overrides(None, "demo-tiny-vae", None).components["vae"]
+    assert (tiny / "config.json").is_file()
     found = find_overrides(None, None, "stable-diffusion-2-1-base").architecture
     assert found is not None
     assert (found / "unet" / "config.json").is_file()
