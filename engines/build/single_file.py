@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.build.source import ARCHITECTURES
+from engines.build.source import ARCHITECTURES, shipped_architectures
 from engines.errors import CheckpointError, reason_of
 
 MERGES = ARCHITECTURES / "clip_merges.txt"
@@ -118,10 +118,10 @@ def architecture_of(header: Header) -> Path:
     name = repository.rpartition("/")[2]
     found = ARCHITECTURES / INPAINTING.get(name, name)
     if not found.is_dir():
-        known = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet")))
         raise CheckpointError(
-            f"{header.file} is of the architecture {found.name}; known are {known}: give a "
-            "diffusers folder with its configurations by --architecture"
+            f"{header.file} is of the architecture {found.name}; known are "
+            f"{shipped_architectures()}: give a diffusers folder with its configurations by "
+            "--architecture"
         )
     return found
 

@@ -6,6 +6,7 @@ configurations alone, into its own cache.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -70,7 +71,7 @@ def find(order: Order) -> Sources:
     return Sources(
         find_model(order.model),
         find_overrides(order.unet, order.vae, order.architecture, order.scheduler),
-        {name: find_lora(str(lora)) for name, lora in order.loras.items()},
+        find_loras(order),
     )
 
 
@@ -88,7 +89,7 @@ def resolve(model: str) -> Path | None:
     """
     if found := _local("model", model, DEMO_MODELS):
         return found
-    if _hub_id(model) or HUB_FILE.fullmatch(HUB_URL.sub("", model)):
+    if _hub_id(model) or _file_on_hub(model):
         return None
     names = sorted(path.parent.name for path in DEMO_MODELS.glob("*/model_index.json"))
     shipped = ", ".join(names) or "none"
@@ -102,7 +103,7 @@ def download(model: str) -> Path:
     """Fetch a hub model's folder (safetensors and configs only), or a single file of one."""
     from diffusers import DiffusionPipeline
 
-    if match := HUB_FILE.fullmatch(HUB_URL.sub("", model)):
+    if match := _file_on_hub(model):
         return _fetch("model", model, lambda: _hub_file(match))
     hub_id = HUB_URL.sub("", model)
     return _fetch("model", model, lambda: DiffusionPipeline.download(hub_id, use_safetensors=True))
@@ -123,37 +124,46 @@ def find_overrides(
 
     check_options(scheduler or {})
     given = {"unet": unet, "vae": vae}
-    components = {name: _find_component(name, text) for name, text in given.items() if text}
+    components = {
+        name: _find(name, text, functools.partial(_hub_component, name))
+        for name, text in given.items()
+        if text
+    }
     found = _find_architecture(architecture) if architecture else None
     return Overrides(components, dict(scheduler or {}), found)
 
 
-def _find_component(name: str, text: str) -> Path:
-    if found := _local(name, text, DEMO_MODELS):
-        return found
-    if match := HUB_FILE.fullmatch(HUB_URL.sub("", text)):
-        return _fetch(name, text, lambda: _hub_file(match))
-    return _fetch(name, text, lambda: _hub_component(name, _existing_or_hub(name, text)))
-
-
 def find_lora(text: str) -> Path:
     """The file or folder of a LoRA, which may be a shipped one, or one file on the hub."""
-    if found := _local("LoRA", text, DEMO_MODELS):
+    return _find("LoRA", text, _hub_lora)
+
+
+def find_loras(order: Order) -> dict[str, Path]:
+    return {name: find_lora(str(lora)) for name, lora in order.loras.items()}
+
+
+def _find(what: str, text: str, fetch_of: Callable[[str], str]) -> Path:
+    """What is here or shipped, one file on the hub, or what ``fetch_of`` takes of a hub id."""
+    if found := _local(what, text, DEMO_MODELS):
         return found
-    if match := HUB_FILE.fullmatch(HUB_URL.sub("", text)):
-        return _fetch("LoRA", text, lambda: _hub_file(match))
-    return _fetch("LoRA", text, lambda: _hub_lora(_existing_or_hub("LoRA", text)))
+    if match := _file_on_hub(text):
+        return _fetch(what, text, lambda: _hub_file(match))
+    return _fetch(what, text, lambda: fetch_of(_existing_or_hub(what, text)))
 
 
 def _find_architecture(text: str) -> Path:
     found = _local("architecture", text, ARCHITECTURES)
     if found is None or not found.is_dir():
-        shipped = ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet")))
         raise CheckpointError(
             f"architecture {text!r} is no folder; give a diffusers folder whose configurations fit "
-            f"the file (its weights are not read), or one of {shipped}"
+            f"the file (its weights are not read), or one of {shipped_architectures()}"
         )
     return found
+
+
+def shipped_architectures() -> str:
+    """Their names, for messages."""
+    return ", ".join(sorted(path.parent.name for path in ARCHITECTURES.glob("*/unet")))
 
 
 def _local(what: str, text: str, shipped: Path | None = None) -> Path | None:
@@ -174,6 +184,10 @@ def _hub_id(text: str) -> str | None:
     found = HUB_URL.sub("", text).rstrip("/")
     looks_local = text.startswith((".", "/", "~")) or text.endswith(SINGLE_FILE)
     return found if re.fullmatch(r"[\w.-]+/[\w.-]+", found) and not looks_local else None
+
+
+def _file_on_hub(text: str) -> re.Match[str] | None:
+    return HUB_FILE.fullmatch(HUB_URL.sub("", text))
 
 
 def _existing_or_hub(what: str, text: str) -> str:

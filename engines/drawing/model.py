@@ -25,7 +25,7 @@ from engines.build.bundle import (
 )
 from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of, whole
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
-from engines.build.source import NO_OVERRIDES, Sources, find
+from engines.build.source import NO_OVERRIDES, Sources, find, find_loras, find_model
 from engines.drawing.batching import FULL_BATCH, denoise_rows
 from engines.drawing.prompts import Tokens
 from engines.drawing.textual_inversion import expand
@@ -183,7 +183,7 @@ def load_model(order: Order, progress: Progress) -> Model:
             raise
         logger.warning("%s cannot draw %s: %s", choice.backend, order.model, error)
         reason = f"{choice.backend} failed: {error}"
-    if is_bundle(find(order).model):
+    if is_bundle(find_model(order.model)):
         order = dataclasses.replace(order, backend="onnxruntime")
         return load_built(order, Choice("onnxruntime", reason), progress)
     return _load_torch(order, Choice("torch", reason))
@@ -224,7 +224,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     names = [window.tokenizer for window in bundle.facts.windows]
     tokenizers = {name: whole(Tokenizer.from_file(str(bundle.tokenizer(name)))) for name in names}
     device = "cuda" if choice.backend in MODULES else "cpu"
-    adapters = _load_adapters(find(order).loras, engines)
+    adapters = _load_adapters(find_loras(order), engines)
     facts = with_defaults(bundle.facts, order.defaults)
     precision = bundle.precision
     return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
