@@ -31,8 +31,9 @@ class Architecture:
 
     maker: str  # of `tests.engines.real_size`
     size: str
-    precisions: Sequence[str]  # of bundles for ONNX Runtime; the first draws
+    precisions: Sequence[str]  # of bundles for ONNX Runtime
     draw: Sequence[str]  # options of `fourstep generate`
+    drawn_from: str  # the folder of a bundle, or of the checkpoint itself
     plans: Sequence[str]  # options of `fourstep build`
     max_peak_gb: float
 
@@ -43,6 +44,7 @@ ARCHITECTURES = {
         size="512x512",
         precisions=("fp32", "fp16"),
         draw=(),
+        drawn_from="fp32",
         plans=("--max-batch", "4"),
         max_peak_gb=14.0,
     ),
@@ -50,9 +52,10 @@ ARCHITECTURES = {
         maker="make_sdxl",
         size="1024x1024",
         precisions=("fp16",),
-        draw=("--guidance", "1"),
+        draw=("--guidance", "1", "--engine", "torch", "--precision", "bf16"),
+        drawn_from="sdxl-random",
         plans=("--max-batch", "1"),
-        max_peak_gb=20.0,
+        max_peak_gb=22.0,
     ),
 }
 
@@ -96,9 +99,9 @@ def run_all(name: str, folder: Path) -> list[Measured]:
         build = [FOURSTEP, "build", str(source), *options, "--out", str(out)]
         results.append(measure(stage, build, out))
     options = ["--size", wanted.size, "--steps", "4", *wanted.draw]
-    bundle = folder / wanted.precisions[0]
-    stage = f"`fourstep generate {' '.join(options)}`, {bundle.name}, ONNX Runtime"
-    draw = [FOURSTEP, "generate", "a lighthouse in a storm", *options, "--model", str(bundle)]
+    stage = f"`fourstep generate {' '.join(options)}` of {wanted.drawn_from}"
+    options += ["--model", str(folder / wanted.drawn_from)]
+    draw = [FOURSTEP, "generate", "a lighthouse in a storm", *options]
     results.append(measure(stage, [*draw, "-o", str(image)], image))
     return results
 
