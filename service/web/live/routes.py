@@ -1,0 +1,104 @@
+"""Where live sessions come in: the WebSocket, its tokens, and how many there may be."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fastapi import APIRouter, Request, WebSocket
+from pydantic import BaseModel, Field
+
+from service.access.keys import KeyRing, bearer_of, tenant_of
+from service.access.quota import Tenant
+from service.access.tokens import LIFE_S, make_token, owner_of_token
+from service.errors import ServiceError, Unauthorized
+from service.replica import Replica
+from service.settings import Settings
+from service.web.intake import Intake
+from service.web.live.messages import PROTOCOL
+from service.web.live.session import RESTARTING, LiveSession
+
+NO_KEY, FULL = 1008, 1013
+PATH = "/realtime/images"
+
+
+class LiveToken(BaseModel):
+    """What opens a session without the key itself."""
+
+    token: str = Field(description="For `GET /v1/realtime/images?token=`. Empty: none is needed.")
+    expires_in: int = Field(description="Seconds in which a session can be opened by it.")
+
+
+class LiveSessions:
+    """Those that are open on this replica."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._open: set[LiveSession] = set()
+
+    def refusal(self, tenant: Tenant) -> str | None:
+        """Why there is no room for one more; None: there is."""
+        limit, own = self._settings.max_live_sessions, self._settings.max_live_sessions_of_key
+        if len(self._open) >= limit:
+            return f"{limit} live sessions are open here, which is all there may be; try again"
+        by_tenant = Counter(session.tenant.name for session in self._open)
+        if tenant.name and by_tenant[tenant.name] >= own:
+            return f"this API key has {own} live sessions open, which is all it may have"
+        return None
+
+    def add(self, session: LiveSession) -> None:
+        self._open.add(session)
+
+    def remove(self, session: LiveSession) -> None:
+        self._open.discard(session)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+def add_live_routes(
+    router: APIRouter, replica: Replica, intake: Intake, keys: KeyRing | None
+) -> None:
+    """Routes of one replica; without ``keys`` everybody may draw."""
+    sessions = LiveSessions(replica.settings)
+
+    @router.post("/realtime/tokens")
+    async def tokens(request: Request) -> LiveToken:
+        """A token that opens live sessions for a minute, for browsers."""
+        token = make_token(keys, bearer_of(request.headers)) if keys is not None else ""
+        return LiveToken(token=token, expires_in=LIFE_S)
+
+    @router.websocket(PATH)
+    async def live(socket: WebSocket) -> None:
+        offered = socket.scope.get("subprotocols", ())
+        await socket.accept(PROTOCOL if PROTOCOL in offered else None)
+        try:
+            tenant = _tenant(socket, keys)
+        except Unauthorized as error:
+            await socket.close(NO_KEY, _reason(error))
+            return
+        if not replica.ready:
+            await socket.close(RESTARTING, "this replica is not serving; come back")
+            return
+        if (refusal := sessions.refusal(tenant)) is not None:
+            await socket.close(FULL, refusal)
+            return
+        session = LiveSession(socket, replica, intake, tenant)
+        sessions.add(session)
+        replica.metrics.live_sessions(len(sessions))
+        try:
+            await session.run()
+        finally:
+            sessions.remove(session)
+            replica.metrics.live_sessions(len(sessions))
+
+
+def _tenant(socket: WebSocket, keys: KeyRing | None) -> Tenant:
+    if keys is None:
+        return Tenant()
+    token = socket.query_params.get("token")
+    return tenant_of(keys, socket.headers) if token is None else owner_of_token(keys, token)
+
+
+def _reason(error: ServiceError) -> str:
+    """As much as a close frame holds: 123 bytes."""
+    return error.message.encode()[:120].decode(errors="ignore")

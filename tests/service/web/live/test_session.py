@@ -1,0 +1,244 @@
+"""A live session as clients see it: frames in, pictures out, the newest first."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from starlette.testclient import WebSocketTestSession
+from starlette.websockets import WebSocketDisconnect
+
+from service.access.keys import make_key
+from service.replica import Replica
+from service.settings import load_settings
+from service.web.app import build_app
+from service.web.live.messages import PROTOCOL
+from tests.engines.peers import Peer, psnr_db, recipe
+
+PATH = "/v1/realtime/images"
+RNG = np.random.default_rng(0)
+PHOTO = RNG.integers(0, 256, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+ASKED = {
+    "prompt": "a red cube", "seed": 5, "num_inference_steps": 3, "guidance_scale": 3.0,
+    "output_format": "png",
+}  # fmt: skip
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def say(session: WebSocketTestSession, kind: str, **values: Any) -> None:
+    session.send_bytes(msgpack.packb({"type": kind, **values}))
+
+
+def hear(session: WebSocketTestSession) -> dict[str, Any]:
+    return msgpack.unpackb(session.receive_bytes())  # type: ignore[no-any-return]
+
+
+def pixels_of(message: dict[str, Any]) -> np.ndarray:
+    assert message["type"] == "frame", message
+    return np.asarray(Image.open(io.BytesIO(message["image"])))
+
+
+@pytest.fixture
+def session(http: TestClient) -> Iterator[WebSocketTestSession]:
+    with http.websocket_connect(PATH, subprotocols=[PROTOCOL]) as session:
+        assert session.accepted_subprotocol == PROTOCOL
+        say(session, "session.update", **ASKED)
+        assert hear(session)["values"]["seed"] == 5
+        yield session
+
+
+def test_a_frame_without_a_picture_is_what_diffusers_draws(
+    session: WebSocketTestSession, lcm_checkpoint: Path
+) -> None:
+    say(session, "frame", id=1)
+    found = hear(session)
+    assert (found["id"], found["seed"], found["steps"], found["dropped"]) == (1, 5, 3, 0)
+    wanted = recipe(num_steps=3, guidance_scale=3.0, seed=5)
+    assert psnr_db(pixels_of(found), Peer(lcm_checkpoint).draw(wanted).pixels) >= 50
+
+
+def test_a_frame_with_a_picture_is_an_edit(
+    session: WebSocketTestSession, lcm_checkpoint: Path
+) -> None:
+    say(session, "frame", id="a", image=png(PHOTO), strength=0.7)
+    wanted = recipe(num_steps=3, guidance_scale=3.0, seed=5, image=PHOTO, strength=0.7)
+    assert psnr_db(pixels_of(hear(session)), Peer(lcm_checkpoint).draw(wanted).pixels) >= 50
+
+
+def test_a_mask_keeps_the_rest_equal_to_the_byte(session: WebSocketTestSession) -> None:
+    mask = np.zeros_like(PHOTO)
+    mask[16:48, 16:48] = 255
+    say(session, "frame", id=1, image=png(PHOTO), mask=png(mask))
+    drawn = pixels_of(hear(session))
+    assert np.array_equal(drawn[mask == 0], PHOTO[mask == 0])
+    assert not np.array_equal(drawn, PHOTO)
+
+
+def test_json_says_the_same(http: TestClient) -> None:
+    with http.websocket_connect(PATH) as session:
+        session.send_text(json.dumps({"type": "session.update", **ASKED}))
+        assert json.loads(session.receive_text())["type"] == "session"
+        image = base64.b64encode(png(PHOTO)).decode()
+        session.send_text(json.dumps({"type": "frame", "id": 1, "image": image, "strength": 0.7}))
+        found = json.loads(session.receive_text())
+        session.send_bytes(
+            msgpack.packb({"type": "frame", "id": 2, "image": png(PHOTO), "strength": 0.7})
+        )
+        assert hear(session)["image"] == base64.b64decode(found["image"])
+
+
+def test_the_newest_frame_wins(session: WebSocketTestSession) -> None:
+    """Each frame is answered once, in any of two ways, and the last one is drawn."""
+    for number in range(30):
+        say(session, "frame", id=number)
+    answers = [hear(session) for _ in range(30)]
+    assert sorted(answer["id"] for answer in answers) == list(range(30))
+    drawn = [answer["id"] for answer in answers if answer["type"] == "frame"]
+    skipped = [answer for answer in answers if answer["type"] == "skipped"]
+    assert drawn == sorted(drawn)
+    assert drawn[-1] == 29
+    assert len(skipped) > 10
+    assert {answer["reason"] for answer in skipped} == {"superseded"}
+    dropped = sum(answer["dropped"] for answer in answers if answer["type"] == "frame")
+    assert dropped == len(skipped)
+
+
+def test_pictures_that_are_alike_are_skipped_where_asked(session: WebSocketTestSession) -> None:
+    say(session, "session.update", similarity=0.99, strength=0.7)
+    hear(session)
+    nearly = PHOTO.copy()
+    nearly[0, 0] ^= 1
+    for number, picture in enumerate((PHOTO, nearly, np.invert(PHOTO))):
+        say(session, "frame", id=number, image=png(picture))
+        answer = hear(session)
+        if number == 1:
+            assert (answer["type"], answer["reason"]) == ("skipped", "similar")
+        else:
+            assert answer["type"] == "frame"
+    say(session, "frame", id=3, image=png(np.invert(PHOTO)), prompt="a blue cube")
+    assert hear(session)["type"] == "frame", "of another prompt"
+
+
+def test_a_new_prompt_slides_in(session: WebSocketTestSession, lcm_checkpoint: Path) -> None:
+    say(session, "session.update", prompt_blend=2)
+    hear(session)
+    say(session, "frame", id=0)
+    first = pixels_of(hear(session))
+    say(session, "session.update", prompt="a blue sphere")
+    hear(session)
+    pictures = []
+    for number in (1, 2, 3):
+        say(session, "frame", id=number)
+        pictures.append(pixels_of(hear(session)))
+    between, last, still = pictures
+    assert not np.array_equal(between, first)
+    assert not np.array_equal(between, last)
+    assert np.array_equal(last, still)
+    wanted = recipe(prompt="a blue sphere", num_steps=3, guidance_scale=3.0, seed=5)
+    assert psnr_db(last, Peer(lcm_checkpoint).draw(wanted).pixels) >= 50
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"type": "draw"}, "type is 'draw'; it must be 'session.update' or 'frame'"),
+        ({"type": "frame"}, "id is missing"),
+        ({"type": "frame", "id": 1, "image": "?"}, "image is neither bytes nor base64"),
+        ({"type": "frame", "id": 1, "n": 2}, "unknown field 'n'; a live session has prompt"),
+        ({"type": "session.update", "max_fps": 0}, "max_fps is 0: input should be greater than 0"),
+        ({"type": "session.update", "strength": 2}, "strength is 2: input should be less than or"),
+        ({"type": "frame", "id": 1, "num_inference_steps": 999}, "num_inference_steps is 999"),
+        ({"type": "frame", "id": 1, "image": b"GIF89a"}, "image is a file of the format GIF"),
+        ([], "a message is one object"),
+    ],
+)
+def test_what_is_wrong_is_said_and_the_session_goes_on(
+    session: WebSocketTestSession, message: object, said: str
+) -> None:
+    session.send_bytes(msgpack.packb(message))
+    answer = hear(session)
+    assert answer["type"] == "error"
+    assert answer["error"]["message"].startswith(said)
+    assert answer["error"]["type"] == "invalid_request_error"
+    say(session, "frame", id=7)
+    assert hear(session)["id"] == 7
+
+
+def test_sessions_that_are_dropped_leave_nothing(http: TestClient, lcm_checkpoint: Path) -> None:
+    """At every phase: fresh, told of a prompt, with a frame on its way, with several."""
+    for turn in range(60):
+        with http.websocket_connect(PATH) as session:
+            if turn % 4 > 0:
+                say(session, "session.update", **ASKED)
+            for number in range(turn % 4):
+                say(session, "frame", id=number)
+
+
+def open_sessions(http: TestClient) -> float:
+    text = http.get("/metrics").text
+    (line,) = (each for each in text.splitlines() if each.startswith("fourstep_live_sessions{"))
+    return float(line.rpartition(" ")[2])
+
+
+def refused(http: TestClient, path: str = PATH, **options: Any) -> tuple[int, str]:
+    with (
+        http.websocket_connect(path, **options) as session,
+        pytest.raises(WebSocketDisconnect) as closed,
+    ):
+        session.receive_bytes()
+    return closed.value.code, closed.value.reason
+
+
+def test_keys_and_tokens(lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path) -> None:
+    key, line = make_key("studio")
+    file = tmp_path / "keys"
+    file.write_text(line)
+    settings = load_settings(
+        {
+            "model": str(lcm_checkpoint),
+            "engine": "onnxruntime",
+            "cache_dir": cache_dir,
+            "api_keys_file": file,
+            "max_live_sessions_of_key": 1,
+        }
+    )
+    with TestClient(build_app(Replica(settings))) as http:
+        assert refused(http)[0] == 1008
+        assert http.post("/v1/realtime/tokens").status_code == 401
+        headers = {"authorization": f"Bearer {key}"}
+        answer = http.post("/v1/realtime/tokens", headers=headers).json()
+        assert answer["expires_in"] == 60
+        token = answer["token"]
+        assert key not in token
+        forged = token[:-1] + ("0" if token[-1] != "0" else "1")
+        assert refused(http, f"{PATH}?token={forged}")[0] == 1008
+        with http.websocket_connect(f"{PATH}?token={token}") as session:
+            say(session, "session.update", **ASKED)
+            assert hear(session)["type"] == "session"
+            code, reason = refused(http, headers=headers)
+            assert (code, reason) == (
+                1013, "this API key has 1 live sessions open, which is all it may have",
+            )  # fmt: skip
+            say(session, "frame", id=1)
+            assert hear(session)["type"] == "frame"
+
+
+def test_a_silent_session_ends(lcm_checkpoint: Path, cache_dir: Path) -> None:
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    settings = load_settings(values | {"live_idle_s": 0.2})
+    with TestClient(build_app(Replica(settings))) as http:
+        assert refused(http) == (1000, "nothing came for 0.2 s")
