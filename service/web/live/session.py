@@ -25,7 +25,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engines.families.recipe import Blend
 from service.access.quota import Tenant
-from service.errors import BadRequest, Cancelled, NotReady, Overloaded, RateLimited, ServiceError
+from service.errors import (
+    BadRequest,
+    Cancelled,
+    NotReady,
+    Overloaded,
+    RateLimited,
+    ServiceError,
+    TooLarge,
+)
 from service.replica import Replica
 from service.web.admission import MAX_RANDOM_SEED, Admitted, admit, check_limits, check_model
 from service.web.answers import in_worker
@@ -137,9 +145,18 @@ class LiveSession:
             data = message.get("bytes")
             self._binary = data is not None
             try:
-                await self._take(messages.read(message["text"] if data is None else data))
+                await self._take(self._parse(message["text"] if data is None else data))
             except ServiceError as error:
                 await self._send(error.body() | {"type": "error"})
+
+    def _parse(self, data: bytes | str) -> SessionUpdate | Frame:
+        limit = self._replica.settings.max_live_message_bytes
+        if len(data) > limit:
+            raise TooLarge(
+                f"the message has {len(data)} bytes; at most {limit} are accepted, send smaller "
+                "pictures"
+            )
+        return messages.read(data)
 
     async def _take(self, message: SessionUpdate | Frame) -> None:
         _check_fields(message.values)
@@ -177,7 +194,7 @@ class LiveSession:
                 "max_fps": settings.live_max_fps,
                 "idle_s": settings.live_idle_s,
                 "max_num_inference_steps": settings.max_steps,
-                "max_message_bytes": settings.max_body_bytes,
+                "max_message_bytes": settings.max_live_message_bytes,
             },
         }
 
