@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, WebSocket
 from pydantic import BaseModel, Field
@@ -17,7 +18,7 @@ from service.web.intake import Intake
 from service.web.live.messages import PROTOCOL
 from service.web.live.session import RESTARTING, LiveSession
 
-NO_KEY, FULL = 1008, 1013
+REFUSED, FULL = 1008, 1013
 PATH = "/realtime/images"
 
 
@@ -72,9 +73,10 @@ def add_live_routes(
         offered = socket.scope.get("subprotocols", ())
         await socket.accept(PROTOCOL if PROTOCOL in offered else None)
         try:
+            _check_origin(socket, replica.settings)
             tenant = _tenant(socket, keys)
         except Unauthorized as error:
-            await socket.close(NO_KEY, _reason(error))
+            await socket.close(REFUSED, _reason(error))
             return
         if not replica.ready:
             await socket.close(RESTARTING, "this replica is not serving; come back")
@@ -90,6 +92,21 @@ def add_live_routes(
         finally:
             sessions.remove(session)
             replica.metrics.live_sessions(len(sessions))
+
+
+def _check_origin(socket: WebSocket, settings: Settings) -> None:
+    """A page of elsewhere may open a WebSocket where it could send no request: browsers ask nobody.
+
+    Raises:
+        Unauthorized: it is of an origin that is neither this service's own nor a known one.
+    """
+    origin = socket.headers.get("origin")
+    own = urlsplit(origin or "").netloc == socket.headers.get("host")
+    if origin is None or own or {origin, "*"} & set(settings.cors_origins):
+        return
+    raise Unauthorized(
+        f"pages of {origin[:60]} may not draw here; cors_origins names those who may"
+    )
 
 
 def _tenant(socket: WebSocket, keys: KeyRing | None) -> Tenant:

@@ -203,6 +203,26 @@ def refused(http: TestClient, path: str = PATH, **options: Any) -> tuple[int, st
     return closed.value.code, closed.value.reason
 
 
+@pytest.mark.parametrize(("origin", "code"), [
+    ("http://testserver", None), ("https://shop.example", None),
+    ("https://evil.example", 1008), ("null", 1008), ("http://testserver.evil.example", 1008),
+])  # fmt: skip
+def test_pages_of_elsewhere_draw_where_they_are_let(
+    lcm_checkpoint: Path, cache_dir: Path, origin: str, code: int | None
+) -> None:
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    settings = load_settings(values | {"cors_origins": ("https://shop.example",)})
+    with TestClient(build_app(Replica(settings))) as http:
+        headers = {"origin": origin}
+        if code is not None:
+            found, reason = refused(http, headers=headers)
+            assert (found, reason.endswith("cors_origins names those who may")) == (code, True)
+            return
+        with http.websocket_connect(PATH, headers=headers) as session:
+            say(session, "session.update", **ASKED)
+            assert hear(session)["type"] == "session"
+
+
 def test_keys_and_tokens(lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path) -> None:
     key, line = make_key("studio")
     file = tmp_path / "keys"
