@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from service.cli import app
+from service.web.live.client import address_of
 from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
 
 PAGE = Path(__file__).parents[4] / "service" / "web" / "live" / "README.md"
@@ -51,6 +55,22 @@ def test_frames_of_a_folder_are_drawn(node: ReplicaProcess, tmp_path: Path) -> N
     assert len(pictures) == int(found[1]) > 0
     with Image.open(pictures[0]) as image:
         assert image.size == (64, 64)
+
+
+def test_a_replica_that_ends_says_come_back(
+    replica_settings: dict[str, object], tmp_path: Path
+) -> None:
+    with replica_process(tmp_path, **replica_settings) as node:
+        wait_until_ready(node)
+        with connect(address_of(node.url)) as socket:
+            socket.send(msgpack.packb({"type": "session.update", "prompt": "a cube"}))
+            assert msgpack.unpackb(socket.recv())["type"] == "session"
+            node.process.terminate()
+            with pytest.raises(ConnectionClosed) as closed:
+                socket.recv(timeout=30)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+        node.process.wait(timeout=30)
 
 
 def test_what_the_service_refuses_is_said(node: ReplicaProcess) -> None:

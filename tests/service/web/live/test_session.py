@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.testclient import WebSocketTestSession
+from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 from service.access.keys import make_key
@@ -23,6 +25,7 @@ from service.settings import load_settings
 from service.web.app import build_app
 from service.web.live.messages import PROTOCOL
 from tests.engines.peers import Peer, psnr_db, recipe
+from tests.monitoring import wait_for
 
 PATH = "/v1/realtime/images"
 RNG = np.random.default_rng(0)
@@ -178,14 +181,68 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(
     assert hear(session)["id"] == 7
 
 
-def test_sessions_that_are_dropped_leave_nothing(http: TestClient, lcm_checkpoint: Path) -> None:
+def test_sessions_that_are_dropped_leave_nothing(lcm_checkpoint: Path, cache_dir: Path) -> None:
     """At every phase: fresh, told of a prompt, with a frame on its way, with several."""
-    for turn in range(60):
-        with http.websocket_connect(PATH) as session:
-            if turn % 4 > 0:
-                say(session, "session.update", **ASKED)
-            for number in range(turn % 4):
-                say(session, "frame", id=number)
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    replica = Replica(load_settings(values))
+    with TestClient(build_app(replica)) as http:
+        assert http.portal is not None
+        num_tasks = http.portal.call(_num_tasks)
+        for turn in range(100):
+            with http.websocket_connect(PATH) as session:
+                if turn % 4 > 0:
+                    say(session, "session.update", **ASKED)
+                for number in range(turn % 4):
+                    say(session, "frame", id=number)
+        wait_for(lambda: not replica.loop._ledger.open, "the last row leaves")
+        assert open_sessions(http) == 0
+        assert http.portal.call(_num_tasks) <= num_tasks
+
+
+async def _num_tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+def test_who_does_not_read_gets_nothing_more_drawn(lcm_checkpoint: Path, cache_dir: Path) -> None:
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    replica = Replica(load_settings(values))
+    replica.start()
+    app = build_app(replica)
+    sent: list[Message] = []
+
+    async def run() -> None:
+        inbox: asyncio.Queue[Message] = asyncio.Queue()
+        stuck = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            """As a socket's whose buffers are full from the first picture on."""
+            sent.append(message)
+            if b"image" in message.get("bytes", b""):
+                stuck.set()
+                await asyncio.sleep(3600)
+
+        inbox.put_nowait({"type": "websocket.connect"})
+        for message in ({"type": "session.update", **ASKED}, {"type": "frame", "id": 0}):
+            inbox.put_nowait({"type": "websocket.receive", "bytes": msgpack.packb(message)})
+        scope = {"type": "websocket", "path": PATH, "headers": [], "query_string": b""}
+        serving = asyncio.ensure_future(app(scope, inbox.get, send))
+        await stuck.wait()
+        for number in range(1, 100):
+            frame = msgpack.packb({"type": "frame", "id": number})
+            inbox.put_nowait({"type": "websocket.receive", "bytes": frame})
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            assert not replica.loop._ledger.open, "it is drawn for"
+        assert inbox.qsize() > 90, "nor is it read from"
+        inbox.put_nowait({"type": "websocket.disconnect", "code": 1006})
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    try:
+        asyncio.run(run())
+    finally:
+        replica.close()
+    assert sum(b"image" in message.get("bytes", b"") for message in sent) == 1
 
 
 def open_sessions(http: TestClient) -> float:
