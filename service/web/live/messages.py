@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from typing import Annotated, Any, Literal
 
 import msgpack
@@ -75,7 +74,8 @@ def read(message: bytes | str) -> SessionUpdate | Frame:
     number = given.pop("id", None)
     if not isinstance(number, int | str) or isinstance(number, bool) or len(str(number)) > 64:
         raise BadRequest(
-            "id is missing or no number or text of at most 64 characters; give each frame one",
+            "id is missing, or no integer of 64 bits and no text of at most 64 characters; give "
+            "each frame one",
             param="id",
         )
     pictures = {name: _bytes(name, given.pop(name, None)) for name in ("image", "mask")}
@@ -85,13 +85,17 @@ def read(message: bytes | str) -> SessionUpdate | Frame:
 def _unpack(message: bytes | str) -> Any:
     try:
         if isinstance(message, bytes):
-            return msgpack.unpackb(message, strict_map_key=False)
-        return json.loads(message)
+            return msgpack.unpackb(message, strict_map_key=False, ext_hook=_no_extension)
+        return orjson.loads(message)
     except ValueError as error:
         form = "MessagePack" if isinstance(message, bytes) else "JSON"
         raise BadRequest(f"the message is not {form}: {str(error)[:200]}") from None
     except RecursionError:
         raise BadRequest("the message is nested too deeply") from None
+
+
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"extension type {code} is of no use here")
 
 
 def _bytes(name: str, value: Any) -> bytes | None:

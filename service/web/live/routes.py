@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from urllib.parse import urlsplit
 
@@ -16,10 +17,11 @@ from service.replica import Replica
 from service.settings import Settings
 from service.web.intake import Intake
 from service.web.live.messages import PROTOCOL
-from service.web.live.session import RESTARTING, LiveSession
+from service.web.live.session import REFUSED, RESTARTING, LiveSession
 
-REFUSED, FULL = 1008, 1013
+FULL = 1013
 PATH = "/realtime/images"
+MOVED = "this replica is shutting down; come back, to another"
 
 
 class LiveToken(BaseModel):
@@ -30,11 +32,14 @@ class LiveToken(BaseModel):
 
 
 class LiveSessions:
-    """Those that are open on this replica."""
+    """Those that are open on this replica: of one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._open: set[LiveSession] = set()
+        self._event_loop: asyncio.AbstractEventLoop | None = None  # of the first one
+        self._goodbyes: asyncio.Future[list[BaseException | None]] | None = None
+        self.draining = False
 
     def refusal(self, tenant: Tenant) -> str | None:
         """Why there is no room for one more; None: there is."""
@@ -47,10 +52,21 @@ class LiveSessions:
         return None
 
     def add(self, session: LiveSession) -> None:
+        self._event_loop = asyncio.get_running_loop()
         self._open.add(session)
 
     def remove(self, session: LiveSession) -> None:
         self._open.discard(session)
+
+    def drain(self) -> None:
+        """Send all of them to another replica, and take no more. From any thread."""
+        self.draining = True
+        if self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._close_all)
+
+    def _close_all(self) -> None:
+        goodbyes = [session.close(RESTARTING, MOVED) for session in self._open]
+        self._goodbyes = asyncio.gather(*goodbyes, return_exceptions=True)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -61,6 +77,7 @@ def add_live_routes(
 ) -> None:
     """Routes of one replica; without ``keys`` everybody may draw."""
     sessions = LiveSessions(replica.settings)
+    replica.when_draining(sessions.drain)
 
     @router.post("/realtime/tokens")
     async def tokens(request: Request) -> LiveToken:
@@ -78,13 +95,17 @@ def add_live_routes(
         except Unauthorized as error:
             await socket.close(REFUSED, _reason(error))
             return
-        if not replica.ready:
-            await socket.close(RESTARTING, "this replica is not serving; come back")
+        if sessions.draining or not replica.ready:
+            await socket.close(RESTARTING, MOVED)
             return
         if (refusal := sessions.refusal(tenant)) is not None:
             await socket.close(FULL, refusal)
             return
-        session = LiveSession(socket, replica, intake, tenant)
+
+        def is_known() -> bool:
+            return keys is None or bool(keys.owners(tenant.name))
+
+        session = LiveSession(socket, replica, intake, tenant, is_known)
         sessions.add(session)
         replica.metrics.live_sessions(len(sessions))
         try:
