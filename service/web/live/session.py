@@ -35,11 +35,12 @@ from service.errors import (
 from service.replica import Replica
 from service.web.admission import MAX_RANDOM_SEED, Admitted, admit, check_limits, check_model
 from service.web.answers import in_worker
+from service.web.images import MEDIA_TYPES
 from service.web.intake import Intake
 from service.web.job import EncodedImage, Job
 from service.web.live import messages
 from service.web.live.likeness import Look, Shown
-from service.web.live.messages import Frame, LiveOptions, SessionUpdate
+from service.web.live.messages import Frame, LiveOptions, SessionUpdate, Wire
 from service.web.live.slide import Slide
 from service.web.masks import Edited
 from service.web.parsing import bad_request
@@ -67,8 +68,10 @@ class LiveSession:
         intake: Intake,
         tenant: Tenant,
         is_known: Callable[[], bool],
+        wire: Wire,
     ) -> None:
         self.tenant = tenant
+        self._wire = wire
         self._is_known = is_known  # whether the tenant's key still counts
         self._socket, self._replica, self._intake = socket, replica, intake
         self._id = f"live_{uuid.uuid4().hex}"
@@ -76,7 +79,6 @@ class LiveSession:
         self._values: dict[str, Any] = {
             "seed": secrets.randbelow(MAX_RANDOM_SEED), "output_format": "jpeg",
         }  # fmt: skip
-        self._binary = True
         self._sending = asyncio.Lock()
         self._closed = False
         self._pending: Frame | None = None
@@ -123,7 +125,6 @@ class LiveSession:
                 await self.close(REFUSED, "this API key is not known here any more")
                 return
             data = message.get("bytes")
-            self._binary = data is not None
             try:
                 await self._take(self._parse(message["text"] if data is None else data))
             except ServiceError as error:
@@ -136,7 +137,7 @@ class LiveSession:
                 f"the message has {len(data)} bytes; at most {limit} are accepted, send smaller "
                 "pictures"
             )
-        return messages.read(data)
+        return self._wire.read(data)
 
     async def _take(self, message: SessionUpdate | Frame) -> None:
         _check_fields(message.values)
@@ -262,16 +263,18 @@ class LiveSession:
         self._spared = False
         self._shown.draw(look)
         self._replica.metrics.live_frame(clock() - begun)
-        return self._picture(frame, image, admitted, job)
+        media_type = MEDIA_TYPES[params.output_format]
+        return self._picture(frame, image, media_type, admitted, job)
 
     def _picture(
-        self, frame: Frame, image: EncodedImage, admitted: Admitted, job: Job
+        self, frame: Frame, image: EncodedImage, media_type: str, admitted: Admitted, job: Job
     ) -> dict[str, Any]:
         dropped, self._num_dropped = self._num_dropped, 0
         return {
             "type": "frame",
             "id": frame.id,
             "image": image.data,
+            "media_type": media_type,
             "width": admitted.width,
             "height": admitted.height,
             "seed": admitted.seed,
@@ -325,10 +328,10 @@ class LiveSession:
         async with self._sending:
             if self._closed:
                 raise WebSocketDisconnect
-            data = messages.write(message, binary=self._binary)
+            data = self._wire.write(message)
             if isinstance(data, bytes):
                 await self._socket.send_bytes(data)
-            else:
+            elif data is not None:
                 await self._socket.send_text(data)
 
 
