@@ -41,7 +41,7 @@ logger = logging.getLogger("fourstep.model")
 # A decode beside a denoise call: they run one after the other, but the GPU has always one to go on
 # with while the host looks after the other.
 GPU_CALLS = 2
-PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")  # of every model
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,11 @@ class Model:
             engine.close()
 
 
+def parts_of(facts: Facts) -> tuple[str, ...]:
+    """Names of a model's parts."""
+    return (*PARTS, "tiny_vae_decoder") if "tiny" in facts.decoders else PARTS
+
+
 def prepare(order: Order, progress: Progress) -> Bundle:
     """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
 
@@ -104,7 +109,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     bundle = open_bundle(folder)
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
-            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, "
+            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --tiny-vae, "
             "--scheduler and --architecture to fourstep build, or serve the checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
@@ -204,12 +209,12 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
     engines: dict[str, Engine] = {}
-    target, max_calls = None, GPU_CALLS
+    target, max_calls, parts = None, GPU_CALLS, parts_of(bundle.facts)
     if choice.backend in MODULES:
         from engines.backends.tensorrt_engine import TensorRtEngine
 
         target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
-        for name in PARTS:
+        for name in parts:
             plan = bundle.part(name).with_suffix(".plan")
             engines[name] = TensorRtEngine(
                 plan, choice.backend, target.batches, stripped=target.strip
@@ -218,7 +223,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
         cores = Cores(order.num_threads)
-        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in PARTS}
+        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in parts}
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
     names = [window.tokenizer for window in bundle.facts.windows]

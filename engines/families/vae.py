@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.facts import Facts
+from engines.facts import TINY_VAE, Facts
 from engines.families.part import Part
 from engines.families.step import BATCH, LATENTS, Dims
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+TINY = "AutoencoderTiny"
+CLASSES = ("AutoencoderKL", TINY)
 
 
 class Normalized(torch.nn.Module):
@@ -96,19 +97,29 @@ def example_latents(known: Facts) -> Tensor:
     return torch.randn(2, known.latent_channels, side, side)
 
 
-def vae_parts(vae: Any, known: Facts) -> list[Part]:
-    """The parts ``vae_decoder`` and ``vae_encoder``."""
-    latents, scale = example_latents(known), known.vae_scale_factor
-    rows, columns = (scale * side for side in latents.shape[2:])
+def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
+    """The parts ``vae_decoder`` and ``vae_encoder``, and ``tiny_vae_decoder`` where the pipeline
+    has a ``tiny_vae`` beside its own.
+    """
+    vae, scale = pipeline.vae, known.vae_scale_factor
+    rows, columns = (scale * side for side in example_latents(known).shape[2:])
     sides = (BATCH, ("rows", scale), ("columns", scale))
     example = {"pixels": torch.zeros(2, rows, columns, 3, dtype=torch.uint8)}
     dynamic: dict[str, Dims] = {"pixels": (*sides, None)}
     if known.takes_mask:
         example["kept"], dynamic["kept"] = torch.ones(2, rows, columns), sides
-    tiny = type(vae).__name__ == "AutoencoderTiny"
+    tiny = type(vae).__name__ == TINY
     encoder = TinyVaeEncoder(vae) if tiny else VaeEncoder(vae)
-    return [
-        Part("vae_decoder", VaeDecoder(vae), {"latents": latents}, {"latents": LATENTS},
-             ("pixels", "pixel_sums")),
-        Part("vae_encoder", encoder, example, dynamic, ("mean",) if tiny else ("mean", "std")),
-    ]  # fmt: skip
+    outputs = ("mean",) if tiny else ("mean", "std")
+    parts = [
+        _decoder_part("vae_decoder", vae, known),
+        Part("vae_encoder", encoder, example, dynamic, outputs),
+    ]
+    if TINY_VAE in known.components:
+        parts.append(_decoder_part("tiny_vae_decoder", pipeline.tiny_vae, known))
+    return parts
+
+
+def _decoder_part(name: str, vae: Any, known: Facts) -> Part:
+    example, dynamic = {"latents": example_latents(known)}, {"latents": LATENTS}
+    return Part(name, VaeDecoder(vae), example, dynamic, ("pixels", "pixel_sums"))

@@ -25,6 +25,7 @@ class FakeRow:
     deadline: float = float("inf")
     cancelled: bool = False
     live: bool = False
+    decoder: str = "full"
     stage: Stage = Stage.ENCODE_TEXT
     num_steps_left: int = field(init=False)
     num_calls: dict[WorkKind, int] = field(default_factory=dict)
@@ -35,6 +36,10 @@ class FakeRow:
     @property
     def group(self) -> tuple[int, int]:
         return (self.size, self.size)
+
+    @property
+    def decoding(self) -> tuple[int, str]:
+        return (self.size, self.decoder)
 
     def advance(self, kind: WorkKind) -> None:
         self.num_calls[kind] = self.num_calls.get(kind, 0) + 1
@@ -63,7 +68,7 @@ class FakeCosts:
     def step_fixed_s(self, group: tuple[int, int]) -> float:
         return self.step_fixed
 
-    def decode_fixed_s(self, group: tuple[int, int]) -> float:
+    def decode_fixed_s(self, decoding: tuple[int, str]) -> float:
         return self.decode_fixed
 
 
@@ -81,6 +86,7 @@ rows = st.builds(
     tenant=st.sampled_from(["", "alice", "bob"]),
     priority=st.integers(-1, 1),
     live=st.booleans(),
+    decoder=st.sampled_from(["full", "tiny"]),
 )
 limits = st.builds(
     Limits,
@@ -96,14 +102,16 @@ limits = st.builds(
 def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
     assert work.rows
     assert len(set(map(id, work.rows))) == len(work.rows)
-    if work.kind is not WorkKind.ENCODE_TEXT:
-        assert len({row.group for row in work.rows}) == 1
+    if work.kind is WorkKind.DECODE:
+        assert {row.decoding for row in work.rows} == {work.alike}
+    elif work.kind is not WorkKind.ENCODE_TEXT:
+        assert {row.group for row in work.rows} == {work.alike}
     if work.kind is WorkKind.DENOISE:
         assert sum(row.num_lanes for row in work.rows) <= scheduler.limits.max_batch
     elif work.kind is WorkKind.ENCODE_TEXT:
         assert len(work.rows) <= scheduler.limits.max_decode_batch
     else:
-        assert len(work.rows) <= scheduler.limits.decode_rows(work.rows[0].group)
+        assert len(work.rows) <= scheduler.limits.decode_rows(work.alike)
     assert sum(row.num_lanes for row in scheduler.running) <= scheduler.limits.max_running
     wanted = {
         WorkKind.ENCODE_TEXT: Stage.ENCODE_TEXT,
