@@ -1,4 +1,4 @@
-"""A tiny VAE beside the model's own: chosen row by row, equal to diffusers', batched with the rest."""
+"""A tiny VAE beside the model's own: chosen by the row, equal to diffusers', in shared batches."""
 
 from __future__ import annotations
 
