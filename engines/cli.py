@@ -27,6 +27,7 @@ from engines.options import (
     SamplerOption,
     SchedulerOption,
     StepsOption,
+    TilingOption,
     TimestepsOption,
     TinyVaeOption,
     UnetOption,
@@ -84,6 +85,7 @@ def build(
     unet: UnetOption = "",
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
+    vae_tiling_px: TilingOption = 0,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
@@ -116,6 +118,7 @@ def build(
             version_compatible=version_compatible,
             refit=refit,
             strip=strip,
+            tile_px=vae_tiling_px,
         )
         target = Machine.here().aim(target)
     begun = time.monotonic()
@@ -313,6 +316,7 @@ def generate(
     unet: UnetOption = "",
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
+    vae_tiling_px: TilingOption = 0,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -327,7 +331,8 @@ def generate(
     named = parse_timesteps(timesteps)
     order = Order(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
-        tiny_vae=tiny_vae, scheduler=parse_options(scheduler), architecture=architecture,
+        tiny_vae=tiny_vae, vae_tiling_px=vae_tiling_px, scheduler=parse_options(scheduler),
+        architecture=architecture,
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()

@@ -62,6 +62,7 @@ class Facts:
     takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
     default_decoder: str = "full"  # one of `decoders`
+    gives_image: bool = True  # its decoders do, before it is rounded: what tiles need
 
     @property
     def max_tokens(self) -> int:
@@ -84,7 +85,7 @@ class Facts:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
         """As `to_json` wrote them, now or before there was what it fills in."""
-        values = dict(values)
+        values = {"gives_image": False} | dict(values)
         if "windows" not in values:
             names = ("max_tokens", "pad_token_id", "eos_token_id")
             only = {name: values.pop(name) for name in names}

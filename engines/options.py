@@ -60,6 +60,14 @@ TinyVaeOption = Annotated[
         envvar="FOURSTEP_TINY_VAE",
     ),
 ]
+TilingOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Images with a longer side are decoded in tiles of so many pixels a side; 0: whole.",
+        envvar="FOURSTEP_VAE_TILING_PX",
+    ),
+]
 DecoderOption = Annotated[str, typer.Option(help="Default decoder: full or tiny.")]
 SchedulerOption = Annotated[
     list[str] | None,

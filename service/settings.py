@@ -56,6 +56,13 @@ class Settings(BaseSettings):
         description="folder, file or hub id of a tiny VAE beside the model's: the decoder `tiny`, "
         "by which previews are made too; the demo models bring theirs",
     )
+    vae_tiling_px: int = Field(
+        0,
+        ge=0,
+        le=8192,
+        description="images with a longer side are decoded in tiles of so many pixels a side, one "
+        "a call, so that neither memory nor anybody else waits for a large one; 0: whole",
+    )
     scheduler: dict[str, bool | int | float | str] = Field(
         {}, description="options over those of the model's scheduler config, by name"
     )
@@ -217,6 +224,7 @@ class Settings(BaseSettings):
             unet=self.unet,
             vae=self.vae,
             tiny_vae=self.tiny_vae,
+            vae_tiling_px=self.vae_tiling_px,
             scheduler=self.scheduler,
             architecture=self.architecture,
             defaults=Defaults(

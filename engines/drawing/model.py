@@ -33,6 +33,7 @@ from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.families import family_named
 from engines.families.family import Family
+from engines.families.tiles import check_tile
 from engines.loras.file import read_lora
 from engines.order import Order
 from engines.samplers.defaults import with_defaults
@@ -56,6 +57,7 @@ class Model:
     precision: str
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
+    tile_px: int = 0  # images of a longer side are decoded in tiles of it; 0: none are
     max_calls: int = 1  # engine calls that run side by side; on a GPU of different parts
 
     def batch_for(self, wanted: int | None) -> int:
@@ -118,7 +120,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
             f"fourstep build MODEL --precision {order.precision} makes another"
         )
     if choice.backend in MODULES:
-        check_plans(bundle, choice.backend, Machine.here())
+        check_plans(bundle, choice.backend, Machine.here(), order.vae_tiling_px)
     return bundle
 
 
@@ -143,12 +145,15 @@ def _target(order: Order, backend: str) -> PlanTarget:
         sizes_px=(),  # the model's own
         max_batch=order.max_batch or FULL_BATCH,
         refit=bool(order.loras),
+        tile_px=order.vae_tiling_px,
     )
     return Machine.here().aim(target)
 
 
-def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
-    """Raise BundleError where the bundle's plans are absent or for another package or GPU."""
+def check_plans(bundle: Bundle, backend: str, machine: Machine, tile_px: int = 0) -> None:
+    """Raise BundleError where the bundle's plans are absent, for another package or GPU, or take
+    other tiles.
+    """
     plans = bundle.manifest.get("plans")
     way_out = f"fourstep build MODEL --engine {backend} --out {bundle.folder} builds them anew"
     if plans is None:
@@ -158,6 +163,11 @@ def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
         raise BundleError(
             f"{bundle.folder} has plans of {target.engine} {plans['version']}, here is "
             f"{backend} {version}; {way_out}"
+        )
+    if tile_px not in (0, target.tile_px):
+        raise BundleError(
+            f"--vae-tiling-px is {tile_px}; {bundle.folder} has plans of decoders for "
+            f"{target.tile_px or 'no'} px; {way_out} with --vae-tiling-px {tile_px}"
         )
     built_for = target.compute_capabilities
     if built_for and machine.compute_capability not in built_for:
@@ -231,8 +241,20 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(find_loras(order), engines)
     facts = with_defaults(bundle.facts, order.defaults)
-    precision = bundle.precision
-    return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
+    precision, tile_px = bundle.precision, target.tile_px if target else order.vae_tiling_px
+    _check_tiles(tile_px, facts)
+    return Model(
+        facts, tokenizers, engines, adapters, choice, precision, device, target, tile_px, max_calls
+    )
+
+
+def _check_tiles(tile_px: int, facts: Facts) -> None:
+    check_tile(tile_px, facts.vae_scale_factor)
+    if tile_px and not facts.gives_image:
+        raise BundleError(
+            f"--vae-tiling-px is {tile_px}, which the bundle of {facts.name} was built too early "
+            "for; fourstep build MODEL --out DIR makes another"
+        )
 
 
 def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
@@ -264,6 +286,8 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     tokenizers = {name: tokenizer_of(pipeline, name) for name in names}
     adapters = _load_adapters(sources.loras, engines)
     max_calls = 1 if device == "cpu" else GPU_CALLS
+    _check_tiles(order.vae_tiling_px, facts)
     return Model(
-        facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls
-    )
+        facts, tokenizers, engines, adapters, choice, precision, device,
+        tile_px=order.vae_tiling_px, max_calls=max_calls,
+    )  # fmt: skip

@@ -61,8 +61,10 @@ class Parity:
 
     @property
     def tells_finite(self) -> bool:
-        """Whether nothing but that counts: sums of pixels may be near zero, and far off for it."""
-        return self.output == "pixel_sums"
+        """Whether nothing but that counts: sums of pixels may be near zero, and far off for it;
+        an image is what the pixels show.
+        """
+        return self.output in ("pixel_sums", "image")
 
     @property
     def good(self) -> bool:

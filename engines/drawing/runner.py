@@ -45,6 +45,7 @@ from engines.errors import EngineError, InvalidInput
 from engines.facts import Facts
 from engines.families.family import Lanewise
 from engines.families.recipe import Recipe
+from engines.families.tiles import grid_of
 from engines.order import Order
 from engines.samplers import NoiseSchedule, Schedule, make_schedule
 
@@ -138,6 +139,7 @@ class Runner:
             timesteps=recipe.timesteps,
         )
         conditions = model.family.conditions(facts, recipe, schedule)
+        _, rows, columns = conditions.latents
         loras = model.adapters.settle(recipe.loras)
         texts = [model.tokenize(text) for text in conditions.texts]
         blends = [(model.tokenize(blend.prompt)[0], blend.share) for blend in recipe.blends]
@@ -157,6 +159,7 @@ class Runner:
             num_truncated_tokens=tuple(num_lost for _, num_lost in texts),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
             preview_decoder=facts.decoders[-1],
+            grid=grid_of(rows, columns, model.tile_px, facts.vae_scale_factor),
         )
         keys = map(key_of, drawing.all_texts)
         known = {key: self._prompts.find(loras, key) for key in keys}
@@ -262,7 +265,8 @@ class Runner:
 
     @engine_call("vae_decoder")
     def decode(self, drawings: Sequence[Drawing]) -> None:
-        """Rows of one `Decoding` to pixels: finished ones to their image, others to a preview.
+        """Rows of one `Decoding` to pixels: finished ones to their image, others to a preview. Of
+        those that are decoded in tiles, one tile.
 
         A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
         """

@@ -51,7 +51,8 @@ def _decode(runner: Runner, rows: Sequence[Drawing], decoder: str) -> None:
         dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, decoder=decoder))
         for row in rows
     ]
-    runner.decode(copies)
+    while copies[0].stage is Stage.DECODE:  # more than once where it is in tiles
+        runner.decode(copies)
     for row in copies:
         if row.failure is not None:
             raise EngineError(row.failure)

@@ -37,18 +37,25 @@ class Normalized(torch.nn.Module):
 
 
 class VaeDecoder(Normalized):
-    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``.
+    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``,
+    ``image`` float32 ``[B, H, W, 3]``.
 
-    ``pixel_sums`` float32 ``[B]`` are those of the decoded images before they are clamped: finite
-    where all values are. A decoder that overflows would else answer with a black picture.
+    ``image`` is what the pixels are before they are clamped and rounded, mostly from -1 to 1: tiles
+    are blended so. ``pixel_sums`` float32 ``[B]`` are its sums: finite where all values are. A
+    decoder that overflows would else answer with a black picture.
     """
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scaled = latents / self.scale + self.shift
         image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
         sums = image.sum(dim=(1, 2, 3))  # [B]
-        image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return (image * 255).round().to(torch.uint8), sums
+        image = image.permute(0, 2, 3, 1)
+        return to_bytes(image), sums, image
+
+
+def to_bytes(image: Tensor) -> Tensor:
+    """Values from -1 to 1 as uint8, as diffusers' image processor rounds them."""
+    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class VaeEncoder(Normalized):
@@ -122,4 +129,4 @@ def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
 
 def _decoder_part(name: str, vae: Any, known: Facts) -> Part:
     example, dynamic = {"latents": example_latents(known)}, {"latents": LATENTS}
-    return Part(name, VaeDecoder(vae), example, dynamic, ("pixels", "pixel_sums"))
+    return Part(name, VaeDecoder(vae), example, dynamic, ("pixels", "pixel_sums", "image"))

@@ -148,6 +148,8 @@ class Ledger:
                 error = EngineFailure(row.drawing.failure, code="not_finite")
                 self.fail(row.request, Status.FAILED, error, now)
                 continue
+            if row.drawing.canvas is not None:
+                continue  # it has more tiles
             if row not in done:
                 previews = row.drawing.previews
                 event: Event = Preview(row.index, len(previews) - 1, previews[-1])

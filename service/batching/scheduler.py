@@ -73,6 +73,7 @@ class WorkKind(enum.StrEnum):
     DECODE = "decode"
 
 
+DECODED = (Stage.PREVIEW, Stage.DECODE)
 KIND_OF_STAGE = {
     Stage.ENCODE_TEXT: WorkKind.ENCODE_TEXT,
     Stage.ENCODE_IMAGE: WorkKind.ENCODE_IMAGE,
@@ -152,7 +153,7 @@ class Scheduler(Generic[R]):
         self.limits = limits
         self._costs = costs
         self.waiting: list[R] = []  # in order of arrival
-        self.running: list[R] = []  # in order of admission
+        self.running: list[R] = []  # in order of admission, but see `update`
         self._in_call: set[R] = set()
         self._calls: Counter[WorkKind] = Counter()  # under way
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
@@ -234,8 +235,15 @@ class Scheduler(Generic[R]):
         return work
 
     def update(self, work: Work[R]) -> list[R]:
-        """After the engine call: rows that are done leave and are returned, but removed ones."""
+        """After the engine call: rows that are done leave and are returned, but removed ones.
+
+        A row that is decoded in tiles stands behind all others between two of them: what is done
+        with one decode does not wait for many.
+        """
         self._in_call.difference_update(work.rows)
+        if work.kind is WorkKind.DECODE:
+            behind = {row for row in work.rows if row.stage in DECODED}
+            self.running.sort(key=behind.__contains__)  # stable
         done = [row for row in work.rows if row.stage is Stage.DONE and row in self._arrivals]
         self.remove(done)
         return done
@@ -295,9 +303,7 @@ class Scheduler(Generic[R]):
         return None
 
     def _decode_or_denoise(self, ready: Sequence[R]) -> Work[R] | None:
-        decodable = _urgent_first(
-            row for row in ready if row.stage in (Stage.PREVIEW, Stage.DECODE)
-        )
+        decodable = _urgent_first(row for row in ready if row.stage in DECODED)
         denoisable = [row for row in ready if row.stage is Stage.DENOISE]
         batch = self._next_batch(denoisable)
         if decodable and not (batch and self._decoded_last):

@@ -26,6 +26,7 @@ class FakeRow:
     cancelled: bool = False
     live: bool = False
     decoder: str = "full"
+    num_tiles: int = 1
     stage: Stage = Stage.ENCODE_TEXT
     num_steps_left: int = field(init=False)
     num_calls: dict[WorkKind, int] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class FakeRow:
         elif kind is WorkKind.DENOISE:
             self.num_steps_left -= 1
             self.stage = Stage.DENOISE if self.num_steps_left else Stage.DECODE
-        else:
+        elif self.num_calls[kind] == self.num_tiles:
             self.stage = Stage.DONE
 
 
@@ -87,6 +88,7 @@ rows = st.builds(
     priority=st.integers(-1, 1),
     live=st.booleans(),
     decoder=st.sampled_from(["full", "tiny"]),
+    num_tiles=st.integers(1, 4),
 )
 limits = st.builds(
     Limits,
@@ -186,7 +188,7 @@ def test_every_row_leaves_exactly_once(
     for row in everyone:
         if row.stage is Stage.DONE:
             assert row.num_calls[WorkKind.DENOISE] == row.num_steps
-            assert row.num_calls[WorkKind.DECODE] == 1
+            assert row.num_calls[WorkKind.DECODE] == row.num_tiles
 
 
 @settings(max_examples=50, deadline=None)
@@ -301,6 +303,20 @@ def test_decoding_and_denoising_take_turns() -> None:
         scheduler.release(work)
         kinds.append(work.kind)
     assert kinds == [WorkKind.DECODE, WorkKind.DENOISE, WorkKind.DECODE, WorkKind.DENOISE]
+
+
+def test_tiles_are_decoded_in_turn_with_what_is_done() -> None:
+    """No row waits for all tiles of another, nor they for an endless line of rows."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 1, 64))
+    large = FakeRow(1, 96, stage=Stage.DECODE, num_tiles=6)
+    scheduler.add([large, FakeRow(100, 64, stage=Stage.DENOISE)])
+    order = []
+    while large.stage is Stage.DECODE:
+        work = _step(scheduler)
+        if work.kind is WorkKind.DECODE:
+            order.append(work.rows[0] is large)
+            scheduler.add([FakeRow(1, 64, stage=Stage.DECODE)])
+    assert order == [True, False] * 5 + [True]
 
 
 def _finishing(scheduler: Scheduler[FakeRow], num_steps_left: list[int]) -> None:
