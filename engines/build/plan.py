@@ -125,9 +125,7 @@ def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[
     """
     latents = [(h // pixels_per_latent, w // pixels_per_latent) for w, h in target.sizes_px]
     if "decoder" in part.name:
-        latents = [
-            tile for size in latents for tile in _decoded(size, target.tile_px, pixels_per_latent)
-        ]
+        latents = _decoded(latents, target, pixels_per_latent)
     if target.engine == "tensorrt":
         fixed = [
             {name: (shape, shape, shape) for name, shape in _shapes(part, batch, *size).items()}
@@ -141,10 +139,21 @@ def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[
     return [{name: (low[name], best[name], high[name]) for name in low}]
 
 
-def _decoded(size: tuple[int, int], tile_px: int, scale: int) -> list[tuple[int, int]]:
-    """What decoders are given of latents: all of them, or each kind of tile once."""
-    grid = grid_of(*size, tile_px, scale)
-    return [size] if grid is None else list(dict.fromkeys(grid.shapes()))
+def _decoded(
+    latents: list[tuple[int, int]], target: PlanTarget, scale: int
+) -> list[tuple[int, int]]:
+    """What decoders are given of latents, rows and columns each: whole ones, or their tiles.
+
+    A wide profile takes sizes between those named too, whose last tiles may be of one latent.
+    """
+    grids = [grid_of(*size, target.tile_px, scale) for size in latents]
+    found = [
+        shape
+        for size, grid in zip(latents, grids, strict=True)
+        for shape in ([size] if grid is None else grid.shapes())
+    ]
+    wide = target.engine != "tensorrt" and any(grid is not None for grid in grids)
+    return [*dict.fromkeys(found), *[(1, 1)] * wide]
 
 
 def _shapes(part: Part, batch: int, rows: int, columns: int) -> dict[str, Shape]:

@@ -103,3 +103,23 @@ def test_previews_are_by_the_tiny_one(http: TestClient) -> None:
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert [event["type"].rpartition(".")[2] for event in events] == ["partial_image", "completed"]
     assert [decodes(http, decoder) for decoder in ("full", "tiny")] == [n + 1 for n in before]
+
+
+def test_large_images_in_tiles(lcm_checkpoint: Path, http: TestClient, replica: Replica) -> None:
+    """The same picture as the engine's own, another than a whole decode's."""
+    values = {"model": str(lcm_checkpoint), "engine": "torch", "vae_tiling_px": 64}
+    tiled = Replica(load_settings(values))
+    body = BODY | {"size": "128x128"}
+    with TestClient(build_app(tiled)) as other:
+        before = decodes(other, "full")
+        _, found = picture(other.post(GENERATIONS, json=body))
+        assert decodes(other, "full") == before + 9
+        recipe = dataclasses.replace(
+            tiled.runner.default_recipe(3, "a red cube", 2), width_px=128, height_px=128
+        )
+        of_tiles = tiled.runner.draw([recipe])[0].pixels
+    whole = replica.runner.draw([dataclasses.replace(recipe, decoder="full")])[0].pixels
+    assert of_tiles is not None
+    assert np.array_equal(np.asarray(found), of_tiles)
+    assert whole is not None
+    assert not np.array_equal(whole, of_tiles)
