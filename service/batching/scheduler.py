@@ -153,10 +153,12 @@ class Scheduler(Generic[R]):
         self.limits = limits
         self._costs = costs
         self.waiting: list[R] = []  # in order of arrival
-        self.running: list[R] = []  # in order of admission, but see `update`
+        self.running: list[R] = []  # in order of admission
         self._in_call: set[R] = set()
         self._calls: Counter[WorkKind] = Counter()  # under way
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
+        self._places: dict[R, int] = {}  # in the line for decodes, of those that came to it
+        self._next_place = itertools.count(1)
         self._served: Counter[str] = Counter()  # tenant with rows here → lanes stepped, see _join
         self._num_denoise_calls = 0
         self._num_running_lanes = 0
@@ -205,6 +207,8 @@ class Scheduler(Generic[R]):
             self.waiting = [row for row in self.waiting if row not in gone]
             self.running = [row for row in self.running if row not in gone]
             self._in_call -= gone
+            for row in gone:
+                self._places.pop(row, None)
             self._num_running_lanes = sum(row.num_lanes for row in self.running)
             present = {row.tenant for row in self._arrivals}
             self._served = Counter({t: n for t, n in self._served.items() if t in present})
@@ -237,13 +241,12 @@ class Scheduler(Generic[R]):
     def update(self, work: Work[R]) -> list[R]:
         """After the engine call: rows that are done leave and are returned, but removed ones.
 
-        A row that is decoded in tiles stands behind all others between two of them: what is done
-        with one decode does not wait for many.
+        A row that is decoded in tiles is at the end of the line for decodes after each of them.
         """
         self._in_call.difference_update(work.rows)
-        if work.kind is WorkKind.DECODE:
-            behind = {row for row in work.rows if row.stage in DECODED}
-            self.running.sort(key=behind.__contains__)  # stable
+        for row in work.rows:
+            if row.stage in DECODED and row in self._arrivals:
+                self._places[row] = next(self._next_place)
         done = [row for row in work.rows if row.stage is Stage.DONE and row in self._arrivals]
         self.remove(done)
         return done
@@ -303,7 +306,8 @@ class Scheduler(Generic[R]):
         return None
 
     def _decode_or_denoise(self, ready: Sequence[R]) -> Work[R] | None:
-        decodable = _urgent_first(row for row in ready if row.stage in DECODED)
+        decodable = [row for row in ready if row.stage in DECODED]
+        decodable = _urgent_first(sorted(decodable, key=lambda row: self._places.get(row, 0)))
         denoisable = [row for row in ready if row.stage is Stage.DENOISE]
         batch = self._next_batch(denoisable)
         if decodable and not (batch and self._decoded_last):
