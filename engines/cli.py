@@ -14,7 +14,26 @@ import typer
 
 from engines.distill.cli import app as distill
 from engines.errors import BundleError, EngineError
-from engines.facts import Defaults
+from engines.facts import DECODERS, Defaults
+from engines.options import (
+    ArchitectureOption,
+    CacheOption,
+    DecoderOption,
+    DeviceOption,
+    EngineOption,
+    GuidanceOption,
+    LoraOption,
+    ModelArgument,
+    PrecisionOption,
+    SamplerOption,
+    SchedulerOption,
+    StepsOption,
+    TilingOption,
+    TimestepsOption,
+    TinyVaeOption,
+    UnetOption,
+    VaeOption,
+)
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 app = typer.Typer(
@@ -25,66 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(distill, name="distill")
-ModelArgument = Annotated[
-    str,
-    typer.Argument(help="Diffusers folder, safetensors file, bundle, hub id or a shipped name."),
-]
-CacheOption = Annotated[
-    Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
-]
-EngineOption = Annotated[
-    str,
-    typer.Option(
-        help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.", envvar="FOURSTEP_ENGINE"
-    ),
-]
-PrecisionOption = Annotated[
-    str, typer.Option(help="auto, fp32, fp16 or bf16.", envvar="FOURSTEP_PRECISION")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="FOURSTEP_DEVICE")]
-SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the model's.")]
-StepsOption = Annotated[
-    int, typer.Option(min=0, max=1000, help="Default denoise calls; 0: the model's.")
-]
-TimestepsOption = Annotated[
-    str, typer.Option(help="Default timesteps, as 999,749,499,249; empty: as the sampler has them.")
-]
-GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, max=50, help="Default guidance scale; none: the model's.")
-]
-LoraOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="NAME=FILE or NAME=FILE@WEIGHT, a LoRA to draw with, a file or hub id; repeat for "
-        "several."
-    ),
-]
-UnetOption = Annotated[
-    str,
-    typer.Option(
-        help="UNet in place of the model's: folder, file or hub id.", envvar="FOURSTEP_UNET"
-    ),
-]
-VaeOption = Annotated[
-    str,
-    typer.Option(
-        help="VAE in place of the model's: folder, file or hub id.", envvar="FOURSTEP_VAE"
-    ),
-]
-SchedulerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="KEY=VALUE, an option of the scheduler's config over the model's own, as "
-        "timestep_spacing=trailing; repeatable."
-    ),
-]
-ArchitectureOption = Annotated[
-    str,
-    typer.Option(
-        help="Of a single file that is none of the known: a diffusers folder of configurations.",
-        envvar="FOURSTEP_ARCHITECTURE",
-    ),
-]
 
 
 def show_progress(what: str, done: int, total: int) -> None:
@@ -126,9 +85,12 @@ def build(
     ] = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    tiny_vae: TinyVaeOption = "",
+    vae_tiling_px: TilingOption = 0,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
+    decoder: DecoderOption = "",
     steps: StepsOption = 0,
     timesteps: TimestepsOption = "",
     guidance: GuidanceOption = None,
@@ -138,13 +100,14 @@ def build(
     from engines.build.bundle import Blueprint, build_bundle
     from engines.build.checkpoint import DTYPES
     from engines.build.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
-    from engines.build.source import find_lora, find_model, find_overrides
+    from engines.build.source import find, find_lora
     from engines.samplers import SAMPLERS
 
     _one_of("--engine", engine, ("onnxruntime", *MODULES))
     _one_of("--precision", precision, tuple(DTYPES))
     _one_of("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
     _one_of("--sampler", sampler, ("", *SAMPLERS))
+    _one_of("--decoder", decoder, ("", *DECODERS))
     target = None
     if engine in MODULES:
         target = PlanTarget(
@@ -156,14 +119,22 @@ def build(
             version_compatible=version_compatible,
             refit=refit,
             strip=strip,
+            tile_px=vae_tiling_px,
         )
         target = Machine.here().aim(target)
     begun = time.monotonic()
     loras = [_weighted(text) for text in lora or ()]
     fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
-    defaults = Defaults(sampler or None, steps or None, guidance, parse_timesteps(timesteps))
-    overrides = find_overrides(unet, vae, architecture, parse_options(scheduler))
-    blueprint = Blueprint(find_model(model), precision, target, fused, defaults, overrides)
+    defaults = Defaults(
+        sampler or None, steps or None, guidance, parse_timesteps(timesteps), decoder or None
+    )
+    sources = find(
+        Order(
+            model, unet=unet, vae=vae, tiny_vae=tiny_vae, scheduler=parse_options(scheduler),
+            architecture=architecture,
+        )
+    )  # fmt: skip
+    blueprint = Blueprint(sources.model, precision, target, fused, defaults, sources.overrides)
     bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
@@ -289,6 +260,7 @@ def verify(
     device: DeviceOption = "auto",
     unet: UnetOption = "",
     vae: VaeOption = "",
+    tiny_vae: TinyVaeOption = "",
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -299,7 +271,7 @@ def verify(
 
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
-        scheduler=parse_options(scheduler), architecture=architecture,
+        tiny_vae=tiny_vae, scheduler=parse_options(scheduler), architecture=architecture,
     )  # fmt: skip
     exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
     truth, built = load_model(exact, show_progress), load_model(order, show_progress)
@@ -340,9 +312,12 @@ def generate(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sampler: Annotated[str, typer.Option(help="lcm, ddim, euler, ... Default: the model's.")] = "",
+    decoder: DecoderOption = "",
     lora: LoraOption = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    tiny_vae: TinyVaeOption = "",
+    vae_tiling_px: TilingOption = 0,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -357,7 +332,8 @@ def generate(
     named = parse_timesteps(timesteps)
     order = Order(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
-        scheduler=parse_options(scheduler), architecture=architecture,
+        tiny_vae=tiny_vae, vae_tiling_px=vae_tiling_px, scheduler=parse_options(scheduler),
+        architecture=architecture,
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()
@@ -368,6 +344,7 @@ def generate(
         "sampler": sampler,
         "timesteps": named or runner.info.timesteps_for(sampler, num_steps),
         "negative_prompt": negative,
+        "decoder": decoder or recipe.decoder,
         "loras": {name: weights.get(name, 1.0) for name in paths},
     }
     if size:

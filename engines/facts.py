@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+DECODERS = ("full", "tiny")  # a model's own VAE, and a tiny one beside it
+TINY_VAE = "tiny_vae"  # name of the component that decodes beside the model's own VAE
+
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
@@ -16,6 +19,7 @@ class Defaults:
     num_steps: int | None = None
     guidance_scale: float | None = None
     timesteps: tuple[int, ...] | None = None
+    decoder: str | None = None
 
 
 OWN_DEFAULTS = Defaults()  # the checkpoint's
@@ -51,17 +55,24 @@ class Facts:
     default_guidance_scale: float
     scheduler: Mapping[str, Any]
     num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
-    # Names of what stands in for the checkpoint's own, by a component's name.
+    # Names of what stands in for the checkpoint's own, or beside it, by a component's name.
     components: Mapping[str, str] = field(default_factory=dict)
     strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
     takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
+    default_decoder: str = "full"  # one of `decoders`
+    gives_image: bool = True  # its decoders do, before it is rounded: what tiles need
 
     @property
     def max_tokens(self) -> int:
         """Of a text, where no encoder is to cut it."""
         return min(window.max_tokens for window in self.windows)
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """What a recipe may be decoded by."""
+        return DECODERS if TINY_VAE in self.components else DECODERS[:1]
 
     @property
     def scheduler_class(self) -> str | None:
@@ -74,7 +85,7 @@ class Facts:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
         """As `to_json` wrote them, now or before there was what it fills in."""
-        values = dict(values)
+        values = {"gives_image": False} | dict(values)
         if "windows" not in values:
             names = ("max_tokens", "pad_token_id", "eos_token_id")
             only = {name: values.pop(name) for name in names}

@@ -16,6 +16,7 @@ from loadtests.plan import plan
 from loadtests.simulate import simulate
 from loadtests.soak import soak
 from loadtests.switch import switch
+from loadtests.tiles import tiles
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(capacity)
@@ -30,6 +31,7 @@ app.command()(plan)
 app.command()(simulate)
 app.command()(soak)
 app.command()(switch)
+app.command()(tiles)
 
 if __name__ == "__main__":
     app()

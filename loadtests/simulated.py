@@ -34,6 +34,10 @@ class SimulatedRow:
         return (self.size, self.size)
 
     @property
+    def decoding(self) -> tuple[int, int]:
+        return self.group
+
+    @property
     def latency_s(self) -> float:
         return self.finished_at - self.arrived_at
 

@@ -40,7 +40,7 @@ class TimingDouble:
         """The part of a denoise call that does not depend on its rows."""
         return self.step[0]
 
-    def decode_fixed_s(self, group: tuple[int, int]) -> float:
+    def decode_fixed_s(self, decoding: tuple[int, int]) -> float:
         """The part of a decode call that does not depend on its rows."""
         return self.decode[0]
 

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import (
+from engines.cli import app, parse_loras, parse_options, parse_timesteps, run
+from engines.options import (
     ArchitectureOption,
     CacheOption,
+    DecoderOption,
     DeviceOption,
     EngineOption,
     GuidanceOption,
@@ -20,14 +22,11 @@ from engines.cli import (
     SamplerOption,
     SchedulerOption,
     StepsOption,
+    TilingOption,
     TimestepsOption,
+    TinyVaeOption,
     UnetOption,
     VaeOption,
-    app,
-    parse_loras,
-    parse_options,
-    parse_timesteps,
-    run,
 )
 from engines.order import DEFAULT_CACHE_DIR
 
@@ -55,12 +54,15 @@ def serve(
     lora: LoraOption = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    tiny_vae: TinyVaeOption = "",
+    vae_tiling_px: TilingOption = 0,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     steps: StepsOption = 0,
     timesteps: TimestepsOption = "",
     guidance: GuidanceOption = None,
     sampler: SamplerOption = "",
+    decoder: DecoderOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
     api_keys: Annotated[
         Path | None, typer.Option(help="File of API keys; `fourstep key NAME` makes its lines.")
@@ -81,9 +83,12 @@ def serve(
         "default_timesteps": parse_timesteps(timesteps),
         "default_guidance": guidance,
         "default_sampler": sampler or None,
+        "default_decoder": decoder or None,
         "model": model,
         "unet": unet or None,
         "vae": vae or None,
+        "tiny_vae": tiny_vae or None,
+        "vae_tiling_px": vae_tiling_px or None,
         "scheduler": parse_options(scheduler),
         "architecture": architecture or None,
         "engine": engine,

@@ -23,6 +23,7 @@ from engines.order import DEFAULT_CACHE_DIR, Order
 MIB = 1024 * 1024
 MIN_TIMEOUT_S = 0.001  # no image is quicker: an H200's takes 22 ms, 1 step of it 4 (2026-11-26)
 SamplerName = Literal["lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde"]
+DecoderName = Literal["full", "tiny"]
 OTLP_EXPORTER = "opentelemetry-exporter-otlp-proto-http"
 ORIGIN = re.compile(r"https?://[a-z0-9.\-\[\]:]+")  # browsers send it in lower case, without path
 BASE_URL = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+(/[A-Za-z0-9._~\-/]*)?")
@@ -49,6 +50,18 @@ class Settings(BaseSettings):
     )
     vae: str | None = Field(
         None, description="folder, file or hub id of a VAE in place of the model's"
+    )
+    tiny_vae: str | None = Field(
+        None,
+        description="folder, file or hub id of a tiny VAE beside the model's: the decoder `tiny`, "
+        "by which previews are made too; the demo models bring theirs",
+    )
+    vae_tiling_px: int = Field(
+        0,
+        ge=0,
+        le=8192,
+        description="images with a longer side are decoded in tiles of so many pixels a side, one "
+        "a call, so that neither memory nor anybody else waits for a large one; 0: whole",
     )
     scheduler: dict[str, bool | int | float | str] = Field(
         {}, description="options over those of the model's scheduler config, by name"
@@ -125,6 +138,7 @@ class Settings(BaseSettings):
         None, min_length=1, description="descending, one for each of `default_steps`"
     )
     default_guidance: float | None = Field(None, ge=0, le=50)
+    default_decoder: DecoderName | None = None
 
     # Live drawing, of one replica.
     max_live_sessions: int = Field(64, ge=0, le=4096, description="open at a time; 0: none are")
@@ -216,6 +230,8 @@ class Settings(BaseSettings):
             device=self.device,
             unet=self.unet,
             vae=self.vae,
+            tiny_vae=self.tiny_vae,
+            vae_tiling_px=self.vae_tiling_px,
             scheduler=self.scheduler,
             architecture=self.architecture,
             defaults=Defaults(
@@ -223,6 +239,7 @@ class Settings(BaseSettings):
                 self.default_steps,
                 self.default_guidance,
                 self.default_timesteps,
+                self.default_decoder,
             ),
         )
 

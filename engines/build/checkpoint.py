@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.build.component import load_component
+from engines.build.component import TINY_CLASS, check_tiny_vae, load_component
 from engines.build.folder import read_json, variant_of
 from engines.build.single_file import architecture_of, load_checkpoint, read_header, strange_input
 from engines.build.source import NO_OVERRIDES, Overrides, name_of
 from engines.errors import CheckpointError, reason_of
+from engines.facts import TINY_VAE, Facts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-    from engines.facts import Facts
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # their folders may be absent
@@ -78,6 +77,7 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     name = pipeline_class(folder)
     known = family_of(name).COMPONENTS
     own = {each: known[each] for each in known if each not in overrides.components}
+    known = {**known, TINY_VAE: (TINY_CLASS,)}
     _check_components(folder, own)
     put = {
         each: load_component(each, path, known[each], folder, dtype)
@@ -90,6 +90,8 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     else:
         pipeline = _of_folder(folder, name, own, absent, dtype)
     pipeline.register_modules(**put)
+    if TINY_VAE in put:
+        check_tiny_vae(pipeline, overrides.components[TINY_VAE])
     channels, latents = (pipeline.unet.config[f"{way}_channels"] for way in ("in", "out"))
     if channels not in (latents, 2 * latents + 1):  # the latter: with a mask, see families
         raise CheckpointError(

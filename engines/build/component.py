@@ -1,4 +1,4 @@
-"""A UNet or VAE alone, that stands in for a checkpoint's own: of a folder or of one file."""
+"""A UNet or VAE alone, in place of a checkpoint's own or beside it: of a folder or of one file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from engines.build.folder import read_json, variant_of
 from engines.build.single_file import TINY_VAE_KEYS, Header, misplaced, read_header
 from engines.errors import CheckpointError, reason_of
+from engines.facts import TINY_VAE
 
-TINY_VAE = "AutoencoderTiny"
-WANTED = {"unet": "a UNet", "vae": "a VAE"}
+TINY_CLASS = "AutoencoderTiny"
+WANTED = {"unet": "a UNet", "vae": "a VAE", TINY_VAE: "a tiny VAE"}
 GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"
 
 
@@ -36,13 +37,32 @@ def load_component(name: str, path: Path, classes: Sequence[str], base: Path, dt
         ) from error
 
 
+def _kind(name: str) -> str:
+    """The component of a pipeline that one of this name is of."""
+    return "vae" if name == TINY_VAE else name
+
+
+def check_tiny_vae(pipeline: Any, path: Path) -> None:
+    """Raise CheckpointError where the pipeline's ``tiny_vae`` reads other latents than its VAE."""
+    found, wanted = (
+        (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+        for vae in (pipeline.tiny_vae, pipeline.vae)
+    )
+    if found != wanted:
+        raise CheckpointError(
+            f"{TINY_VAE} {path} decodes latents of {found[0]} channels to {found[1]} pixels a "
+            f"side, this model's have {wanted[0]} and make {wanted[1]}: use one made for them"
+        )
+
+
 def _of_folder(name: str, path: Path, classes: Sequence[str], dtype: Any) -> Any:
     import diffusers
 
-    places = [place for place in (path, path / name) if (place / "config.json").is_file()]
+    folder = _kind(name)
+    places = [place for place in (path, path / folder) if (place / "config.json").is_file()]
     if not places:
         raise CheckpointError(
-            f"{name} {path} has neither config.json nor {name}/config.json: it is no diffusers "
+            f"{name} {path} has neither config.json nor {folder}/config.json: it is no diffusers "
             "folder; a file alone is given by its own path"
         )
     found = read_json(places[0] / "config.json").get("_class_name")
@@ -62,10 +82,15 @@ def _of_folder(name: str, path: Path, classes: Sequence[str], dtype: Any) -> Any
 def _of_file(name: str, header: Header, classes: Sequence[str], base: Path, dtype: Any) -> Any:
     import diffusers
 
-    if header.kind not in (name, "checkpoint"):
+    if header.kind not in (_kind(name), "checkpoint"):
         raise CheckpointError(misplaced(header, WANTED[name], "--model BASE"))
-    if header.has(*TINY_VAE_KEYS) and TINY_VAE in classes:
+    if header.has(*TINY_VAE_KEYS) and TINY_CLASS in classes:
         return _tiny_vae(header.file, dtype)
+    if name == TINY_VAE:
+        raise CheckpointError(
+            f"{name} {header.file} has no {TINY_CLASS} (TAESD's architecture) in it: give a whole "
+            "VAE by --vae FILE"
+        )
     own = read_json(base / name / "config.json").get("_class_name", classes[0])
     if own != classes[0]:
         raise CheckpointError(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import BackendUnavailable, BuildError, InvalidInput
 from engines.facts import Facts
+from engines.families.tiles import check_tile, grid_of
 
 if TYPE_CHECKING:  # it imports torch, which reading a bundle must not wait for
     from engines.families.part import Part
@@ -57,6 +58,7 @@ class PlanTarget:
     version_compatible: bool = False
     refit: bool = False
     strip: bool = False
+    tile_px: int = 0  # decoders of larger sizes take tiles of it; 0: whole latents
     gpu: str = ""  # the name of the one it is built on, where its plans run on no other
 
     @classmethod
@@ -86,7 +88,8 @@ class PlanTarget:
 
 
 def check_target(target: PlanTarget, facts: Facts) -> None:
-    """Raise InvalidInput for a size that the model does not draw."""
+    """Raise InvalidInput for a size that the model does not draw, or tiles that fit no latents."""
+    check_tile(target.tile_px, facts.vae_scale_factor)
     multiple, low, high = facts.size_multiple_px, facts.min_size_px, facts.max_size_px
     for size in target.sizes_px:
         if any(side % multiple or not low <= side <= high for side in size):
@@ -121,6 +124,8 @@ def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[
     `tensorrt-rtx` specialises kernels when it runs and wants one wide profile.
     """
     latents = [(h // pixels_per_latent, w // pixels_per_latent) for w, h in target.sizes_px]
+    if "decoder" in part.name:
+        latents = _decoded(latents, target, pixels_per_latent)
     if target.engine == "tensorrt":
         fixed = [
             {name: (shape, shape, shape) for name, shape in _shapes(part, batch, *size).items()}
@@ -132,6 +137,23 @@ def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[
     best = _shapes(part, target.max_batch, *latents[0])
     high = _shapes(part, target.max_batch, max(rows), max(columns))
     return [{name: (low[name], best[name], high[name]) for name in low}]
+
+
+def _decoded(
+    latents: list[tuple[int, int]], target: PlanTarget, scale: int
+) -> list[tuple[int, int]]:
+    """What decoders are given of latents, rows and columns each: whole ones, or their tiles.
+
+    A wide profile takes sizes between those named too, whose last tiles may be of one latent.
+    """
+    grids = [grid_of(*size, target.tile_px, scale) for size in latents]
+    found = [
+        shape
+        for size, grid in zip(latents, grids, strict=True)
+        for shape in ([size] if grid is None else grid.shapes())
+    ]
+    wide = target.engine != "tensorrt" and any(grid is not None for grid in grids)
+    return [*dict.fromkeys(found), *[(1, 1)] * wide]
 
 
 def _shapes(part: Part, batch: int, rows: int, columns: int) -> dict[str, Shape]:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from engines.build.folder import WEIGHTS as USUAL_WEIGHTS
 from engines.errors import CheckpointError, reason_of
+from engines.facts import TINY_VAE
 from engines.loras.file import ADAPTER_CONFIG, USUAL_FILES
 
 if TYPE_CHECKING:
     from engines.order import Order
 
 DEMO_MODELS = Path(__file__).parents[1] / "demo"
+SHIPPED_TINY_VAE = "demo-tiny-vae"
 ARCHITECTURES = Path(__file__).parent / "architectures"
 SINGLE_FILE = ".safetensors"
 OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -43,14 +45,15 @@ CONFIGURATIONS = ("config.json", "diffusion_pytorch_model.*index*.json")
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What stands in for a checkpoint's own: local files or folders, by a component's name."""
+    """What stands in for a checkpoint's own, or beside it: local files or folders."""
 
-    components: Mapping[str, Path] = field(default_factory=dict)  # of ``unet`` and ``vae``
+    components: Mapping[str, Path] = field(default_factory=dict)  # by name; of `COMPONENTS`
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # options, by name
     architecture: Path | None = None  # diffusers folder of configurations that fit a single file
 
 
 NO_OVERRIDES = Overrides()
+COMPONENTS = ("unet", "vae", TINY_VAE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,10 @@ def find(order: Order) -> Sources:
     Raises:
         CheckpointError: something is not there, cannot be fetched, or is no kind of file for it.
     """
-    return Sources(
-        find_model(order.model),
-        find_overrides(order.unet, order.vae, order.architecture, order.scheduler),
-        find_loras(order),
-    )
+    model = find_model(order.model)
+    tiny_vae = order.tiny_vae or (None if order.vae else shipped_tiny_vae(model))
+    overrides = find_overrides(order.unet, order.vae, order.architecture, order.scheduler, tiny_vae)
+    return Sources(model, overrides, find_loras(order))
 
 
 def find_model(model: str) -> Path:
@@ -114,8 +116,10 @@ def find_overrides(
     vae: str | None,
     architecture: str | None,
     scheduler: Mapping[str, Any] | None = None,
+    tiny_vae: str | None = None,
 ) -> Overrides:
-    """Where the components are that stand in for a checkpoint's own, and scheduler options that do.
+    """Where the components are that stand in for a checkpoint's own, and scheduler options that do;
+    ``tiny_vae`` stands beside the VAE.
 
     Raises:
         CheckpointError: as `find`, or an option is not known or has a value that it cannot have.
@@ -123,7 +127,7 @@ def find_overrides(
     from engines.samplers.options import check_options
 
     check_options(scheduler or {})
-    given = {"unet": unet, "vae": vae}
+    given = dict(zip(COMPONENTS, (unet, vae, tiny_vae), strict=True))
     components = {
         name: _find(name, text, functools.partial(_hub_component, name))
         for name, text in given.items()
@@ -131,6 +135,11 @@ def find_overrides(
     }
     found = _find_architecture(architecture) if architecture else None
     return Overrides(components, dict(scheduler or {}), found)
+
+
+def shipped_tiny_vae(model: Path) -> str | None:
+    """The tiny VAE that is shipped for a model: the demo models have one."""
+    return SHIPPED_TINY_VAE if model.resolve().parent == DEMO_MODELS else None
 
 
 def find_lora(text: str) -> Path:
@@ -223,9 +232,10 @@ def _hub_component(name: str, hub_id: str) -> str:
     """A snapshot with the component's configuration and weights, and nothing else."""
     from huggingface_hub import snapshot_download
 
+    folder = "vae" if name == TINY_VAE else name  # in a pipeline's repository
     for weights in WEIGHTS:
         files, configs = (
-            [prefix + each for prefix in ("", f"{name}/") for each in patterns]
+            [prefix + each for prefix in ("", f"{folder}/") for each in patterns]
             for patterns in (weights, CONFIGURATIONS)
         )
         snapshot = snapshot_download(hub_id, allow_patterns=[*configs, *files])

@@ -10,16 +10,19 @@ import numpy as np
 from torch import Generator, Tensor
 
 from engines.backends.adapters import AdapterSet
+from engines.drawing.canvas import Canvas
+from engines.drawing.decoding import Decoding
 from engines.drawing.inpainting import Kept
 from engines.drawing.prompts import Tokens
 from engines.drawing.stage import Stage
 from engines.families.family import Lanewise
 from engines.families.recipe import Recipe
+from engines.families.tiles import Grid
 from engines.samplers import Schedule
 
 
 class Group(NamedTuple):
-    """What rows must have in common to share an engine call."""
+    """What rows must have in common to share an engine call, but for decodes: see `Decoding`."""
 
     latents: tuple[int, ...]  # shape of a row's
     loras: AdapterSet
@@ -45,6 +48,9 @@ class Drawing:
     kept: Kept | None = None  # by encode_image, where there is a mask that the UNet does not see
     step_index: int = 0  # by denoise
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
+    preview_decoder: str = "full"
+    grid: Grid | None = None  # of the tiles it is decoded in; None: whole
+    canvas: Canvas | None = None  # by decode, between two tiles
     previews: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], by decode
     pixels: np.ndarray | None = None  # uint8 [H, W, 3], by decode
     # Drawn for the step that is next: a call that failed and is made again must draw no other.
@@ -79,6 +85,26 @@ class Drawing:
         if len(self.previews) < num_due:
             return Stage.PREVIEW
         return Stage.DENOISE if self.step_index < self.num_steps else Stage.DECODE
+
+    @property
+    def decoding(self) -> Decoding:
+        """How this row is decoded next."""
+        preview = self.stage is Stage.PREVIEW
+        decoder = self.preview_decoder if preview else self.recipe.decoder
+        shape = self.group.latents
+        if self.grid is not None:
+            shape = (shape[0], *self.grid.shape(self.tile_index))
+        return Decoding(decoder, shape)
+
+    @property
+    def tile_index(self) -> int:
+        """Of the tile that is decoded next."""
+        return 0 if self.canvas is None else self.canvas.index
+
+    @property
+    def alike(self) -> Group | Decoding:
+        """What rows that share this one's next engine call have too."""
+        return self.decoding if self.stage in (Stage.PREVIEW, Stage.DECODE) else self.group
 
     def condition(self, name: str) -> Lanewise:
         """What an input of the denoiser's is to be, for each lane."""

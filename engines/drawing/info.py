@@ -13,6 +13,7 @@ from engines.drawing.model import Model
 from engines.errors import InvalidInput
 from engines.families.recipe import Recipe
 from engines.samplers import NoiseSchedule, default_sampler, samplers_of
+from engines.samplers.defaults import check_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ class ModelInfo:
     max_batch: int
     max_decode_batch: int
     max_calls: int  # engine calls that run side by side
-    components: Mapping[str, str]  # names of what stands in for the checkpoint's own
+    components: Mapping[str, str]  # names of what stands in for the checkpoint's own, or beside
+    decoders: tuple[str, ...]
+    default_decoder: str
 
     def timesteps_for(self, sampler: str, num_steps: int) -> tuple[int, ...] | None:
         """Where a row draws that names no timesteps; None: as the sampler spaces them."""
@@ -83,6 +86,8 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
         max_calls=model.max_calls,
         components=facts.components,
+        decoders=facts.decoders,
+        default_decoder=facts.default_decoder,
     )
 
 
@@ -104,6 +109,7 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         raise InvalidInput(
             "width_px", size, f"size is {size}; this model's plans were built for {built}"
         )
+    check_decoder(recipe.decoder, facts)
     if not 0 <= recipe.seed < 2**64:
         raise InvalidInput(
             "seed", recipe.seed, f"seed is {recipe.seed}; it must be from 0 to 2**64 - 1"

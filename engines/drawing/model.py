@@ -33,6 +33,7 @@ from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import Facts
 from engines.families import family_named
 from engines.families.family import Family
+from engines.families.tiles import check_tile
 from engines.loras.file import read_lora
 from engines.order import Order
 from engines.samplers.defaults import with_defaults
@@ -41,7 +42,7 @@ logger = logging.getLogger("fourstep.model")
 # A decode beside a denoise call: they run one after the other, but the GPU has always one to go on
 # with while the host looks after the other.
 GPU_CALLS = 2
-PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")  # of every model
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Model:
     precision: str
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
+    tile_px: int = 0  # images of a longer side are decoded in tiles of it; 0: none are
     max_calls: int = 1  # engine calls that run side by side; on a GPU of different parts
 
     def batch_for(self, wanted: int | None) -> int:
@@ -92,6 +94,11 @@ class Model:
             engine.close()
 
 
+def parts_of(facts: Facts) -> tuple[str, ...]:
+    """Names of a model's parts."""
+    return (*PARTS, "tiny_vae_decoder") if "tiny" in facts.decoders else PARTS
+
+
 def prepare(order: Order, progress: Progress) -> Bundle:
     """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
 
@@ -104,7 +111,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     bundle = open_bundle(folder)
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
-            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, "
+            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --tiny-vae, "
             "--scheduler and --architecture to fourstep build, or serve the checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
@@ -113,7 +120,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
             f"fourstep build MODEL --precision {order.precision} makes another"
         )
     if choice.backend in MODULES:
-        check_plans(bundle, choice.backend, Machine.here())
+        check_plans(bundle, choice.backend, Machine.here(), order.vae_tiling_px)
     return bundle
 
 
@@ -138,12 +145,15 @@ def _target(order: Order, backend: str) -> PlanTarget:
         sizes_px=(),  # the model's own
         max_batch=order.max_batch or FULL_BATCH,
         refit=bool(order.loras),
+        tile_px=order.vae_tiling_px,
     )
     return Machine.here().aim(target)
 
 
-def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
-    """Raise BundleError where the bundle's plans are absent or for another package or GPU."""
+def check_plans(bundle: Bundle, backend: str, machine: Machine, tile_px: int = 0) -> None:
+    """Raise BundleError where the bundle's plans are absent, for another package or GPU, or take
+    other tiles.
+    """
     plans = bundle.manifest.get("plans")
     way_out = f"fourstep build MODEL --engine {backend} --out {bundle.folder} builds them anew"
     if plans is None:
@@ -153,6 +163,11 @@ def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
         raise BundleError(
             f"{bundle.folder} has plans of {target.engine} {plans['version']}, here is "
             f"{backend} {version}; {way_out}"
+        )
+    if tile_px not in (0, target.tile_px):
+        raise BundleError(
+            f"--vae-tiling-px is {tile_px}; {bundle.folder} has plans of decoders for "
+            f"{target.tile_px or 'no'} px; {way_out} with --vae-tiling-px {tile_px}"
         )
     built_for = target.compute_capabilities
     if built_for and machine.compute_capability not in built_for:
@@ -204,12 +219,12 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
     engines: dict[str, Engine] = {}
-    target, max_calls = None, GPU_CALLS
+    target, max_calls, parts = None, GPU_CALLS, parts_of(bundle.facts)
     if choice.backend in MODULES:
         from engines.backends.tensorrt_engine import TensorRtEngine
 
         target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
-        for name in PARTS:
+        for name in parts:
             plan = bundle.part(name).with_suffix(".plan")
             engines[name] = TensorRtEngine(
                 plan, choice.backend, target.batches, stripped=target.strip
@@ -218,7 +233,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
         cores = Cores(order.num_threads)
-        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in PARTS}
+        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in parts}
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
     names = [window.tokenizer for window in bundle.facts.windows]
@@ -226,8 +241,20 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     device = "cuda" if choice.backend in MODULES else "cpu"
     adapters = _load_adapters(find_loras(order), engines)
     facts = with_defaults(bundle.facts, order.defaults)
-    precision = bundle.precision
-    return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
+    precision, tile_px = bundle.precision, target.tile_px if target else order.vae_tiling_px
+    _check_tiles(tile_px, facts)
+    return Model(
+        facts, tokenizers, engines, adapters, choice, precision, device, target, tile_px, max_calls
+    )
+
+
+def _check_tiles(tile_px: int, facts: Facts) -> None:
+    check_tile(tile_px, facts.vae_scale_factor)
+    if tile_px and not facts.gives_image:
+        raise BundleError(
+            f"--vae-tiling-px is {tile_px}, which the bundle of {facts.name} was built too early "
+            "for; fourstep build MODEL --out DIR makes another"
+        )
 
 
 def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
@@ -259,6 +286,8 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     tokenizers = {name: tokenizer_of(pipeline, name) for name in names}
     adapters = _load_adapters(sources.loras, engines)
     max_calls = 1 if device == "cpu" else GPU_CALLS
+    _check_tiles(order.vae_tiling_px, facts)
     return Model(
-        facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls
-    )
+        facts, tokenizers, engines, adapters, choice, precision, device,
+        tile_px=order.vae_tiling_px, max_calls=max_calls,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.engine import Engine, Variant
-from engines.drawing.model import PARTS, Model
+from engines.drawing.model import Model, parts_of
 from engines.drawing.runner import Runner
 from engines.families.recipe import Recipe
 
@@ -61,8 +61,10 @@ class Parity:
 
     @property
     def tells_finite(self) -> bool:
-        """Whether nothing but that counts: sums of pixels may be near zero, and far off for it."""
-        return self.output == "pixel_sums"
+        """Whether nothing but that counts: sums of pixels may be near zero, and far off for it;
+        an image is what the pixels show.
+        """
+        return self.output in ("pixel_sums", "image")
 
     @property
     def good(self) -> bool:
@@ -103,16 +105,20 @@ class _Both:
 
 
 def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Parity]:
-    """Draw the prompts, from text and again from the picture, and compare every output met."""
-    engines = {part: _Both(part, reference.engines[part], other.engines[part]) for part in PARTS}
+    """Draw the prompts, from text and again from the picture, by every decoder, and compare every
+    output met.
+    """
+    parts = parts_of(reference.facts)
+    engines = {part: _Both(part, reference.engines[part], other.engines[part]) for part in parts}
     runner = Runner(dataclasses.replace(reference, engines=engines))
     recipes = [
         runner.default_recipe(seed, prompt, NUM_STEPS) for seed, prompt in enumerate(prompts)
     ]
-    again = [_from_picture(d.recipe, d.pixels) for d in runner.draw(recipes)]
-    runner.draw(again)
-    return [parity for part in PARTS for parity in engines[part].outputs.values()]
+    drawn = runner.draw(recipes)
+    for decoder in runner.info.decoders:
+        runner.draw([_from_picture(d.recipe, d.pixels, decoder) for d in drawn])
+    return [parity for part in parts for parity in engines[part].outputs.values()]
 
 
-def _from_picture(recipe: Recipe, pixels: np.ndarray | None) -> Recipe:
-    return dataclasses.replace(recipe, image=pixels, strength=0.5)
+def _from_picture(recipe: Recipe, pixels: np.ndarray | None, decoder: str) -> Recipe:
+    return dataclasses.replace(recipe, image=pixels, strength=0.5, decoder=decoder)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from engines.backends.adapters import AdapterSet
 from engines.build.bundle import Progress
-from engines.drawing import transfers
+from engines.drawing import decoding, transfers
 from engines.drawing.batching import rows_that_fit
+from engines.drawing.decoding import Decoding
 from engines.drawing.drawing import Drawing, Group, spread_previews
 from engines.drawing.faults import engine_call
 from engines.drawing.info import ModelInfo, check_recipe, describe
@@ -44,6 +45,7 @@ from engines.errors import EngineError, InvalidInput
 from engines.facts import Facts
 from engines.families.family import Lanewise
 from engines.families.recipe import Recipe
+from engines.families.tiles import grid_of
 from engines.order import Order
 from engines.samplers import NoiseSchedule, Schedule, make_schedule
 
@@ -116,9 +118,9 @@ class Runner:
         """``cpu`` or ``cuda``, of the model that draws now."""
         return self._model.device
 
-    def rows_that_fit(self, group: Group) -> int:
-        """The most rows of a group's size that one call of the VAE may have."""
-        return rows_that_fit(math.prod(group.latents[1:]) * self._model.facts.vae_scale_factor**2)
+    def rows_that_fit(self, alike: Group | Decoding) -> int:
+        """The most rows of such latents that one call of the VAE may have."""
+        return rows_that_fit(math.prod(alike.latents[1:]) * self._model.facts.vae_scale_factor**2)
 
     def start(self, recipe: Recipe) -> Drawing:
         """Validate a recipe and make its row. No engine call; about 0.1 ms.
@@ -137,6 +139,7 @@ class Runner:
             timesteps=recipe.timesteps,
         )
         conditions = model.family.conditions(facts, recipe, schedule)
+        _, rows, columns = conditions.latents
         loras = model.adapters.settle(recipe.loras)
         texts = [model.tokenize(text) for text in conditions.texts]
         blends = [(model.tokenize(blend.prompt)[0], blend.share) for blend in recipe.blends]
@@ -155,6 +158,8 @@ class Runner:
             blends=tuple((tokens, share) for tokens, share in blends if tokens is not None),
             num_truncated_tokens=tuple(num_lost for _, num_lost in texts),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
+            preview_decoder=facts.decoders[-1],
+            grid=grid_of(rows, columns, model.tile_px, facts.vae_scale_factor),
         )
         keys = map(key_of, drawing.all_texts)
         known = {key: self._prompts.find(loras, key) for key in keys}
@@ -260,39 +265,16 @@ class Runner:
 
     @engine_call("vae_decoder")
     def decode(self, drawings: Sequence[Drawing]) -> None:
-        """Rows of one size to pixels: finished ones to their image, others to a preview.
+        """Rows of one `Decoding` to pixels: finished ones to their image, others to a preview. Of
+        those that are decoded in tiles, one tile.
 
         A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
         """
-        final = [drawing.stage is Stage.DECODE for drawing in drawings]
-        latents = [
-            drawing.latents if done else drawing.denoised
-            for drawing, done in zip(drawings, final, strict=True)
-        ]
-        batch = torch.stack([tensor for tensor in latents if tensor is not None])
-        sums = batch.flatten(1).sum(dim=1)  # finite where all of a row's latents are
+        part = decoding.PARTS[drawings[0].decoding.decoder]
+        latents = decoding.latents_of(drawings)
         with self._succession.calling():
-            outputs = self._run("vae_decoder", latents=batch)
-            sums_drawn = outputs.get("pixel_sums", sums)  # older bundles have none
-            fetched, sums, sums_drawn = transfers.fetch(outputs["pixels"], sums, sums_drawn)
-        pixels = fetched.numpy()  # [B, H, W, 3]
-        finite, drawn = torch.isfinite(sums).tolist(), torch.isfinite(sums_drawn).tolist()
-        for index, (drawing, done) in enumerate(zip(drawings, final, strict=True)):
-            if not finite[index]:
-                drawing.failure = (
-                    f"after step {drawing.step_index} the latents are not all finite numbers; a "
-                    f"checkpoint that overflows in {self._model.precision} needs bf16 or fp32"
-                )
-            elif not drawn[index]:
-                drawing.failure = (
-                    f"the decoder overflowed in {self._model.precision} after step "
-                    f"{drawing.step_index}; this checkpoint's needs bf16 or fp32"
-                )
-            elif done:
-                drawing.pixels = pixels[index]
-                drawing.latents = drawing.denoised = None
-            else:
-                drawing.previews.append(pixels[index])
+            outputs = self._run(part, latents=latents)
+            decoding.take_pixels(drawings, latents, outputs, self._model.precision)
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
         return self._model.engines[part].run(inputs)
@@ -315,11 +297,11 @@ class Runner:
         }
         while open_ := [drawing for drawing in drawings if drawing.stage is not Stage.DONE]:
             leader = open_[0]
-            alike = [d for d in open_ if d.stage is leader.stage and d.group == leader.group]
+            alike = [d for d in open_ if (d.stage, d.alike) == (leader.stage, leader.alike)]
             lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
             num_rows = max(1, sum(count <= self.info.max_batch for count in lanes))
             if leader.stage is not Stage.DENOISE:
-                fitting = self.rows_that_fit(leader.group)
+                fitting = self.rows_that_fit(leader.alike)
                 num_rows = min(num_rows, self.info.max_decode_batch, fitting)
             calls[leader.stage](alike[:num_rows])
         for drawing in drawings:
@@ -348,6 +330,7 @@ class Runner:
             guidance_scale=info.default_guidance_scale,
             sampler=info.default_sampler,
             timesteps=info.timesteps_for(info.default_sampler, num_steps),
+            decoder=info.default_decoder,
         )
 
     def padded_rows(self) -> dict[str, int]:

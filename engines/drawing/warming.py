@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,10 +41,21 @@ def draw_every_batch(runner: Runner, loras: Mapping[str, float]) -> None:
         runner.encode_text(rows)
         runner.encode_image(rows)
         runner.denoise(rows)
-        runner.decode(rows)
-        for row in rows:
-            if row.failure is not None:
-                raise EngineError(row.failure)
+        for decoder in info.decoders:
+            _decode(runner, rows, decoder)
+
+
+def _decode(runner: Runner, rows: Sequence[Drawing], decoder: str) -> None:
+    """Decode copies of the rows, which stay as they are."""
+    copies = [
+        dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, decoder=decoder))
+        for row in rows
+    ]
+    while copies[0].stage is Stage.DECODE:  # more than once where it is in tiles
+        runner.decode(copies)
+    for row in copies:
+        if row.failure is not None:
+            raise EngineError(row.failure)
 
 
 def _counts(device: str, largest: int) -> Iterable[int]:

@@ -68,7 +68,7 @@ class Family(Protocol):
         """
 
     def parts(self, pipeline: Any, known: Facts) -> list[Part]:
-        """The graphs of a pipeline, smallest first; `engines/README.md` has names and shapes."""
+        """The graphs of a pipeline, the largest last; `engines/README.md` has names and shapes."""
 
     def conditions(self, facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
         """What a recipe asks of the parts. Runs where requests are handled: host work, no pipeline.

@@ -39,6 +39,7 @@ class Recipe:
     mask: np.ndarray | None = None
     num_previews: int = 0
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
+    decoder: str = "full"  # of `Facts.decoders`
     # SDXL's size conditioning in pixels, height before width; None: the size drawn, and no crop.
     original_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] | None = None

@@ -207,13 +207,13 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
 
 
 def parts(pipeline: Any, known: Facts) -> list[Part]:
-    """The four graphs of a pipeline, smallest first."""
+    """The graphs of a pipeline, the largest last."""
     width = pipeline.unet.config.cross_attention_dim
     conditioning = {"prompt_embeds": torch.randn(2, known.max_tokens, width)}
     conditioning |= optional_conditioning(known)
     return [
         text_part(TextEncoder(pipeline.text_encoder), known, ("prompt_embeds",)),
-        *vae_parts(pipeline.vae, known),
+        *vae_parts(pipeline, known),
         denoiser_part(Denoiser(pipeline.unet), known, example_latents(known), conditioning),
     ]
 

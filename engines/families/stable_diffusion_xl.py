@@ -116,7 +116,7 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
 
 
 def parts(pipeline: Any, known: Facts) -> list[Part]:
-    """The four graphs of a pipeline, smallest first."""
+    """The graphs of a pipeline, the largest last."""
     unet, vae, encoder_2 = pipeline.unet, pipeline.vae, pipeline.text_encoder_2
     if vae.config.force_upcast and vae.dtype == torch.float16:  # as diffusers decodes and encodes
         vae.to(torch.float32)
@@ -130,6 +130,6 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     encoders = TextEncoders(pipeline.text_encoder, encoder_2)
     return [
         sd.text_part(encoders, known, ("prompt_embeds", "pooled_embeds")),
-        *vae_parts(vae, known),
+        *vae_parts(pipeline, known),
         denoiser_part(Denoiser(unet), known, example_latents(known), conditioning),
     ]

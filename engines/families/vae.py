@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.facts import Facts
+from engines.facts import TINY_VAE, Facts
 from engines.families.part import Part
 from engines.families.step import BATCH, LATENTS, Dims
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+TINY = "AutoencoderTiny"
+CLASSES = ("AutoencoderKL", TINY)
 
 
 class Normalized(torch.nn.Module):
@@ -36,18 +37,25 @@ class Normalized(torch.nn.Module):
 
 
 class VaeDecoder(Normalized):
-    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``.
+    """``latents`` float32 ``[B, C, h, w]`` → ``pixels`` uint8 ``[B, H, W, 3]``, ``pixel_sums``,
+    ``image`` float32 ``[B, H, W, 3]``.
 
-    ``pixel_sums`` float32 ``[B]`` are those of the decoded images before they are clamped: finite
-    where all values are. A decoder that overflows would else answer with a black picture.
+    ``image`` is what the pixels are before they are clamped and rounded, mostly from -1 to 1: tiles
+    are blended so. ``pixel_sums`` float32 ``[B]`` are its sums: finite where all values are. A
+    decoder that overflows would else answer with a black picture.
     """
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scaled = latents / self.scale + self.shift
         image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
         sums = image.sum(dim=(1, 2, 3))  # [B]
-        image = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return (image * 255).round().to(torch.uint8), sums
+        image = image.permute(0, 2, 3, 1)
+        return to_bytes(image), sums, image
+
+
+def to_bytes(image: Tensor) -> Tensor:
+    """Values from -1 to 1 as uint8, as diffusers' image processor rounds them."""
+    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class VaeEncoder(Normalized):
@@ -96,19 +104,29 @@ def example_latents(known: Facts) -> Tensor:
     return torch.randn(2, known.latent_channels, side, side)
 
 
-def vae_parts(vae: Any, known: Facts) -> list[Part]:
-    """The parts ``vae_decoder`` and ``vae_encoder``."""
-    latents, scale = example_latents(known), known.vae_scale_factor
-    rows, columns = (scale * side for side in latents.shape[2:])
+def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
+    """The parts ``vae_decoder`` and ``vae_encoder``, and ``tiny_vae_decoder`` where the pipeline
+    has a ``tiny_vae`` beside its own.
+    """
+    vae, scale = pipeline.vae, known.vae_scale_factor
+    rows, columns = (scale * side for side in example_latents(known).shape[2:])
     sides = (BATCH, ("rows", scale), ("columns", scale))
     example = {"pixels": torch.zeros(2, rows, columns, 3, dtype=torch.uint8)}
     dynamic: dict[str, Dims] = {"pixels": (*sides, None)}
     if known.takes_mask:
         example["kept"], dynamic["kept"] = torch.ones(2, rows, columns), sides
-    tiny = type(vae).__name__ == "AutoencoderTiny"
+    tiny = type(vae).__name__ == TINY
     encoder = TinyVaeEncoder(vae) if tiny else VaeEncoder(vae)
-    return [
-        Part("vae_decoder", VaeDecoder(vae), {"latents": latents}, {"latents": LATENTS},
-             ("pixels", "pixel_sums")),
-        Part("vae_encoder", encoder, example, dynamic, ("mean",) if tiny else ("mean", "std")),
-    ]  # fmt: skip
+    outputs = ("mean",) if tiny else ("mean", "std")
+    parts = [
+        _decoder_part("vae_decoder", vae, known),
+        Part("vae_encoder", encoder, example, dynamic, outputs),
+    ]
+    if TINY_VAE in known.components:
+        parts.append(_decoder_part("tiny_vae_decoder", pipeline.tiny_vae, known))
+    return parts
+
+
+def _decoder_part(name: str, vae: Any, known: Facts) -> Part:
+    example, dynamic = {"latents": example_latents(known)}, {"latents": LATENTS}
+    return Part(name, VaeDecoder(vae), example, dynamic, ("pixels", "pixel_sums", "image"))

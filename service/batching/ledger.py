@@ -29,9 +29,17 @@ class Observer(Protocol):
     """Told of every engine call and every change of the two sets: `service.telemetry.metrics`."""
 
     def engine_call(
-        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+        self,
+        kind: WorkKind,
+        num_rows: int,
+        num_lanes: int,
+        seconds: float,
+        busy_s: float,
+        decoder: str = "",
     ) -> None:
-        """A call of ``seconds``, in ``busy_s`` of which no other call had been running already."""
+        """A call of ``seconds``, in ``busy_s`` of which no other call had been running already;
+        a decode's by ``decoder``.
+        """
         ...
 
     def rows(self, waiting: int, running: int) -> None: ...
@@ -116,9 +124,10 @@ class Ledger:
         self._last_call_ended_at = max(ended_at, self._last_call_ended_at)
         self._num_calls += 1
         num_lanes = sum(row.num_lanes for row in work.rows)
-        self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds, busy_s)
+        decoder = work.alike.decoder if work.kind is WorkKind.DECODE else ""
+        self._observer.engine_call(work.kind, len(work.rows), num_lanes, seconds, busy_s, decoder)
         self._backlog.note_call(busy_s)
-        self._pace.note(work.kind, work.rows[0].drawing.group, len(work.rows), seconds)
+        self._pace.note(work, seconds)
         record = StageRecord(
             work.kind.value, started_at, seconds, self._num_calls, len(work.rows), num_lanes
         )
@@ -139,6 +148,8 @@ class Ledger:
                 error = EngineFailure(row.drawing.failure, code="not_finite")
                 self.fail(row.request, Status.FAILED, error, now)
                 continue
+            if row.drawing.canvas is not None:
+                continue  # it has more tiles
             if row not in done:
                 previews = row.drawing.previews
                 event: Event = Preview(row.index, len(previews) - 1, previews[-1])

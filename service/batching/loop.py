@@ -11,6 +11,7 @@ when the threads themselves end.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -205,7 +206,7 @@ class EngineLoop:
                 for rows in (work.rows[:middle], work.rows[middle:]):
                     alive = tuple(row for row in rows if row.request.status is Status.RUNNING)
                     if alive:
-                        self._call(Work(work.kind, alive), may_split=False)
+                        self._call(dataclasses.replace(work, rows=alive), may_split=False)
                 return
             logger.exception("%s of %d rows shed", work.kind, len(work.rows))
             self._fail_all(work, _no_memory(error))

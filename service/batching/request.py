@@ -106,7 +106,7 @@ Event = Preview | Finished | Resolved
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One image in flight. ``stage``, ``group`` and ``num_lanes`` are the drawing's own."""
+    """One image in flight. From ``stage`` to ``num_lanes`` all is the drawing's own."""
 
     request: Request
     index: int
@@ -119,6 +119,10 @@ class Row:
     @property
     def group(self) -> Hashable:
         return self.drawing.group
+
+    @property
+    def decoding(self) -> Hashable:
+        return self.drawing.decoding
 
     @property
     def num_lanes(self) -> int:

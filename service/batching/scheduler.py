@@ -44,6 +44,8 @@ class Schedulable(Protocol):
     @property
     def group(self) -> Hashable: ...
     @property
+    def decoding(self) -> Hashable: ...
+    @property
     def num_lanes(self) -> int: ...
     @property
     def num_steps_left(self) -> int: ...
@@ -71,6 +73,7 @@ class WorkKind(enum.StrEnum):
     DECODE = "decode"
 
 
+DECODED = (Stage.PREVIEW, Stage.DECODE)
 KIND_OF_STAGE = {
     Stage.ENCODE_TEXT: WorkKind.ENCODE_TEXT,
     Stage.ENCODE_IMAGE: WorkKind.ENCODE_IMAGE,
@@ -86,6 +89,7 @@ class Work(Generic[R]):
 
     kind: WorkKind
     rows: tuple[R, ...]
+    alike: Any = None  # what they have in common: a group, or of a decode how they are decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class Limits:
     ``max_decode_batch`` rows share a decode, so that decoding never stalls the others for longer
     than one chunk; ``max_running`` lanes are in flight at once over all sizes. ``patience`` is the
     number of denoise calls that weigh as much as one step left; 0 means strict order of arrival.
-    ``rows_that_fit`` bounds decodes, and encodings of images, of a group whose rows are large.
+    ``rows_that_fit`` bounds decodes, and encodings of images, of rows that are large.
     With ``one_of_a_kind`` calls side by side are of different kinds: those of one kind would stand
     in one line before a GPU, where a larger batch is better off.
     """
@@ -115,14 +119,14 @@ class Limits:
                 f"max_running >= max_batch; got {self}"
             )
 
-    def decode_rows(self, group: Any) -> int:
-        """The most rows of a group that share a decode."""
-        fitting = self.rows_that_fit(group) if self.rows_that_fit else self.max_decode_batch
+    def decode_rows(self, alike: Any) -> int:
+        """The most rows of a group, or of a decoding, that share a call of the VAE."""
+        fitting = self.rows_that_fit(alike) if self.rows_that_fit else self.max_decode_batch
         return min(self.max_decode_batch, fitting)
 
 
 class Costs(Protocol):
-    """What calls for rows of a group take, in seconds; 0 where that is not known."""
+    """What calls for rows of a group, or decoded alike, take in seconds; 0 where not known."""
 
     def step_s(self, group: Any) -> float:
         """A full denoise call."""
@@ -132,7 +136,7 @@ class Costs(Protocol):
         """The part of a denoise call that does not depend on its rows."""
         ...
 
-    def decode_fixed_s(self, group: Any) -> float:
+    def decode_fixed_s(self, decoding: Any) -> float:
         """The part of a decode call that does not depend on its rows."""
         ...
 
@@ -153,6 +157,8 @@ class Scheduler(Generic[R]):
         self._in_call: set[R] = set()
         self._calls: Counter[WorkKind] = Counter()  # under way
         self._arrivals: dict[R, int] = {}  # row → number of denoise calls before it came
+        self._places: dict[R, int] = {}  # in the line for decodes, of those that came to it
+        self._next_place = itertools.count(1)
         self._served: Counter[str] = Counter()  # tenant with rows here → lanes stepped, see _join
         self._num_denoise_calls = 0
         self._num_running_lanes = 0
@@ -201,6 +207,8 @@ class Scheduler(Generic[R]):
             self.waiting = [row for row in self.waiting if row not in gone]
             self.running = [row for row in self.running if row not in gone]
             self._in_call -= gone
+            for row in gone:
+                self._places.pop(row, None)
             self._num_running_lanes = sum(row.num_lanes for row in self.running)
             present = {row.tenant for row in self._arrivals}
             self._served = Counter({t: n for t, n in self._served.items() if t in present})
@@ -231,8 +239,14 @@ class Scheduler(Generic[R]):
         return work
 
     def update(self, work: Work[R]) -> list[R]:
-        """After the engine call: rows that are done leave and are returned, but removed ones."""
+        """After the engine call: rows that are done leave and are returned, but removed ones.
+
+        A row that is decoded in tiles is at the end of the line for decodes after each of them.
+        """
         self._in_call.difference_update(work.rows)
+        for row in work.rows:
+            if row.stage in DECODED and row in self._arrivals:
+                self._places[row] = next(self._next_place)
         done = [row for row in work.rows if row.stage is Stage.DONE and row in self._arrivals]
         self.remove(done)
         return done
@@ -283,25 +297,29 @@ class Scheduler(Generic[R]):
         for stage in (Stage.ENCODE_TEXT, Stage.ENCODE_IMAGE):
             rows = _urgent_first(row for row in ready if row.stage is stage)
             if rows:
+                group = None
                 if stage is Stage.ENCODE_IMAGE:
-                    rows = _same_group(rows)[: self.limits.decode_rows(rows[0].group)]
-                return Work(KIND_OF_STAGE[stage], tuple(rows[: self.limits.max_decode_batch]))
+                    group = rows[0].group
+                    rows = _same_group(rows)[: self.limits.decode_rows(group)]
+                chosen = tuple(rows[: self.limits.max_decode_batch])
+                return Work(KIND_OF_STAGE[stage], chosen, group)
         return None
 
     def _decode_or_denoise(self, ready: Sequence[R]) -> Work[R] | None:
-        decodable = _urgent_first(
-            row for row in ready if row.stage in (Stage.PREVIEW, Stage.DECODE)
-        )
+        decodable = [row for row in ready if row.stage in DECODED]
+        decodable = _urgent_first(sorted(decodable, key=lambda row: self._places.get(row, 0)))
         denoisable = [row for row in ready if row.stage is Stage.DENOISE]
         batch = self._next_batch(denoisable)
         if decodable and not (batch and self._decoded_last):
-            chunk = _same_group(decodable)[: self.limits.decode_rows(decodable[0].group)]
+            decoding = decodable[0].decoding
+            chunk = [row for row in decodable if row.decoding == decoding]
+            chunk = chunk[: self.limits.decode_rows(decoding)]
             if not self._pays_to_wait(chunk, batch):
-                return Work(WorkKind.DECODE, tuple(chunk))
+                return Work(WorkKind.DECODE, tuple(chunk), decoding)
             self._num_decodes_put_off += 1
         for row in batch:
             self._served[row.tenant] += row.num_lanes
-        return Work(WorkKind.DENOISE, tuple(batch)) if batch else None
+        return Work(WorkKind.DENOISE, tuple(batch), batch[0].group) if batch else None
 
     def _next_batch(self, denoisable: Sequence[R]) -> list[R]:
         """The rows that step next: of one group, as many as there are lanes."""
@@ -321,19 +339,21 @@ class Scheduler(Generic[R]):
         chunk pay with the time of a step. Every wait adds a row, so a full chunk ends it.
         """
         first = chunk[0]
-        last_steps = [row for row in batch if row.num_steps_left == 1 and row.group == first.group]
+        last_steps = [
+            row for row in batch if row.num_steps_left == 1 and row.decoding == first.decoding
+        ]
         num_rows = len(chunk) + len(last_steps)
         if (
             self._costs is None
             or not last_steps
-            or num_rows > self.limits.decode_rows(first.group)
+            or num_rows > self.limits.decode_rows(first.decoding)
             or self._num_decodes_put_off >= self.limits.max_decode_batch
             or first.priority > min(row.priority for row in last_steps)
         ):
             return False
         num_behind = sum(row.priority >= first.priority for row in self._arrivals) - len(chunk)
-        saved_s = self._costs.decode_fixed_s(first.group) * num_behind
-        return saved_s > self._costs.step_s(first.group) * len(chunk)
+        saved_s = self._costs.decode_fixed_s(first.decoding) * num_behind
+        return saved_s > self._costs.step_s(batch[0].group) * len(chunk)
 
     def _in_turn(self, rows: Sequence[R]) -> list[R]:
         """These rows in the order in which they should step: by priority, turn of tenant, rank."""

@@ -56,7 +56,6 @@ STAGE_METRICS: dict[WorkKind, tuple[str, str]] = {
     WorkKind.ENCODE_TEXT: ("fourstep_text_encode_seconds", "One text encoder call."),
     WorkKind.ENCODE_IMAGE: ("fourstep_input_encode_seconds", "One VAE encoder call."),
     WorkKind.DENOISE: ("fourstep_denoise_step_seconds", "One denoise call (UNet and sampler)."),
-    WorkKind.DECODE: ("fourstep_decode_seconds", "One VAE decoder call."),
 }
 
 
@@ -159,6 +158,10 @@ class Metrics:
             kind: self._histogram(*names, CALL_SECONDS).labels(model)
             for kind, names in STAGE_METRICS.items()
         }
+        self._decode = self._histogram(
+            "fourstep_decode_seconds", "One VAE decoder call.", CALL_SECONDS, "decoder"
+        )
+        self._decode.labels(model, "full")  # every model has it: there from the start
         rows = self._histogram("fourstep_batch_rows", "Rows of one engine call.", ROWS, "stage")
         self._rows_of = {kind: rows.labels(model, kind.value) for kind in WorkKind}
         busy = self._counter(
@@ -226,9 +229,18 @@ class Metrics:
     # -- the engine loop's observer ----------------------------------------------------------
 
     def engine_call(
-        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+        self,
+        kind: WorkKind,
+        num_rows: int,
+        num_lanes: int,
+        seconds: float,
+        busy_s: float,
+        decoder: str = "",
     ) -> None:
-        self._stages[kind].observe(seconds)
+        if kind is WorkKind.DECODE:
+            self._decode.labels(self._model, decoder).observe(seconds)
+        else:
+            self._stages[kind].observe(seconds)
         self._busy[kind].inc(busy_s)
         self._rows_of[kind].observe(num_rows)
         # Only a denoise call runs the second lane of a guided row.

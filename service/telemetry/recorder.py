@@ -20,6 +20,7 @@ KIND_OF_PART = {
     "vae_encoder": WorkKind.ENCODE_IMAGE,
     "denoiser": WorkKind.DENOISE,
     "vae_decoder": WorkKind.DECODE,
+    "tiny_vae_decoder": WorkKind.DECODE,
 }
 
 
@@ -35,7 +36,7 @@ class Recorder:
     ) -> None:
         self._metrics = metrics
         self._ready, self._padded_rows = ready, padded_rows
-        self._calls: deque[tuple[WorkKind, int, int, float, float]] = deque()
+        self._calls: deque[tuple[WorkKind, int, int, float, float, str]] = deque()
         self._waits: deque[float] = deque()
         self._rows = (0, 0)
         self._padded: dict[str, int] = {}  # what has been counted; guarded by _writing
@@ -57,9 +58,15 @@ class Recorder:
     # -- the engine threads ------------------------------------------------------------------
 
     def engine_call(
-        self, kind: WorkKind, num_rows: int, num_lanes: int, seconds: float, busy_s: float
+        self,
+        kind: WorkKind,
+        num_rows: int,
+        num_lanes: int,
+        seconds: float,
+        busy_s: float,
+        decoder: str = "",
     ) -> None:
-        self._calls.append((kind, num_rows, num_lanes, seconds, busy_s))
+        self._calls.append((kind, num_rows, num_lanes, seconds, busy_s, decoder))
 
     def rows(self, waiting: int, running: int) -> None:
         self._rows = (waiting, running)

@@ -40,6 +40,7 @@ class Admitted:
     timesteps: tuple[int, ...] | None
     guidance_scale: float
     sampler: str
+    decoder: str
     loras: Mapping[str, float]
     seed: int
     priority: Priority
@@ -90,6 +91,7 @@ def admit(
     guidance = info.default_guidance_scale if guidance is None else guidance
     sampler = params.sampler or info.default_sampler
     timesteps = timesteps or info.timesteps_for(sampler, num_steps)
+    decoder = params.decoder or info.default_decoder
     loras = _loras(params, settings)
     seed = secrets.randbelow(MAX_RANDOM_SEED) if params.seed is None else params.seed
     start = start_of(params, edited, width, height)
@@ -106,6 +108,7 @@ def admit(
             timesteps=timesteps,
             guidance_scale=guidance,
             sampler=sampler,
+            decoder=decoder,
             strength=start.strength,
             eta=params.eta,
             image=start.image,
@@ -132,8 +135,8 @@ def admit(
     if start.paste is not None:
         height, width, _ = start.paste.image.shape
     return Admitted(
-        drawings, width, height, num_steps, timesteps, guidance, sampler, loras, seed, priority,
-        warnings, start.paste,
+        drawings, width, height, num_steps, timesteps, guidance, sampler, decoder, loras, seed,
+        priority, warnings, start.paste,
     )  # fmt: skip
 
 

@@ -135,6 +135,7 @@ class Answers:
             "timesteps": admitted.timesteps,
             "guidance_scale": admitted.guidance_scale,
             "sampler": admitted.sampler,
+            "decoder": admitted.decoder,
             "loras": dict(admitted.loras),
             "timings": timings.milliseconds(),
             "warnings": warnings,

@@ -147,6 +147,8 @@ def _model_object(replica: Replica) -> ModelObject:
         "default_sampler": info.default_sampler,
         "default_sampler_stands_in": info.stands_in,
         "samplers": list(info.samplers),
+        "default_decoder": info.default_decoder,
+        "decoders": list(info.decoders),
         "loras": list(info.loras),
         "default_loras": settings.default_loras,
         "max_prompt_tokens": info.max_tokens,

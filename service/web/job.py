@@ -230,6 +230,7 @@ def parameters_text(
             "Steps": admitted.num_steps,
             **({"Timesteps": _quoted(admitted.timesteps)} if admitted.timesteps else {}),
             "Sampler": admitted.sampler,
+            **({"Decoder": admitted.decoder} if admitted.decoder != "full" else {}),
             **({"LoRAs": _quoted(_weighted(admitted.loras))} if admitted.loras else {}),
             "CFG scale": admitted.guidance_scale,
             "Seed": admitted.seed + row_index,

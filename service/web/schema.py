@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, from_json
 
-from service.settings import SamplerName
+from service.settings import DecoderName, SamplerName
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 MAX_SEED = 2**63 - 1  # also of the last image, so that every seed returned can be sent again
@@ -158,6 +158,11 @@ class ImageParams(Input):
     eta: float | None = Field(
         None, ge=0, le=1, description="Stochasticity of DDIM (default 0) and TCD (default 0.3)."
     )
+    decoder: DecoderName | None = Field(
+        None,
+        description="What makes pixels of latents: the model's own VAE or a tiny one, sooner and "
+        "less exactly, where GET /v1/models lists it under `decoders`.",
+    )
     loras: list[LoraChoice] | None = Field(
         None, max_length=8, description="LoRAs to draw with; default: those the service names."
     )
@@ -285,6 +290,7 @@ class ImagesResponse(BaseModel):
     timesteps: list[int] | None = Field(description="Null: as the sampler spaces them.")
     guidance_scale: float
     sampler: str
+    decoder: str
     loras: dict[str, float]
     timings: dict[str, float]
     warnings: list[str]

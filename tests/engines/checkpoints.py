@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -99,6 +100,15 @@ def make_checkpoint(
         kind = StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
         pipeline = kind(scheduler=scheduler, **parts)
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_vae(folder: Path, latent_channels: int = 4) -> Path:
+    """Write a small random `AutoencoderTiny` with a scaling factor of its own."""
+    torch.manual_seed(2)
+    channels = {f"{part}_block_out_channels": (8, 8, 8, 8) for part in ("encoder", "decoder")}
+    vae = AutoencoderTiny(**channels, latent_channels=latent_channels, scaling_factor=0.7)
+    vae.save_pretrained(folder)
     return folder
 
 

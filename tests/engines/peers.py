@@ -239,8 +239,8 @@ def draw_together(runner: Runner, recipes: Sequence[Recipe]) -> list[Result]:
     }
     while pending := [drawing for drawing in drawings if drawing.stage is not Stage.DONE]:
         stage = min(drawing.stage for drawing in pending)
-        group = next(drawing.group for drawing in pending if drawing.stage is stage)
-        rows = [d for d in pending if d.stage is stage and d.group == group]
+        alike = next(drawing.alike for drawing in pending if drawing.stage is stage)
+        rows = [d for d in pending if d.stage is stage and d.alike == alike]
         if stage is Stage.DECODE:
             for row in rows:
                 assert row.latents is not None

@@ -147,6 +147,15 @@ def test_switch(lcm_checkpoint: Path, cache_dir: Path, out: Path, tmp_path: Path
     assert all(call_ms > 0 for *_, call_ms in rows)
 
 
+def test_tiles(out: Path) -> None:
+    found = run(out, "tiles", "--side", "96", "--tile", "64", "--num-tiles", "3")
+    names, peaks_gb, all_s, longest_s = zip(*found["rows"], strict=True)
+    assert names == ("in tiles of 64 px, the first 3", "whole")
+    assert all(peak_gb >= 0 for peak_gb in peaks_gb)
+    assert all_s[0] > longest_s[0] > 0
+    assert all_s[1] == longest_s[1] > 0
+
+
 def test_peers(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
     """Two rounds of the product and the newcomer's server, as the command measures and writes.
 

@@ -28,7 +28,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "engine", "precision", "device", "unet", "vae", "architecture"]
+    "name", ["model", "engine", "precision", "device", "unet", "vae", "tiny_vae", "architecture"]
 )
 def test_a_flag_wins_over_the_environment_and_that_over_the_default(
     name: str, served: list[Settings], monkeypatch: pytest.MonkeyPatch
@@ -37,14 +37,16 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default(
         "model": ("demo-base", "demo-lcm"), "engine": ("torch", "onnxruntime"),
         "precision": ("bf16", "fp16"), "device": ("cpu", "cuda"),
         "unet": ("owner/unet", "unet.safetensors"), "vae": ("owner/vae", "vae.safetensors"),
+        "tiny_vae": ("owner/taesd", "taesd.safetensors"),
         "architecture": ("folder", "stable-diffusion-2-1-base"),
     }  # fmt: skip
     in_environment, on_command_line = values[name]
+    option = f"--{name.replace('_', '-')}"
     assert cli.app is app
     assert CliRunner().invoke(app, ["serve"]).exit_code == 0
     monkeypatch.setenv(f"FOURSTEP_{name.upper()}", in_environment)
     assert CliRunner().invoke(app, ["serve"]).exit_code == 0
-    assert CliRunner().invoke(app, ["serve", f"--{name}", on_command_line]).exit_code == 0
+    assert CliRunner().invoke(app, ["serve", option, on_command_line]).exit_code == 0
     default, from_environment, from_flag = (getattr(each, name) for each in served)
     assert default == Settings.model_fields[name].default
     assert from_environment == in_environment

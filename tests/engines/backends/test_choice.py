@@ -147,6 +147,16 @@ def test_plans_are_aimed_by_compute_capability_or_by_the_name_of_the_gpu() -> No
     assert (own.compute_capabilities, own.gpu) == ((), "NVIDIA L4")
 
 
+def test_plans_that_take_other_tiles_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.0"))
+    small = Machine(89, EVERYTHING, "NVIDIA L4")
+    bundle = _bundle(small.aim(PlanTarget("tensorrt", ((64, 64),), 4, tile_px=512)), "11.0")
+    for tile_px in (0, 512):  # 0: as they were built
+        check_plans(bundle, "tensorrt", small, tile_px)
+    with pytest.raises(BundleError, match=r"--vae-tiling-px is 256; .* decoders for 512 px"):
+        check_plans(bundle, "tensorrt", small, 256)
+
+
 def test_batches_are_no_larger_than_plans_take() -> None:
     def model(device: str, target: PlanTarget | None) -> Model:
         facts = _bundle(None, "").facts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines.build.bundle import MANIFEST, Blueprint, build_bundle
 from engines.drawing.runner import Runner
-from engines.errors import InvalidInput
+from engines.errors import BundleError, InvalidInput
 from engines.facts import Facts
 from engines.families import stable_diffusion
 from engines.families.part import Part
@@ -66,7 +66,7 @@ def bundle(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_bundle(Blueprint(checkpoints / "tiny-lcm"), folder, lambda *_: None)
     manifest = json.loads((folder / MANIFEST).read_text())
     facts: dict[str, Any] = manifest["facts"]
-    del facts["num_coefficients"]
+    del facts["num_coefficients"], facts["gives_image"]
     (window,) = facts.pop("windows")
     facts |= {name: window[name] for name in ("max_tokens", "pad_token_id", "eos_token_id")}
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -103,6 +103,11 @@ def test_it_refuses_a_sampler_that_looks_back(
     with pytest.raises(InvalidInput, match=r"sampler is 'lcm'.*fourstep build"):
         older.start(recipe())
     older.close()
+
+
+def test_it_decodes_in_no_tiles(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"which the bundle of tiny-lcm was built too early for"):
+        Runner.open(Order(str(bundle), "onnxruntime", vae_tiling_px=64))
 
 
 def test_facts_go_through_json(bundle: Path) -> None:

@@ -132,6 +132,19 @@ def test_profiles(parts: dict[str, Part]) -> None:
     assert len(profiles_of(parts["text_encoder"], fixed, 8)) == 3  # sizes are nothing to it
 
 
+def test_profiles_of_tiles(parts: dict[str, Part]) -> None:
+    """Of 16 latents 8, 8 and 4 are left, of 20 also 2, of 12 6; encoders see whole pictures."""
+    tiled = dataclasses.replace(TARGET, tile_px=64)
+    (wide,) = profiles_of(parts["vae_decoder"], tiled, 8)
+    assert wide == {"latents": ((1, 4, 1, 1), (4, 4, 8, 8), (4, 4, 8, 8))}
+    for name in ("vae_encoder", "denoiser"):
+        assert profiles_of(parts[name], tiled, 8) == profiles_of(parts[name], TARGET, 8)
+    fixed = dataclasses.replace(tiled, engine="tensorrt", max_batch=1, compute_capabilities=())
+    shapes = [profile["latents"][0][2:] for profile in profiles_of(parts["vae_decoder"], fixed, 8)]
+    assert set(shapes) == {(8, 8), (8, 4), (4, 8), (4, 4), (8, 6), (2, 8), (2, 6)}
+    assert len(shapes) == 7
+
+
 def test_manifest_says_the_same_twice(built: Bundle, tmp_path: Path) -> None:
     again = build_bundle(Blueprint(DEMO, "fp16", TARGET), tmp_path / "again", _no_progress)
     assert _steady(again.manifest) == _steady(built.manifest)

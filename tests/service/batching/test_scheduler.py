@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,6 +26,8 @@ class FakeRow:
     deadline: float = float("inf")
     cancelled: bool = False
     live: bool = False
+    decoder: str = "full"
+    num_tiles: int = 1
     stage: Stage = Stage.ENCODE_TEXT
     num_steps_left: int = field(init=False)
     num_calls: dict[WorkKind, int] = field(default_factory=dict)
@@ -36,6 +39,10 @@ class FakeRow:
     def group(self) -> tuple[int, int]:
         return (self.size, self.size)
 
+    @property
+    def decoding(self) -> tuple[int, str]:
+        return (self.size, self.decoder)
+
     def advance(self, kind: WorkKind) -> None:
         self.num_calls[kind] = self.num_calls.get(kind, 0) + 1
         if kind is WorkKind.ENCODE_TEXT:
@@ -45,7 +52,7 @@ class FakeRow:
         elif kind is WorkKind.DENOISE:
             self.num_steps_left -= 1
             self.stage = Stage.DENOISE if self.num_steps_left else Stage.DECODE
-        else:
+        elif self.num_calls[kind] == self.num_tiles:
             self.stage = Stage.DONE
 
 
@@ -63,7 +70,7 @@ class FakeCosts:
     def step_fixed_s(self, group: tuple[int, int]) -> float:
         return self.step_fixed
 
-    def decode_fixed_s(self, group: tuple[int, int]) -> float:
+    def decode_fixed_s(self, decoding: tuple[int, str]) -> float:
         return self.decode_fixed
 
 
@@ -81,6 +88,8 @@ rows = st.builds(
     tenant=st.sampled_from(["", "alice", "bob"]),
     priority=st.integers(-1, 1),
     live=st.booleans(),
+    decoder=st.sampled_from(["full", "tiny"]),
+    num_tiles=st.integers(1, 4),
 )
 limits = st.builds(
     Limits,
@@ -96,14 +105,16 @@ limits = st.builds(
 def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
     assert work.rows
     assert len(set(map(id, work.rows))) == len(work.rows)
-    if work.kind is not WorkKind.ENCODE_TEXT:
-        assert len({row.group for row in work.rows}) == 1
+    if work.kind is WorkKind.DECODE:
+        assert {row.decoding for row in work.rows} == {work.alike}
+    elif work.kind is not WorkKind.ENCODE_TEXT:
+        assert {row.group for row in work.rows} == {work.alike}
     if work.kind is WorkKind.DENOISE:
         assert sum(row.num_lanes for row in work.rows) <= scheduler.limits.max_batch
     elif work.kind is WorkKind.ENCODE_TEXT:
         assert len(work.rows) <= scheduler.limits.max_decode_batch
     else:
-        assert len(work.rows) <= scheduler.limits.decode_rows(work.rows[0].group)
+        assert len(work.rows) <= scheduler.limits.decode_rows(work.alike)
     assert sum(row.num_lanes for row in scheduler.running) <= scheduler.limits.max_running
     wanted = {
         WorkKind.ENCODE_TEXT: Stage.ENCODE_TEXT,
@@ -178,7 +189,7 @@ def test_every_row_leaves_exactly_once(
     for row in everyone:
         if row.stage is Stage.DONE:
             assert row.num_calls[WorkKind.DENOISE] == row.num_steps
-            assert row.num_calls[WorkKind.DECODE] == 1
+            assert row.num_calls[WorkKind.DECODE] == row.num_tiles
 
 
 @settings(max_examples=50, deadline=None)
@@ -293,6 +304,21 @@ def test_decoding_and_denoising_take_turns() -> None:
         scheduler.release(work)
         kinds.append(work.kind)
     assert kinds == [WorkKind.DECODE, WorkKind.DENOISE, WorkKind.DECODE, WorkKind.DENOISE]
+
+
+def test_tiles_are_decoded_in_turn_with_what_is_done() -> None:
+    """No row waits for more than one tile of another, nor they for an endless line of rows."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(64, 1, 64))
+    large = FakeRow(1, 96, stage=Stage.DECODE, num_tiles=6)
+    small = [FakeRow(steps, 64, stage=Stage.DENOISE) for steps in range(1, 41)]  # one a step
+    scheduler.add([large, *small])
+    num_tiles_seen = Counter[FakeRow]()  # while it could have been decoded
+    while large.stage is Stage.DECODE:
+        ready = [row for row in small if row.stage is Stage.DECODE]
+        if _step(scheduler).rows == (large,):
+            num_tiles_seen.update(ready)
+    assert max(num_tiles_seen.values()) == 1
+    assert sum(row.stage is Stage.DONE for row in small) < 20
 
 
 def _finishing(scheduler: Scheduler[FakeRow], num_steps_left: list[int]) -> None:

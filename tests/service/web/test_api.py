@@ -306,7 +306,7 @@ def test_probes_metrics_docs_and_page(http: TestClient) -> None:
         'fourstep_requests_total{endpoint="generations",model="tiny-lcm",status="400"}',
         "fourstep_denoise_step_seconds_bucket",
         "fourstep_text_encode_seconds_count",
-        "fourstep_decode_seconds_count",
+        'fourstep_decode_seconds_count{decoder="full",model="tiny-lcm"}',
         "fourstep_image_encode_seconds_count",
         "fourstep_queue_seconds_count",
         'fourstep_batch_rows_count{model="tiny-lcm",stage="denoise"}',

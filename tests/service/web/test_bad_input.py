@@ -42,6 +42,8 @@ BOOLEAN = "input should be a valid boolean"
 SIZE = "string should match pattern '^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$'"
 TOLD_SIZE = "string should match pattern '^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$'"
 NO_SIZES = "this model has no size conditioning, leave it out"
+DECODERS = "input should be 'full' or 'tiny'"
+NO_TINY_VAE = "tiny-lcm is loaded with full; --tiny-vae gives it a tiny one"
 SIDES = "width and height must be multiples of 8 from 32 to 128, for example 64x64"
 
 
@@ -229,6 +231,10 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         ("7", f'seed is "7": {INTEGER}'),
     ],
     "sampler": [("heun", f'sampler is "heun": {SAMPLERS}')],
+    "decoder": [
+        ("taesd", f'decoder is "taesd": {DECODERS}'),
+        ("tiny", f"decoder is 'tiny'; {NO_TINY_VAE}"),
+    ],
     "priority": [("urgent", f'priority is "urgent": {PRIORITIES}')],
     "eta": [
         (1.1, "eta is 1.1: input should be less than or equal to 1"),
@@ -398,6 +404,10 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
     "target_size": [("tall", f'target_size is "tall": {TOLD_SIZE}')],
     "seed": [("-1", 'seed is "-1": input should be greater than or equal to 0')],
     "sampler": [("heun", f'sampler is "heun": {SAMPLERS}')],
+    "decoder": [
+        ("taesd", f'decoder is "taesd": {DECODERS}'),
+        ("tiny", f"decoder is 'tiny'; {NO_TINY_VAE}"),
+    ],
     "priority": [("urgent", f'priority is "urgent": {PRIORITIES}')],
     "eta": [("2", 'eta is "2": input should be less than or equal to 1')],
     "loras": [
