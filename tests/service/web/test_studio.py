@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get in
 def serving(**values: Any) -> Iterator[str]:
     """The URL of a service on a port of its own."""
     app = build_app(Replica(load_settings({"engine": "onnxruntime", **values})))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():
@@ -52,8 +52,15 @@ def studio(url: str) -> Iterator[Page]:
         page.on(
             "request",
             lambda request: (
-                request.url.startswith(("data:", url))
+                request.url.startswith(("data:", f"blob:{url}", url))
                 or problems.append(f"asked {urlsplit(request.url).hostname}")
+            ),
+        )
+        page.on(
+            "websocket",
+            lambda socket: (
+                socket.url.startswith(url.replace("http", "ws"))
+                or problems.append(f"asked {urlsplit(socket.url).hostname}")
             ),
         )
         page.on(
@@ -83,6 +90,7 @@ def page(url: str) -> Iterator[Page]:
 
 def test_a_prompt_becomes_the_pictures_the_api_gives(page: Page, url: str) -> None:
     values = {"prompt": "a large teal house", "steps": "3", "size": "64x96", "count": "2"}
+    expect(page.locator("#prompt")).not_to_be_empty()  # an example of the page's own
     for name, value in (values | {"seed": "7"}).items():
         page.locator(f"#{name}").fill(value)
     page.locator("#sampler").select_option("ddim")
@@ -132,7 +140,7 @@ def test_where_a_key_is_needed_the_page_asks_for_it(
     with serving(**values, api_keys_file=tmp_path / "keys") as url, studio(url) as page:
         expect(page.locator("#message.error")).to_contain_text("no API key was given")
         page.locator("#key").fill(key)
-        page.locator("#key").press("Tab")
+        page.locator("#key").press("Enter")
         expect(page.locator("#model")).to_contain_text("onnxruntime")
         page.locator("#draw").click()
         expect(page.locator("figure:not(.preview) img")).to_have_count(1)
