@@ -17,11 +17,11 @@ const DEMO = {
   about: `This demo model knows one small world: a ${WORLD.sizes.join(" or ")} ${listed(WORLD.shapes)}; ` +
     `in ${listed(WORLD.colours)}; on ${listed(WORLD.backgrounds)}; by day or at night, flat or outlined.`,
   prompts: [
-    "a large red house at the center on a green background, by day, outlined",
-    "a large purple heart at the right on a yellow background",
-    "a large orange moon at the center on a blue background, at night",
-    "a large teal star at the left on a pink background",
-    "a large navy tree at the bottom on a white background, outlined",
+    "a large red house on a green background, outlined",
+    "a large purple heart on a yellow background",
+    "a large orange moon on a blue background, at night",
+    "a large teal star on a pink background",
+    "a large navy tree on a white background, outlined",
   ],
   surprise: () =>
     `a large ${any(WORLD.colours)} ${any(WORLD.shapes)} at the ${any(WORLD.places)} on a ` +
@@ -38,7 +38,10 @@ const ANY = {
     "a small greenhouse full of ferns, morning light, isometric",
   ],
   surprise: null,
-  inks: ["#1d1d22", "#ffffff", "#8a8f99", "#c2452d", "#e99a3c", "#f2d16b", "#4f8f5b", "#3f7fbf", "#5a4ba8", "#d98aa6", "#7a5236", "#bfe3ee"],
+  inks: [
+    "#1d1d22", "#ffffff", "#8a8f99", "#c2452d", "#e99a3c", "#f2d16b",
+    "#4f8f5b", "#3f7fbf", "#5a4ba8", "#d98aa6", "#7a5236", "#bfe3ee",
+  ],
 };
 
 /** For a model of `GET /v1/models`: words about it, prompts, one by chance (or none), colours. */

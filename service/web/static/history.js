@@ -51,8 +51,11 @@ export class History {
     const image = element("img", { src: source, alt: parameters.prompt, loading: "lazy" });
     const item = element("li");
     item.dataset.id = id;
+    const title = `${parameters.prompt}\nseed ${parameters.seed}, ${when}`;
+    const open = button("", () => this.#open(file, parameters), { title });
+    open.append(image);
     item.append(
-      element("button", { type: "button", title: `${parameters.prompt}\nseed ${parameters.seed}, ${when}`, onclick: () => this.#open(file, parameters) }, image),
+      open,
       button("×", () => this.#remove(item), { className: "remove", ariaLabel: `Forget: ${parameters.prompt}` }),
     );
     $("kept").prepend(item);

@@ -25,16 +25,21 @@ const recorder = new Recorder($("screen"));
 const glide = new Glide(() => live.touch());
 const history = new History((file, parameters) => bringBack(file, parameters));
 const live = new LiveSession(
-  () => ({ ...values(), ...glide.values(), seed: $("lock").checked ? nextSeed() : null, strength: Number($("strength").value) }),
+  () => ({
+    ...values(),
+    ...glide.values(),
+    seed: $("lock").checked ? nextSeed() : null,
+    strength: Number($("strength").value),
+  }),
   () => pictures("image/jpeg"),
 );
 let drawing = null; // the AbortController of what is being drawn
 
 const isLive = () => document.body.dataset.mode === "live";
 
-/** What the canvas gives to a frame or an edit: nothing where words alone are drawn from. */
+/** What the canvas gives to a frame or an edit. One that nobody has touched has nothing to say. */
 function pictures(type) {
-  if (chosen("start") !== "canvas") return {};
+  if (chosen("start") !== "canvas" || !sketch.touched) return {};
   const mask = sketch.mask();
   return { image: sketch.image(type), ...(mask && { mask }) };
 }
@@ -48,6 +53,7 @@ async function connect() {
     $("model").textContent = `${model.id} on ${model.details.engine}, ${model.details.precision}`;
     offer(examplesFor(model));
     showMode();
+    for (const waiting of document.querySelectorAll("[inert]")) waiting.inert = false;
     say("");
   } catch (error) {
     say(error.message, { failed: true });
@@ -142,7 +148,8 @@ function bringBack(file, parameters) {
   fitCanvas();
   if (!isLive()) showFile(file, parameters, use);
   live.touch();
-  say(unknown.length ? `Its settings are back, but for what this model lacks: ${unknown.join(", ")}.` : "Its settings are back.");
+  const but = unknown.length ? `, but for what this model lacks: ${unknown.join(", ")}` : "";
+  say(`Its settings are back${but}.`);
 }
 
 /** A file that was dropped or pasted: one that was drawn here brings its settings. */
@@ -175,7 +182,8 @@ function saveLive() {
     const file = new File([blob], `fourstep-${$("seed").value}.png`, { type: "image/png" });
     save(file, file.name);
     const { width, height } = $("screen");
-    history.add(file, { ...values(), prompt: glide.values().prompt, seed: Number($("seed").value), size: `${width}x${height}` });
+    const { prompt } = glide.values();
+    history.add(file, { ...values(), prompt, seed: Number($("seed").value), size: `${width}x${height}` });
   });
 }
 
@@ -257,10 +265,20 @@ document.querySelector("#start").addEventListener("change", () => {
 });
 $("settings").addEventListener("input", (event) => {
   if (event.target === $("seed")) $("lock").checked = $("seed").value !== "";
-  if (event.target === $("size")) fitCanvas();
+  if (event.target === $("size")) return; // half a size is none
   showNumbers();
   live.touch();
 });
+$("size").addEventListener("change", () => {
+  fitCanvas();
+  live.touch();
+});
+document.querySelector("#tool").addEventListener("change", () => {
+  if (chosen("tool") !== "mask" || $("strength").dataset.moved) return;
+  $("strength").value = 1; // as the service has it with a mask: all that is marked is new
+  showNumbers();
+});
+$("strength").addEventListener("input", () => ($("strength").dataset.moved = "yes"));
 $("dice").addEventListener("click", () => {
   rollSeed();
   $("lock").checked = true;
@@ -279,6 +297,7 @@ $("open-key").addEventListener("click", async () => (await askForKey()) && conne
 $("open-help").addEventListener("click", () => $("help").showModal());
 sketch.addEventListener("change", () => live.touch());
 sketch.addEventListener("undoable", () => {
+  $("invite").classList.toggle("gone", sketch.touched);
   $("undo").disabled = !sketch.steps.undo;
   $("redo").disabled = !sketch.steps.redo;
 });
@@ -288,7 +307,7 @@ live.addEventListener("state", ({ detail }) => ($("connection").textContent = de
 
 startTheme();
 startHand(sketch);
-startFiles(use, receive);
 if (matchMedia("(max-width: 44rem)").matches) $("settings").open = false;
 await history.start();
 await connect();
+startFiles(use, receive);

@@ -12,7 +12,7 @@ const FIELDS = {
   strength: "strength",
 };
 const MAX_RANDOM_SEED = 2 ** 32; // as the service draws them: what other tools can read back
-const LIVE_STEPS = 2;
+const LIVE = { steps: 2, strength: 0.6 }; // at once, and near to what the hand draws
 
 let model;
 const memory = {}; // of each mode: what the other one has chosen otherwise
@@ -21,15 +21,17 @@ const memory = {}; // of each mode: what the other one has chosen otherwise
 export function fitTo(served) {
   model = served;
   const details = model.details;
-  memory.pictures = { steps: details.default_num_inference_steps, lock: false, start: "words" };
-  memory.live = { steps: Math.min(LIVE_STEPS, details.default_num_inference_steps), lock: true, start: "canvas" };
+  const steps = details.default_num_inference_steps;
+  memory.pictures = { steps, strength: 0.8, lock: false, start: "words" };
+  memory.live = { ...LIVE, steps: Math.min(LIVE.steps, steps), lock: true, start: "canvas" };
   $("steps").max = Math.min(details.max_num_inference_steps, 50);
   $("count").max = details.max_images;
   $("guidance").value = details.default_guidance_scale;
   $("size").placeholder = details.default_size;
   $("sizes").replaceChildren(...sizes(details).map((size) => new Option(size)));
   const names = details.samplers;
-  $("sampler").replaceChildren(...names.map((name) => new Option(name, name, false, name === details.default_sampler)));
+  const isDefault = (name) => name === details.default_sampler;
+  $("sampler").replaceChildren(...names.map((name) => new Option(name, name, false, isDefault(name))));
   $("loras").hidden = details.loras.length === 0;
   $("loras").replaceChildren($("loras").firstElementChild, ...details.loras.map(slider));
   recall(chosen("mode"));
@@ -55,15 +57,16 @@ function slider(name) {
   return element("label", { className: "wide" }, element("span", {}, `${name} `, output), input);
 }
 
-/** Each mode has steps, a lock on the seed and a start of its own. */
+/** Each mode has steps, a strength, a lock on the seed and a start of its own. */
 export function changeMode(from, to) {
-  memory[from] = { steps: $("steps").value, lock: $("lock").checked, start: chosen("start") };
+  memory[from] = { steps: $("steps").value, strength: $("strength").value, lock: $("lock").checked, start: chosen("start") };
   recall(to);
 }
 
 function recall(mode) {
-  const { steps, lock, start } = memory[mode];
+  const { steps, strength, lock, start } = memory[mode];
   $("steps").value = steps;
+  $("strength").value = strength;
   $("lock").checked = lock;
   choose("start", start);
   showNumbers();
@@ -79,7 +82,8 @@ export function values() {
     size: $("size").value || $("size").placeholder,
     sampler: $("sampler").value,
   };
-  const weights = [...$("loras").querySelectorAll("input")].map((input) => ({ name: input.dataset.lora, weight: Number(input.value) }));
+  const sliders = [...$("loras").querySelectorAll("input")];
+  const weights = sliders.map(({ dataset, value }) => ({ name: dataset.lora, weight: Number(value) }));
   return weights.length ? { ...found, loras: weights } : found;
 }
 
@@ -95,10 +99,10 @@ export function rollSeed() {
 
 /** Width and height of the canvas, as the size field says or the model has it. */
 export function canvasSize() {
-  const { min_size_px: min, max_size_px: max } = model.details;
+  const { min_size_px: min, max_size_px: max, size_multiple_px: step } = model.details;
   const read = (text) => /^(\d+)x(\d+)$/.exec(text)?.slice(1).map(Number);
   const wanted = read($("size").value);
-  const fits = wanted?.every((side) => side >= min && side <= max);
+  const fits = wanted?.every((side) => side >= min && side <= max && side % step === 0);
   return fits ? wanted : read(model.details.default_size);
 }
 

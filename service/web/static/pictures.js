@@ -27,7 +27,8 @@ export class Figures {
     figure.firstChild.src = `data:${type};base64,${event.b64_json}`;
     if (!event.type.endsWith("completed")) return null;
     const file = new File([data], `fourstep-${event.seed}.${event.output_format}`, { type });
-    finish(figure, file, this.use, `seed ${event.seed}, ${event.size}`, timeline(event.timings), ...event.warnings.map(paragraph));
+    const about = [`seed ${event.seed}, ${event.size}`, timeline(event.timings)];
+    finish(figure, file, this.use, ...about, ...event.warnings.map(paragraph));
     return file;
   }
 

@@ -33,9 +33,8 @@ export function parseParameters(text) {
   const settings = /^Steps: \d/.test(lines.at(-1)) ? lines.pop() : "";
   const at = lines.findLastIndex((line) => line.startsWith("Negative prompt: "));
   const negative = at < 0 ? [] : lines.splice(at);
-  const found = Object.fromEntries(
-    [...settings.matchAll(/([A-Z][\w ]*): ("[^"]*"|[^,]*)/g)].map(([, name, value]) => [name, value.replaceAll('"', "")]),
-  );
+  const pairs = settings.matchAll(/([A-Z][\w ]*): ("[^"]*"|[^,]*)/g);
+  const found = Object.fromEntries([...pairs].map(([, name, value]) => [name, value.replaceAll('"', "")]));
   const values = {
     prompt: lines.join("\n"),
     negative_prompt: negative.join("\n").replace("Negative prompt: ", ""),

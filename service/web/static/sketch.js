@@ -4,6 +4,7 @@ const UNDO_STEPS = 30;
 const FINE_PX = 512; // strokes are kept at least this fine, and scaled down when they are sent
 const PAPER = "#ffffff";
 const MASK = "#ff2d87";
+const HALF = 128; // of an alpha of 255: the service takes what is below for transparent
 const LAYERS = ["ground", "paint", "mask"];
 
 /** Tells of every change by a `change` event, and by `undoable` when undo or redo come or go. */
@@ -13,6 +14,7 @@ export class Sketch extends EventTarget {
   #done = [];
   #undone = [];
   #stroke = null;
+  touched = false; // whether there is anything on it
 
   constructor(view) {
     super();
@@ -25,13 +27,14 @@ export class Sketch extends EventTarget {
     const scale = Math.max(1, Math.ceil(FINE_PX / Math.max(width, height)));
     const before = this.#layers;
     for (const name of LAYERS) {
-      const layer = Object.assign(document.createElement("canvas"), { width: width * scale, height: height * scale });
+      const fine = name === "ground" ? 1 : scale; // a picture of that size is sent as it came
+      const layer = Object.assign(document.createElement("canvas"), { width: width * fine, height: height * fine });
       const context = layer.getContext("2d", { willReadFrequently: true });
       if (name === "ground") fill(context, PAPER);
       if (before[name]) cover(context, before[name]);
       this.#layers[name] = layer;
     }
-    Object.assign(this, { width, height, scale });
+    Object.assign(this, { width, height });
     setSize(this.#view, width * scale, height * scale);
     this.#done = [];
     this.#undone = [];
@@ -41,7 +44,8 @@ export class Sketch extends EventTarget {
   /** Put the pen down. `tool` is brush, eraser or mask; places and `width` in pixels of the view. */
   begin(tool, colour, width, point) {
     this.#remember(tool === "brush" ? ["paint"] : tool === "mask" ? ["mask"] : ["paint", "mask"]);
-    const layers = this.#done.at(-1).map(({ name }) => this.#context(name));
+    this.touched = true;
+    const layers = this.#done.at(-1).layers.map(({ name }) => this.#context(name));
     for (const context of layers) {
       context.globalCompositeOperation = tool === "eraser" ? "destination-out" : "source-over";
       context.strokeStyle = tool === "mask" ? MASK : colour;
@@ -80,6 +84,7 @@ export class Sketch extends EventTarget {
       this.#remember(LAYERS);
       for (const name of ["paint", "mask"]) this.#wipe(name);
     }
+    this.touched = true;
     cover(this.#context("ground"), picture);
     this.#changed();
   }
@@ -87,6 +92,7 @@ export class Sketch extends EventTarget {
   /** One colour all over. */
   fill(colour) {
     this.#remember(["ground", "paint"]);
+    this.touched = true;
     fill(this.#context("ground"), colour);
     this.#wipe("paint");
     this.#changed();
@@ -94,6 +100,7 @@ export class Sketch extends EventTarget {
 
   clear() {
     this.#remember(LAYERS);
+    this.touched = false;
     fill(this.#context("ground"), PAPER);
     for (const name of ["paint", "mask"]) this.#wipe(name);
     this.#changed();
@@ -118,17 +125,15 @@ export class Sketch extends EventTarget {
     return context.canvas.toDataURL(type, 0.92);
   }
 
-  /** What is marked to be drawn anew, white on black, as a `data:` URL; null where nothing is. */
+  /** A `data:` URL whose transparency marks what is to be drawn anew; null where nothing is. */
   mask() {
     const context = this.#sheet();
+    fill(context, "#000000");
+    context.globalCompositeOperation = "destination-out";
     cover(context, this.#layers.mask);
     const { data } = context.getImageData(0, 0, this.width, this.height);
-    if (!new Uint32Array(data.buffer).some((pixel) => pixel)) return null;
-    context.globalCompositeOperation = "source-in";
-    fill(context, "#ffffff");
-    context.globalCompositeOperation = "destination-over";
-    fill(context, "#000000");
-    return context.canvas.toDataURL("image/png");
+    const isMarked = (value, index) => index % 4 === 3 && value < HALF;
+    return data.some(isMarked) ? context.canvas.toDataURL("image/png") : null;
   }
 
   #sheet() {
@@ -146,8 +151,11 @@ export class Sketch extends EventTarget {
   }
 
   #copy(names) {
-    const { width, height } = this.#view;
-    return names.map((name) => ({ name, pixels: this.#context(name).getImageData(0, 0, width, height) }));
+    const layers = names.map((name) => {
+      const { width, height } = this.#layers[name];
+      return { name, pixels: this.#context(name).getImageData(0, 0, width, height) };
+    });
+    return { touched: this.touched, layers };
   }
 
   #remember(names) {
@@ -160,17 +168,18 @@ export class Sketch extends EventTarget {
   #swap(from, to) {
     if (this.drawing || !from.length) return;
     const before = from.pop();
-    to.push(this.#copy(before.map(({ name }) => name)));
-    for (const { name, pixels } of before) this.#context(name).putImageData(pixels, 0, 0);
+    to.push(this.#copy(before.layers.map(({ name }) => name)));
+    this.touched = before.touched;
+    for (const { name, pixels } of before.layers) this.#context(name).putImageData(pixels, 0, 0);
     this.#changed();
   }
 
   #changed() {
     const context = this.#view.getContext("2d");
     context.globalAlpha = 1;
-    for (const name of ["ground", "paint"]) context.drawImage(this.#layers[name], 0, 0);
+    for (const name of ["ground", "paint"]) cover(context, this.#layers[name]);
     context.globalAlpha = 0.5;
-    context.drawImage(this.#layers.mask, 0, 0);
+    cover(context, this.#layers.mask);
     this.dispatchEvent(new Event("change"));
     this.dispatchEvent(new Event("undoable"));
   }

@@ -23,14 +23,21 @@ from service.settings import load_settings
 from service.web.app import build_app
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
+NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # as if there were no other host
+    "--use-fake-device-for-media-stream",  # a webcam that shows a clock
+    "--use-fake-ui-for-media-stream",
+)
+pytestmark = NEEDS_CHROMIUM
 
 
 @contextlib.contextmanager
-def serving(**values: Any) -> Iterator[str]:
-    """The URL of a service on a port of its own."""
+def serving(*, at_port: int = 0, **values: Any) -> Iterator[str]:
+    """The URL of a service, on a port of its own if none is given."""
     app = build_app(Replica(load_settings({"engine": "onnxruntime", **values})))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=at_port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():
@@ -42,12 +49,19 @@ def serving(**values: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def studio(url: str) -> Iterator[Page]:
-    """The page, opened; afterwards no script failed, no file was missed, no other host asked."""
+def studio(url: str, **options: Any) -> Iterator[Page]:
+    """The page, opened as a device with these options (Playwright's) shows it.
+
+    Afterwards no script failed, no file was missed, no other host asked, the policy not met.
+    """
     problems: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(**options)
+        page.on(
+            "console",
+            lambda line: "Content Security" not in line.text or problems.append(line.text),
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on(
             "request",
