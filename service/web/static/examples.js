@@ -17,8 +17,8 @@ const DEMO = {
   about: `This demo model knows one small world: a ${WORLD.sizes.join(" or ")} ${listed(WORLD.shapes)}; ` +
     `in ${listed(WORLD.colours)}; on ${listed(WORLD.backgrounds)}; by day or at night, flat or outlined.`,
   prompts: [
-    "a large red house on a green background, outlined",
-    "a large purple heart on a yellow background",
+    "a large red house at the center on a green background, outlined",
+    "a large purple heart at the center on a yellow background",
     "a large orange moon on a blue background, at night",
     "a large teal star on a pink background",
     "a large navy tree on a white background, outlined",

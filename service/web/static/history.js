@@ -1,6 +1,6 @@
 // Pictures that were drawn here, with their parameters, in this browser's IndexedDB.
 
-import { $, button, element } from "./dom.js";
+import { $, button, element, say } from "./dom.js";
 
 const STORE = "pictures";
 const MAX_KEPT = 60;
@@ -36,7 +36,12 @@ export class History {
   async add(file, parameters) {
     if (!this.#database) return;
     const kept = { file, parameters, at: Date.now() };
-    kept.id = await done(this.#store("readwrite").add(kept));
+    try {
+      kept.id = await done(this.#store("readwrite").add(kept));
+    } catch (error) {
+      say(`The browser does not keep this picture: ${error.message}`, { failed: true });
+      return;
+    }
     this.#show(kept);
     for (const old of [...$("kept").children].slice(MAX_KEPT)) await this.#remove(old);
   }

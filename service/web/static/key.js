@@ -1,9 +1,10 @@
 // The API key: in memory alone, unless its owner asks the browser to remember it.
 
 import { $ } from "./dom.js";
+import { keep, kept } from "./storage.js";
 
 const NAME = "fourstep.key";
-let key = localStorage.getItem(NAME) ?? "";
+let key = kept(NAME) ?? "";
 
 export const header = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
@@ -12,7 +13,7 @@ export function askForKey() {
   const dialog = $("key-dialog");
   if (dialog.open) return Promise.resolve(false);
   $("key").value = key;
-  $("remember").checked = localStorage.getItem(NAME) !== null;
+  $("remember").checked = kept(NAME) !== null;
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
@@ -23,7 +24,6 @@ export function askForKey() {
 function take(wanted) {
   if (!wanted) return false;
   key = $("key").value.trim();
-  if ($("remember").checked && key) localStorage.setItem(NAME, key);
-  else localStorage.removeItem(NAME);
+  keep(NAME, $("remember").checked && key ? key : null);
   return true;
 }

@@ -122,7 +122,7 @@ async function draw() {
 
 function setBusy(controller) {
   drawing = controller;
-  $("draw").disabled = controller !== null;
+  $("draw").ariaDisabled = controller !== null; // a disabled button would lose the focus
   $("stop").hidden = controller === null;
   document.body.classList.toggle("busy", controller !== null);
 }
@@ -169,6 +169,7 @@ async function showPicture({ detail }) {
   const screen = $("screen");
   if (screen.width !== width || screen.height !== height) setSize(screen, width, height);
   cover(screen.getContext("2d"), image);
+  screen.ariaLabel = `Live picture: ${glide.values().prompt}`;
   screen.dataset.frames = Number(screen.dataset.frames ?? 0) + 1;
   $("fps").value = fps ? fps.toFixed(1) : "–";
   $("latency").value = Math.round(latency_ms);
@@ -251,11 +252,12 @@ $("stop").addEventListener("click", () => drawing?.abort());
 document.addEventListener("keydown", (event) => {
   const control = event.ctrlKey || event.metaKey;
   const writing = event.target.matches("textarea, input:not([type=range], [type=radio], [type=checkbox])");
-  if (control && event.key === "Enter") $("form").requestSubmit();
+  const prompting = event.target === $("prompt") && !event.shiftKey && !event.isComposing;
+  if (event.key === "Enter" && (control || prompting)) $("form").requestSubmit();
   else if (event.key === "Escape") drawing?.abort();
   else if (control && event.key.toLowerCase() === "z" && !writing) event.shiftKey ? sketch.redo() : sketch.undo();
   else return;
-  if (control) event.preventDefault();
+  if (event.key !== "Escape") event.preventDefault();
 });
 
 document.querySelector("#mode").addEventListener("change", setMode);

@@ -1,6 +1,7 @@
 // What a PNG says of how it was made: its text chunks, in the form that tools of the field write.
 
 const SIGNATURE = "\x89PNG\r\n\x1a\n";
+const KEYWORD = "parameters\0";
 
 /** The `parameters` text of a PNG's bytes; null where there is none. */
 export function parametersText(bytes) {
@@ -10,11 +11,11 @@ export function parametersText(bytes) {
   for (let at = 8; at + 12 <= bytes.length; ) {
     const end = at + 8 + view.getUint32(at);
     const kind = latin1(at + 4, at + 8);
-    const zero = bytes.indexOf(0, at + 8);
-    if ((kind === "tEXt" || kind === "iTXt") && zero > 0 && zero < end && latin1(at + 8, zero) === "parameters")
-      return kind === "tEXt"
-        ? new TextDecoder("latin1").decode(bytes.subarray(zero + 1, end))
-        : internationalText(bytes.subarray(zero + 1, end));
+    if (latin1(at + 8, at + 8 + KEYWORD.length) === KEYWORD) {
+      const content = bytes.subarray(at + 8 + KEYWORD.length, end);
+      if (kind === "tEXt") return new TextDecoder("latin1").decode(content);
+      if (kind === "iTXt") return internationalText(content);
+    }
     at = end + 4; // the checksum
   }
   return null;

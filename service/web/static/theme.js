@@ -1,6 +1,7 @@
 // Light, dark, or as the system has it; the choice is kept in this browser.
 
 import { $ } from "./dom.js";
+import { keep, kept } from "./storage.js";
 
 const NAME = "fourstep.theme";
 const THEMES = ["auto", "light", "dark"];
@@ -11,10 +12,10 @@ function show(theme) {
 }
 
 export function startTheme() {
-  show(localStorage.getItem(NAME) ?? "auto");
+  show(kept(NAME) ?? "auto");
   $("theme").addEventListener("click", () => {
     const next = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
-    localStorage.setItem(NAME, next);
+    keep(NAME, next);
     show(next);
   });
 }

@@ -1,7 +1,4 @@
-"""Pictures of the studio for README, drawn by the demo model: ``python -m tests.service.web.screens``.
-
-It needs Chromium; colours are reduced to 256, which keeps each below 200 KB.
-"""
+"""Pictures of the studio for README: ``python -m tests.service.web.screens``, with Chromium."""
 
 from __future__ import annotations
 
@@ -26,9 +23,8 @@ def save(page: Page, name: str) -> None:
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     page.wait_for_timeout(500)  # what fades in is there then
-    shown = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     file = FOLDER / f"{name}.png"
-    shown.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(file, optimize=True)
     assert file.stat().st_size < MAX_BYTES, file
 
 
@@ -50,14 +46,14 @@ def draw_live(page: Page) -> None:
     page.locator("#swatches [title='#d72328']").click()
     page.locator("#width").fill("34")
     stroke(page, *HOUSE)
-    page.locator("#prompt-b").fill("a large purple heart on a yellow background")
+    page.locator("#prompt-b").fill("a large purple heart at the center on a yellow background")
     settled(page)
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with serving(model="demo-lcm") as url:
-        with studio(url, viewport={"width": 1440, "height": 1100}, color_scheme="light") as page:
+        with studio(url, viewport={"width": 1440, "height": 960}, color_scheme="light") as page:
             draw_examples(page)
             draw_live(page)
             save(page, "wide")

@@ -145,6 +145,17 @@ def test_a_refusal_says_what_is_wrong_and_the_button_comes_back(page: Page) -> N
     expect(page.locator("#draw")).to_be_enabled()
 
 
+def test_what_takes_too_long_is_stopped(page: Page) -> None:
+    page.locator("#steps").fill("50")
+    page.locator("#count").fill("10")
+    page.locator("#draw").click()
+    expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#message")).to_have_text("Stopped.")
+    expect(page.locator("figure.preview")).to_have_count(0)
+    expect(page.locator("#draw")).to_be_enabled()
+
+
 def test_where_a_key_is_needed_the_page_asks_for_it(
     lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
 ) -> None:

