@@ -23,8 +23,8 @@ def save(page: Page, name: str) -> None:
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     page.wait_for_timeout(500)  # what fades in is there then
-    file = FOLDER / f"{name}.png"
-    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(file, optimize=True)
+    file = FOLDER / f"{name}.webp"
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(file, lossless=True)
     assert file.stat().st_size < MAX_BYTES, file
 
 
@@ -53,7 +53,7 @@ def draw_live(page: Page) -> None:
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with serving(model="demo-lcm") as url:
-        with studio(url, viewport={"width": 1440, "height": 960}, color_scheme="light") as page:
+        with studio(url, viewport={"width": 1440, "height": 1040}, color_scheme="light") as page:
             draw_examples(page)
             draw_live(page)
             save(page, "wide")
