@@ -24,7 +24,8 @@ export class History {
   /** Where a browser keeps nothing (a private window), neither does this. */
   async start() {
     const request = indexedDB.open("fourstep", 1);
-    request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
+    const options = { keyPath: "id", autoIncrement: true };
+    request.onupgradeneeded = () => request.result.createObjectStore(STORE, options);
     try {
       this.#database = await done(request);
       for (const kept of await done(this.#store("readonly").getAll())) this.#show(kept);

@@ -1,39 +1,34 @@
-// The studio: what each control does. Everything else is in the module that is named for it.
+// The studio: what each control does. All else is in the module that is named for it.
 
-import { ask, events } from "./api.js";
-import { $, button, choose, chosen, element, say } from "./dom.js";
-import { examplesFor } from "./examples.js";
+import { ask } from "./api.js";
+import { $, choose, chosen, say } from "./dom.js";
+import { Drawing } from "./drawing.js";
 import { Glide } from "./glide.js";
 import { startHand } from "./hand.js";
 import { History } from "./history.js";
 import { askForKey } from "./key.js";
 import { LiveSession } from "./live.js";
 import { canvasSize, changeMode, fitTo, nextSeed, restore, rollSeed, showNumbers, values } from "./parameters.js";
-import { Figures, save, showFile } from "./pictures.js";
+import { showFile } from "./pictures.js";
 import { parametersText, parseParameters } from "./png.js";
-import { Recorder } from "./recorder.js";
-import { Sketch, cover, setSize } from "./sketch.js";
+import { Screen } from "./screen.js";
+import { Sketch } from "./sketch.js";
 import { Webcam, startFiles } from "./sources.js";
 import { startTheme } from "./theme.js";
+import { welcome } from "./welcome.js";
 
-const NUM_PREVIEWS = 3;
 const RECONNECT_MS = 3000;
 
 const sketch = new Sketch($("paper"));
 const webcam = new Webcam(sketch);
-const recorder = new Recorder($("screen"));
+const screen = new Screen();
+const history = new History(bringBack);
+const drawing = new Drawing({ finished: (file, made) => history.add(file, made), use, refused });
 const glide = new Glide(() => live.touch());
-const history = new History((file, parameters) => bringBack(file, parameters));
 const live = new LiveSession(
-  () => ({
-    ...values(),
-    ...glide.values(),
-    seed: $("lock").checked ? nextSeed() : null,
-    strength: Number($("strength").value),
-  }),
+  () => ({ ...values(), ...glide.values(), seed: $("lock").checked ? nextSeed() : null }),
   () => pictures("image/jpeg"),
 );
-let drawing = null; // the AbortController of what is being drawn
 
 const isLive = () => document.body.dataset.mode === "live";
 
@@ -44,6 +39,10 @@ function pictures(type) {
   return { image: sketch.image(type), ...(mask && { mask }) };
 }
 
+function draw() {
+  drawing.start({ ...values(), seed: nextSeed() }, pictures("image/png"), Number($("count").value));
+}
+
 // -- the service -------------------------------------------------------------------------------
 
 async function connect() {
@@ -51,40 +50,21 @@ async function connect() {
     const [model] = (await (await ask("models")).json()).data;
     fitTo(model);
     $("model").textContent = `${model.id} on ${model.details.engine}, ${model.details.precision}`;
-    offer(examplesFor(model));
+    welcome(model, drawExample);
     showMode();
     for (const waiting of document.querySelectorAll("[inert]")) waiting.inert = false;
     say("");
   } catch (error) {
     say(error.message, { failed: true });
-    if (error.status === 401) {
-      if (await askForKey()) await connect();
-    } else setTimeout(connect, RECONNECT_MS);
+    if (error.status !== 401) setTimeout(connect, RECONNECT_MS);
+    else if (await askForKey()) await connect();
   }
 }
 
-/** Say what the model knows, and let one click draw it. */
-function offer({ about, prompts, surprise, inks }) {
-  const draw = (prompt) => {
-    $("prompt").value = prompt;
-    $("prompt").dispatchEvent(new Event("input"));
-    if (!isLive()) $("form").requestSubmit();
-  };
-  $("prompt").value ||= prompts[0];
-  $("world").textContent = about;
-  $("prompts").replaceChildren(...prompts.map((prompt) => button(prompt, () => draw(prompt))));
-  if (surprise) $("prompts").prepend(button("Surprise me", () => draw(surprise())));
-  $("swatches").replaceChildren(...inks.map((ink) => swatch(ink)));
-}
-
-function swatch(ink) {
-  const made = button("", () => {
-    $("colour").value = ink;
-    choose("tool", "brush");
-    for (const each of $("swatches").children) each.ariaPressed = each === made;
-  }, { ariaLabel: ink, title: ink, ariaPressed: "false" });
-  made.style.background = ink;
-  return made;
+function drawExample(prompt) {
+  $("prompt").value = prompt;
+  $("prompt").dispatchEvent(new Event("input"));
+  if (!isLive()) $("form").requestSubmit();
 }
 
 async function refused(error) {
@@ -94,38 +74,7 @@ async function refused(error) {
   if (isLive()) live.start();
 }
 
-// -- single pictures ---------------------------------------------------------------------------
-
-async function draw() {
-  const from = pictures("image/png");
-  const request = { ...values(), n: Number($("count").value), seed: nextSeed(), partial_images: NUM_PREVIEWS };
-  if (from.image) Object.assign(request, { image: from.image, strength: Number($("strength").value) });
-  if (from.mask) request.mask = { image_url: from.mask };
-  const { image, mask, n, partial_images, ...parameters } = request;
-  const figures = new Figures(request.prompt, use);
-  const begun = performance.now();
-  setBusy(new AbortController());
-  say("Drawing …");
-  try {
-    for await (const event of events(from.image ? "images/edits" : "images/generations", request, drawing.signal)) {
-      const file = figures.show(event);
-      if (file) history.add(file, { ...parameters, seed: event.seed, size: event.size });
-    }
-    say(`${Math.round(performance.now() - begun)} ms in all`);
-  } catch (error) {
-    figures.abandon();
-    if (error.name === "AbortError") say("Stopped.");
-    else await refused(error);
-  }
-  setBusy(null);
-}
-
-function setBusy(controller) {
-  drawing = controller;
-  $("draw").ariaDisabled = controller !== null; // a disabled button would lose the focus
-  $("stop").hidden = controller === null;
-  document.body.classList.toggle("busy", controller !== null);
-}
+// -- files -------------------------------------------------------------------------------------
 
 /** A picture becomes the canvas. */
 async function use(file) {
@@ -137,7 +86,8 @@ async function use(file) {
     return;
   }
   stopWebcam();
-  setStart("canvas");
+  choose("start", "canvas");
+  showStart();
   sketch.lay(picture);
   $("paper").focus();
 }
@@ -159,41 +109,6 @@ async function receive(file) {
   else bringBack(file, parseParameters(text));
 }
 
-// -- live --------------------------------------------------------------------------------------
-
-async function showPicture({ detail }) {
-  const image = new Image();
-  image.src = `data:image/jpeg;base64,${detail.image}`;
-  await image.decode();
-  const { width, height, fps, latency_ms } = detail;
-  const screen = $("screen");
-  if (screen.width !== width || screen.height !== height) setSize(screen, width, height);
-  cover(screen.getContext("2d"), image);
-  screen.ariaLabel = `Live picture: ${glide.values().prompt}`;
-  screen.dataset.frames = Number(screen.dataset.frames ?? 0) + 1;
-  $("fps").value = fps ? fps.toFixed(1) : "–";
-  $("latency").value = Math.round(latency_ms);
-  $("seed").value = detail.seed;
-  say(detail.warnings.join("; "));
-  if (glide.advance()) live.touch();
-}
-
-function saveLive() {
-  $("screen").toBlob((blob) => {
-    const file = new File([blob], `fourstep-${$("seed").value}.png`, { type: "image/png" });
-    save(file, file.name);
-    const { width, height } = $("screen");
-    const { prompt } = glide.values();
-    history.add(file, { ...values(), prompt, seed: Number($("seed").value), size: `${width}x${height}` });
-  });
-}
-
-function toggleRecorder() {
-  if (recorder.on) recorder.stop();
-  else recorder.start();
-  $("record").ariaPressed = recorder.on;
-}
-
 async function toggleWebcam() {
   if (webcam.on) return stopWebcam();
   try {
@@ -212,26 +127,14 @@ function stopWebcam() {
 
 // -- modes -------------------------------------------------------------------------------------
 
-function setMode() {
-  const before = document.body.dataset.mode;
-  drawing?.abort();
-  changeMode(before, chosen("mode"));
-  showMode();
-}
-
 function showMode() {
   document.body.dataset.mode = chosen("mode");
   showStart();
   if (isLive()) live.start();
   else {
     live.stop();
-    recorder.stop();
+    screen.stopRecording();
   }
-}
-
-function setStart(start) {
-  choose("start", start);
-  showStart();
 }
 
 function showStart() {
@@ -240,70 +143,87 @@ function showStart() {
   fitCanvas();
 }
 
-const fitCanvas = () => sketch.resize(...canvasSize());
+function fitCanvas() {
+  sketch.resize(...canvasSize());
+}
 
 // -- controls ----------------------------------------------------------------------------------
 
-$("form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (!drawing && !isLive()) draw();
-});
-$("stop").addEventListener("click", () => drawing?.abort());
-document.addEventListener("keydown", (event) => {
-  const control = event.ctrlKey || event.metaKey;
-  const writing = event.target.matches("textarea, input:not([type=range], [type=radio], [type=checkbox])");
-  const prompting = event.target === $("prompt") && !event.shiftKey && !event.isComposing;
-  if (event.key === "Enter" && (control || prompting)) $("form").requestSubmit();
-  else if (event.key === "Escape") drawing?.abort();
-  else if (control && event.key.toLowerCase() === "z" && !writing) event.shiftKey ? sketch.redo() : sketch.undo();
-  else return;
-  if (event.key !== "Escape") event.preventDefault();
-});
+const on = (id, type, handle) => $(id).addEventListener(type, handle);
 
-document.querySelector("#mode").addEventListener("change", setMode);
-document.querySelector("#start").addEventListener("change", () => {
+on("form", "submit", (event) => {
+  event.preventDefault();
+  if (!drawing.busy && !isLive()) draw();
+});
+on("stop", "click", () => drawing.stop());
+on("mode", "change", () => {
+  drawing.stop();
+  changeMode(document.body.dataset.mode, chosen("mode"));
+  showMode();
+});
+on("start", "change", () => {
   showStart();
   live.touch();
 });
-$("settings").addEventListener("input", (event) => {
-  if (event.target === $("seed")) $("lock").checked = $("seed").value !== "";
+on("settings", "input", (event) => {
   if (event.target === $("size")) return; // half a size is none
+  if (event.target === $("seed")) $("lock").checked = $("seed").value !== "";
   showNumbers();
   live.touch();
 });
-$("size").addEventListener("change", () => {
+on("size", "change", () => {
   fitCanvas();
   live.touch();
 });
-document.querySelector("#tool").addEventListener("change", () => {
-  if (chosen("tool") !== "mask" || $("strength").dataset.moved) return;
-  $("strength").value = 1; // as the service has it with a mask: all that is marked is new
-  showNumbers();
-});
-$("strength").addEventListener("input", () => ($("strength").dataset.moved = "yes"));
-$("dice").addEventListener("click", () => {
+on("dice", "click", () => {
   rollSeed();
   $("lock").checked = true;
   live.touch();
 });
-$("undo").addEventListener("click", () => sketch.undo());
-$("redo").addEventListener("click", () => sketch.redo());
-$("clear").addEventListener("click", () => sketch.clear());
-$("fill").addEventListener("click", () => sketch.fill($("colour").value));
-$("webcam").addEventListener("click", toggleWebcam);
-$("use").addEventListener("click", () => $("screen").toBlob(use));
-$("save").addEventListener("click", saveLive);
-$("record").addEventListener("click", toggleRecorder);
-$("record").hidden = !Recorder.possible;
-$("open-key").addEventListener("click", async () => (await askForKey()) && connect());
-$("open-help").addEventListener("click", () => $("help").showModal());
+on("strength", "input", () => ($("strength").dataset.moved = "yes"));
+on("tool", "change", () => {
+  if (chosen("tool") !== "mask" || $("strength").dataset.moved) return;
+  $("strength").value = 1; // as the service has it with a mask: all that is marked is new
+  showNumbers();
+});
+on("undo", "click", () => sketch.undo());
+on("redo", "click", () => sketch.redo());
+on("clear", "click", () => sketch.clear());
+on("fill", "click", () => sketch.fill($("colour").value));
+on("webcam", "click", toggleWebcam);
+on("use", "click", async () => use((await screen.file()).file));
+on("save", "click", async () => {
+  const { file, seed, size } = await screen.save();
+  history.add(file, { ...values(), prompt: glide.values().prompt, seed, size });
+});
+on("open-key", "click", async () => (await askForKey()) && connect());
+on("open-help", "click", () => $("help").showModal());
+
+document.addEventListener("keydown", (event) => {
+  const control = event.ctrlKey || event.metaKey;
+  const prompting = event.target === $("prompt") && !event.shiftKey && !event.isComposing;
+  const writing = event.target.matches("textarea, #seed, #size, #negative"); // they undo their own
+  const undoing = control && !writing && event.key.toLowerCase() === "z";
+  if (event.key === "Escape") drawing.stop();
+  else if (event.key === "Enter" && (control || prompting)) $("form").requestSubmit();
+  else if (undoing && event.shiftKey) sketch.redo();
+  else if (undoing) sketch.undo();
+  else return;
+  if (event.key !== "Escape") event.preventDefault();
+});
+
 sketch.addEventListener("change", () => live.touch());
 sketch.addEventListener("undoable", () => {
   $("invite").classList.toggle("gone", sketch.touched);
   $("undo").disabled = !sketch.steps.undo;
   $("redo").disabled = !sketch.steps.redo;
 });
-live.addEventListener("picture", showPicture);
+live.addEventListener("picture", async ({ detail }) => {
+  await screen.show(detail, glide.values().prompt);
+  $("seed").value = detail.seed;
+  say(detail.warnings.join("; "));
+  if (glide.advance()) live.touch();
+});
 live.addEventListener("refused", ({ detail }) => refused(detail));
 live.addEventListener("state", ({ detail }) => ($("connection").textContent = detail));
 

@@ -59,7 +59,8 @@ function slider(name) {
 
 /** Each mode has steps, a strength, a lock on the seed and a start of its own. */
 export function changeMode(from, to) {
-  memory[from] = { steps: $("steps").value, strength: $("strength").value, lock: $("lock").checked, start: chosen("start") };
+  const [steps, strength] = [$("steps").value, $("strength").value];
+  memory[from] = { steps, strength, lock: $("lock").checked, start: chosen("start") };
   recall(to);
 }
 
@@ -72,7 +73,7 @@ function recall(mode) {
   showNumbers();
 }
 
-/** What both kinds of requests, and live sessions, have. The seed is `nextSeed`'s. */
+/** What requests and live sessions have; those without a picture have no use for the strength. The seed is `nextSeed`'s. */
 export function values() {
   const found = {
     prompt: $("prompt").value,
@@ -81,6 +82,7 @@ export function values() {
     guidance_scale: $("guidance").value === "" ? null : Number($("guidance").value),
     size: $("size").value || $("size").placeholder,
     sampler: $("sampler").value,
+    strength: Number($("strength").value),
   };
   const sliders = [...$("loras").querySelectorAll("input")];
   const weights = sliders.map(({ dataset, value }) => ({ name: dataset.lora, weight: Number(value) }));
@@ -111,7 +113,8 @@ export function restore(given) {
   const unknown = [];
   for (const [name, id] of Object.entries(FIELDS)) {
     if (!(name in given)) continue;
-    if (name === "sampler" && !model.details.samplers.includes(given.sampler)) unknown.push(`sampler ${given.sampler}`);
+    const lacks = name === "sampler" && !model.details.samplers.includes(given.sampler);
+    if (lacks) unknown.push(`sampler ${given.sampler}`);
     else $(id).value = given[name] ?? "";
   }
   if ("seed" in given) {

@@ -2,6 +2,7 @@
 
 import { $, button, element } from "./dom.js";
 
+const MAX_SHOWN = 30; // the history has the others
 const STAGES = {
   queue: "queue_ms",
   text: "encode_text_ms",
@@ -49,6 +50,7 @@ function add(prompt, caption) {
   const figure = element("figure", { className: "preview" });
   figure.append(element("img", { alt: prompt }), element("figcaption", { textContent: caption }));
   $("images").prepend(figure);
+  for (const old of [...$("images").children].slice(MAX_SHOWN)) old.remove();
   return figure;
 }
 

@@ -28,7 +28,7 @@ export class Sketch extends EventTarget {
     const before = this.#layers;
     for (const name of LAYERS) {
       const fine = name === "ground" ? 1 : scale; // a picture of that size is sent as it came
-      const layer = Object.assign(document.createElement("canvas"), { width: width * fine, height: height * fine });
+      const layer = newCanvas(width * fine, height * fine);
       const context = layer.getContext("2d", { willReadFrequently: true });
       if (name === "ground") fill(context, PAPER);
       if (before[name]) cover(context, before[name]);
@@ -137,8 +137,7 @@ export class Sketch extends EventTarget {
   }
 
   #sheet() {
-    const sheet = Object.assign(document.createElement("canvas"), { width: this.width, height: this.height });
-    return sheet.getContext("2d", { willReadFrequently: true });
+    return newCanvas(this.width, this.height).getContext("2d", { willReadFrequently: true });
   }
 
   #context(name) {
@@ -184,6 +183,8 @@ export class Sketch extends EventTarget {
     this.dispatchEvent(new Event("undoable"));
   }
 }
+
+const newCanvas = (width, height) => Object.assign(document.createElement("canvas"), { width, height });
 
 function fill(context, colour) {
   context.fillStyle = colour;

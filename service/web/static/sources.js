@@ -1,6 +1,6 @@
 // Pictures that come from outside: chosen, dropped or pasted files, and the webcam.
 
-import { $ } from "./dom.js";
+import { $, element } from "./dom.js";
 
 /** `open` is given a file that was chosen for the canvas, `receive` one that was dropped or pasted. */
 export function startFiles(open, receive) {
@@ -38,7 +38,7 @@ export class Webcam {
   /** Throws where there is none, or it may not be used. */
   async start() {
     const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "user" } });
-    const video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
+    const video = element("video", { srcObject: stream, muted: true, playsInline: true });
     await video.play();
     this.#video = video;
     this.#follow();

@@ -207,3 +207,25 @@ def test_a_key_opens_a_session_and_is_kept_only_if_asked(
         page.locator("#remember").uncheck()
         enter()
         assert page.evaluate("Object.values(localStorage).join()").count(key) == 0
+
+
+def test_one_that_rests_goes_on_at_the_next_stroke(values: dict[str, Any]) -> None:
+    with serving(**values, live_idle_s=3) as url, live(url) as page:
+        expect(page.locator("#connection")).to_contain_text("resting", timeout=30_000)
+        before = settled(page)
+        stroke(page, (0.2, 0.5), (0.8, 0.5))
+        expect(page.locator("#connection")).to_have_text("connected")
+        assert settled(page) != before
+
+
+def test_where_there_is_no_room_it_waits_for_some(values: dict[str, Any]) -> None:
+    with serving(**values, max_live_sessions=1) as url, live(url) as page:
+        browser = page.context.browser
+        assert browser is not None
+        other = browser.new_page()
+        other.goto(url)
+        expect(other.locator("#model")).to_contain_text("onnxruntime")
+        other.get_by_role("radio", name="Live").check()
+        expect(other.locator("#connection")).to_contain_text("1 live sessions are open")
+        page.get_by_role("radio", name="Pictures").check()
+        expect(other.locator("#connection")).to_have_text("connected", timeout=30_000)
