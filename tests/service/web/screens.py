@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.service.web.test_studio import serving, studio
-from tests.service.web.test_studio_canvas import stroke
+from tests.service.web.test_studio_canvas import point
 from tests.service.web.test_studio_live import settled
 
 FOLDER = Path("service/web/screens")
@@ -37,6 +39,17 @@ def draw_examples(page: Page) -> None:
         expect(page.locator("#kept li")).to_have_count(index)
 
 
+def draw_slowly(page: Page, *places: tuple[float, float]) -> None:
+    """As a hand would: pictures come all the while."""
+    page.mouse.move(*point(page, *places[0]))
+    page.mouse.down()
+    for (x, y), (to_x, to_y) in itertools.pairwise(places):
+        for share in np.linspace(0, 1, 12):
+            page.mouse.move(*point(page, x + share * (to_x - x), y + share * (to_y - y)))
+            page.wait_for_timeout(30)
+    page.mouse.up()
+
+
 def draw_live(page: Page) -> None:
     page.locator("#prompts button").nth(1).click()
     page.get_by_role("radio", name="Live").check()
@@ -45,9 +58,10 @@ def draw_live(page: Page) -> None:
     page.locator("#fill").click()
     page.locator("#swatches [title='#d72328']").click()
     page.locator("#width").fill("34")
-    stroke(page, *HOUSE)
     page.locator("#prompt-b").fill("a large purple heart at the center on a yellow background")
     settled(page)
+    draw_slowly(page, *HOUSE)
+    page.wait_for_timeout(500)
 
 
 def main() -> None:
