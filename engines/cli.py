@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -384,6 +385,8 @@ def generate(
 
 def run(command: typer.Typer) -> None:
     """Run a command line; every expected failure is one clear line and exit code 1."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they would rather have installed
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         command()
     except EngineError as error:

@@ -57,6 +57,7 @@ def export_onnx(part: Part, path: Path) -> None:
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
+                dynamic_shapes=shapes,  # for the names of the dimensions
                 optimize=False,
                 opset_version=OPSET,
                 input_names=list(part.example),

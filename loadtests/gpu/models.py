@@ -122,7 +122,7 @@ def save_checkpoint(shape: Shape, device: str, folder: Path) -> None:
 
 def parts_of(pipeline: Any, shape: Shape) -> list[Part]:
     """What text-to-image runs: the vae_encoder is left out."""
-    parts = stable_diffusion.parts(pipeline, stable_diffusion.facts(shape.name, pipeline))
+    parts = stable_diffusion.parts(pipeline, stable_diffusion.facts(shape.name, pipeline, {}))
     return [part for part in parts if part.name != "vae_encoder"]
 
 
@@ -133,7 +133,7 @@ def open_runner(
     pipeline = make_pipeline(shape, device)
     engines = {part.name: engine(part, device) for part in parts_of(pipeline, shape)}
     model = Model(
-        facts=stable_diffusion.facts(shape.name, pipeline),
+        facts=stable_diffusion.facts(shape.name, pipeline, {}),
         tokenizers={"tokenizer": tokenizer_of(pipeline)},
         engines=engines,
         adapters=Adapters({}, engines),

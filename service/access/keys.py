@@ -28,6 +28,7 @@ logger = logging.getLogger("fourstep.keys")
 
 NAME = re.compile(r"[\w.@-]{1,64}")
 LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})((?: +\w+=\w+)*)")
+SCHEMES = ("bearer", "key")  # the latter is what fal's clients say
 LIMITS = ("images_per_minute", "max_open_images")
 RELOAD_S = 1.0  # the file's date is looked at no more often
 PROTECTED = "/v1/"
@@ -169,7 +170,7 @@ def bearer_of(headers: Headers) -> str:
         Unauthorized: none was.
     """
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    if scheme.lower() not in SCHEMES or not key.strip():
         raise Unauthorized(
             "no API key was given; send it as `Authorization: Bearer <key>` (api_key of the "
             "openai client)"

@@ -35,7 +35,7 @@ def owner_of_token(keys: KeyRing, token: str, clock: Callable[[], float] = time.
     content, _, signature = token.rpartition(".")
     name, _, expires = content.rpartition(".")
     for digest, owner in keys.owners(name):
-        if hmac.compare_digest(_signature(digest, content), signature):
+        if hmac.compare_digest(_signature(digest, content).encode(), signature.encode()):
             if int(expires) >= clock():
                 return owner
             raise Unauthorized("this token has expired; ask POST /v1/realtime/tokens for another")

@@ -72,9 +72,8 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         redoc_url=None,
     )
     keys = KeyRing(settings.api_keys_file) if settings.api_keys_file else None
-    router = build_router(replica, Answers(replica, files, cache), intake, files)
-    add_live_routes(router, replica, intake, keys)
-    app.include_router(router)
+    app.include_router(build_router(replica, Answers(replica, files, cache), intake, files))
+    add_live_routes(app, replica, intake, keys)
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)

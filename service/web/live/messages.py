@@ -1,15 +1,13 @@
 """What goes over the wire of ``fourstep.v1``: objects in MessagePack, or the same in JSON.
 
-A binary message is MessagePack and a text message JSON, in which bytes are base64. A session
-answers in the form of the client's last message.
+A binary message is MessagePack and a text message JSON, in which bytes are base64.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import msgpack
 import orjson
@@ -56,37 +54,69 @@ class Frame(BaseModel):
     values: dict[str, Any]
 
 
-def read(message: bytes | str) -> SessionUpdate | Frame:
-    """One message of a client.
+class Wire(Protocol):
+    """How one client and a session understand each other."""
+
+    def read(self, data: bytes | str) -> SessionUpdate | Frame:
+        """One message of the client.
+
+        Raises:
+            BadRequest: it is none; the message says what is wrong.
+        """
+
+    def write(self, message: dict[str, Any]) -> bytes | str | None:
+        """A message to the client; None: it is told nothing of this."""
+
+
+class Plain:
+    """``fourstep.v1`` itself; answers have the form of the client's last message."""
+
+    def __init__(self) -> None:
+        self._binary = True
+
+    def read(self, data: bytes | str) -> SessionUpdate | Frame:
+        self._binary = isinstance(data, bytes)
+        given = unpack(data)
+        kind = given.pop("type", None)
+        if kind == "session.update":
+            return SessionUpdate(type=kind, values=given)
+        if kind != "frame":
+            raise BadRequest(
+                f"type is {str(kind)[:80]!r}; it must be 'session.update' or 'frame'", param="type"
+            )
+        number = given.pop("id", None)
+        if not isinstance(number, int | str) or isinstance(number, bool) or len(str(number)) > 64:
+            raise BadRequest(
+                "id is missing, or no integer of 64 bits and no text of at most 64 characters; "
+                "give each frame one",
+                param="id",
+            )
+        pictures = {name: bytes_of(name, given.pop(name, None)) for name in ("image", "mask")}
+        return Frame(type="frame", id=number, values=given, **pictures)
+
+    def write(self, message: dict[str, Any]) -> bytes | str:
+        if self._binary:
+            return msgpack.packb(message)  # type: ignore[no-any-return]
+        return orjson.dumps(message, default=_as_base64).decode()
+
+
+def unpack(message: bytes | str) -> dict[str, Any]:
+    """One object, in MessagePack or JSON.
 
     Raises:
-        BadRequest: it is no object of these kinds; the message says what is wrong.
+        BadRequest: it is none.
     """
     given = _unpack(message)
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise BadRequest("a message is one object with a `type`: session.update or frame")
-    kind = given.pop("type", None)
-    if kind == "session.update":
-        return SessionUpdate(type=kind, values=given)
-    if kind != "frame":
-        raise BadRequest(
-            f"type is {str(kind)[:80]!r}; it must be 'session.update' or 'frame'", param="type"
-        )
-    number = given.pop("id", None)
-    if not isinstance(number, int | str) or isinstance(number, bool) or len(str(number)) > 64:
-        raise BadRequest(
-            "id is missing or no number or text of at most 64 characters; give each frame one",
-            param="id",
-        )
-    pictures = {name: _bytes(name, given.pop(name, None)) for name in ("image", "mask")}
-    return Frame(type="frame", id=number, values=given, **pictures)
+    return given
 
 
 def _unpack(message: bytes | str) -> Any:
     try:
         if isinstance(message, bytes):
-            return msgpack.unpackb(message, strict_map_key=False)
-        return json.loads(message)
+            return msgpack.unpackb(message, strict_map_key=False, ext_hook=_no_extension)
+        return orjson.loads(message)
     except ValueError as error:
         form = "MessagePack" if isinstance(message, bytes) else "JSON"
         raise BadRequest(f"the message is not {form}: {str(error)[:200]}") from None
@@ -94,7 +124,12 @@ def _unpack(message: bytes | str) -> Any:
         raise BadRequest("the message is nested too deeply") from None
 
 
-def _bytes(name: str, value: Any) -> bytes | None:
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"extension type {code} is of no use here")
+
+
+def bytes_of(name: str, value: Any) -> bytes | None:
+    """A file that was sent as bytes, base64 or a ``data:`` URL."""
     if value is None or isinstance(value, bytes):
         return value
     try:
@@ -104,13 +139,6 @@ def _bytes(name: str, value: Any) -> bytes | None:
         raise BadRequest(
             f"{name} is neither bytes nor base64; send a PNG, JPEG or WebP file", param=name
         ) from None
-
-
-def write(message: dict[str, Any], *, binary: bool) -> bytes | str:
-    """A message to the client."""
-    if binary:
-        return msgpack.packb(message)  # type: ignore[no-any-return]
-    return orjson.dumps(message, default=_as_base64).decode()
 
 
 def _as_base64(value: object) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Request, WebSocket
+from fastapi import FastAPI, Request, WebSocket
 from pydantic import BaseModel, Field
 
 from service.access.keys import KeyRing, bearer_of, tenant_of
@@ -15,11 +16,15 @@ from service.errors import ServiceError, Unauthorized
 from service.replica import Replica
 from service.settings import Settings
 from service.web.intake import Intake
-from service.web.live.messages import PROTOCOL
-from service.web.live.session import RESTARTING, LiveSession
+from service.web.live.fal import Fal
+from service.web.live.messages import PROTOCOL, Plain, Wire
+from service.web.live.session import REFUSED, RESTARTING, LiveSession
 
-REFUSED, FULL = 1008, 1013
-PATH = "/realtime/images"
+FULL = 1013
+PATH = "/v1/realtime/images"
+FAL_PATH = "/{model:path}/realtime"
+FAL_TOKEN = "fal_jwt_token"
+MOVED = "this replica is shutting down; come back, to another"
 
 
 class LiveToken(BaseModel):
@@ -30,11 +35,14 @@ class LiveToken(BaseModel):
 
 
 class LiveSessions:
-    """Those that are open on this replica."""
+    """Those that are open on this replica: of one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._open: set[LiveSession] = set()
+        self._event_loop: asyncio.AbstractEventLoop | None = None  # of the first one
+        self._goodbyes: asyncio.Future[list[BaseException | None]] | None = None
+        self.draining = False
 
     def refusal(self, tenant: Tenant) -> str | None:
         """Why there is no room for one more; None: there is."""
@@ -47,44 +55,55 @@ class LiveSessions:
         return None
 
     def add(self, session: LiveSession) -> None:
+        self._event_loop = asyncio.get_running_loop()
         self._open.add(session)
 
     def remove(self, session: LiveSession) -> None:
         self._open.discard(session)
 
+    def drain(self) -> None:
+        """Send all of them to another replica, and take no more. From any thread."""
+        self.draining = True
+        if self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._close_all)
+
+    def _close_all(self) -> None:
+        goodbyes = [session.close(RESTARTING, MOVED) for session in self._open]
+        self._goodbyes = asyncio.gather(*goodbyes, return_exceptions=True)
+
     def __len__(self) -> int:
         return len(self._open)
 
 
-def add_live_routes(
-    router: APIRouter, replica: Replica, intake: Intake, keys: KeyRing | None
-) -> None:
+def add_live_routes(app: FastAPI, replica: Replica, intake: Intake, keys: KeyRing | None) -> None:
     """Routes of one replica; without ``keys`` everybody may draw."""
     sessions = LiveSessions(replica.settings)
+    replica.when_draining(sessions.drain)
 
-    @router.post("/realtime/tokens")
+    @app.post("/v1/realtime/tokens")
     async def tokens(request: Request) -> LiveToken:
         """A token that opens live sessions for a minute, for browsers."""
         token = make_token(keys, bearer_of(request.headers)) if keys is not None else ""
         return LiveToken(token=token, expires_in=LIFE_S)
 
-    @router.websocket(PATH)
-    async def live(socket: WebSocket) -> None:
-        offered = socket.scope.get("subprotocols", ())
-        await socket.accept(PROTOCOL if PROTOCOL in offered else None)
+    async def run(socket: WebSocket, wire: Wire) -> None:
         try:
             _check_origin(socket, replica.settings)
             tenant = _tenant(socket, keys)
         except Unauthorized as error:
             await socket.close(REFUSED, _reason(error))
             return
-        if not replica.ready:
-            await socket.close(RESTARTING, "this replica is not serving; come back")
+        if sessions.draining or not replica.ready:
+            await socket.close(RESTARTING, MOVED)
             return
         if (refusal := sessions.refusal(tenant)) is not None:
             await socket.close(FULL, refusal)
             return
-        session = LiveSession(socket, replica, intake, tenant)
+
+        def is_known() -> bool:
+            return keys is None or bool(keys.owners(tenant.name))
+
+        session = LiveSession(socket, replica, intake, tenant, is_known, wire)
         sessions.add(session)
         replica.metrics.live_sessions(len(sessions))
         try:
@@ -92,6 +111,17 @@ def add_live_routes(
         finally:
             sessions.remove(session)
             replica.metrics.live_sessions(len(sessions))
+
+    @app.websocket(PATH)
+    async def live(socket: WebSocket) -> None:
+        offered = socket.scope.get("subprotocols", ())
+        await socket.accept(PROTOCOL if PROTOCOL in offered else None)
+        await run(socket, Plain())
+
+    @app.websocket(FAL_PATH)
+    async def as_fal_has_it(socket: WebSocket, model: str) -> None:
+        await socket.accept()
+        await run(socket, Fal(model))
 
 
 def _check_origin(socket: WebSocket, settings: Settings) -> None:
@@ -112,7 +142,8 @@ def _check_origin(socket: WebSocket, settings: Settings) -> None:
 def _tenant(socket: WebSocket, keys: KeyRing | None) -> Tenant:
     if keys is None:
         return Tenant()
-    token = socket.query_params.get("token")
+    asked = socket.query_params
+    token = asked.get("token", asked.get(FAL_TOKEN))
     return tenant_of(keys, socket.headers) if token is None else owner_of_token(keys, token)
 
 

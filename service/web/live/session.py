@@ -15,11 +15,9 @@ import functools
 import logging
 import secrets
 import uuid
-from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -37,80 +35,59 @@ from service.errors import (
 from service.replica import Replica
 from service.web.admission import MAX_RANDOM_SEED, Admitted, admit, check_limits, check_model
 from service.web.answers import in_worker
+from service.web.images import MEDIA_TYPES
 from service.web.intake import Intake
 from service.web.job import EncodedImage, Job
 from service.web.live import messages
-from service.web.live.messages import Frame, LiveOptions, SessionUpdate
+from service.web.live.likeness import Look, Shown
+from service.web.live.messages import Frame, LiveOptions, SessionUpdate, Wire
+from service.web.live.slide import Slide
 from service.web.masks import Edited
 from service.web.parsing import bad_request
 from service.web.schema import EditParams, GenerationRequest, ImageParams
 from service.web.uploads import decode_picture
 
 logger = logging.getLogger("fourstep.live")
-SILENT, UNFORESEEN, RESTARTING = 1000, 1011, 1012  # RFC 6455 and its registry of close codes
+SILENT, REFUSED, UNFORESEEN, RESTARTING = 1000, 1008, 1011, 1012  # of RFC 6455's registry
 FIELDS = (
     "prompt", "model", "negative_prompt", "strength", "seed", "num_inference_steps", "timesteps",
     "guidance_scale", "sampler", "eta", "loras", "size", "output_format", "output_compression",
     "paste_back", "mask_feather", "priority", *messages.SESSION_FIELDS,
 )  # fmt: skip
 ONLY_EDITS = ("strength", "paste_back", "mask_feather")
-THUMBNAIL = (32, 32)  # what similarity is judged by
-MAX_SIMILAR = 10  # skipped in a row, as StreamDiffusion has it
 MAX_WAIT_S = 1.0  # after a frame that was shed
-
-
-class Slide:
-    """The way from prompt to prompt: what its embeddings are blended of, frame by frame."""
-
-    def __init__(self) -> None:
-        self._prompt = ""
-        self._towards: deque[tuple[str, int]] = deque()  # a prompt, and in how many frames
-        self._done: deque[int] = deque()  # frames of each
-
-    def next(self, prompt: str, num_frames: int) -> tuple[str, tuple[Blend, ...]]:
-        """For one more frame: where it starts, and what it moves towards."""
-        if prompt != (self._towards[-1][0] if self._towards else self._prompt):
-            if not self._prompt or not num_frames:
-                self._prompt = prompt
-                self._towards.clear()
-                self._done.clear()
-            else:
-                self._towards.append((prompt, num_frames))
-                self._done.append(0)
-        self._done = deque(done + 1 for done in self._done)
-        whole = [
-            done >= wanted for (_, wanted), done in zip(self._towards, self._done, strict=True)
-        ]
-        if True in whole:  # all before it is behind it
-            num_behind = len(whole) - whole[::-1].index(True)
-            for _ in range(num_behind):
-                self._prompt, _ = self._towards.popleft()
-                self._done.popleft()
-        shares = zip(self._towards, self._done, strict=True)
-        return self._prompt, tuple(Blend(text, done / wanted) for (text, wanted), done in shares)
 
 
 class LiveSession:
     """Runs on the event loop until its client goes, or is too long silent."""
 
-    def __init__(self, socket: WebSocket, replica: Replica, intake: Intake, tenant: Tenant) -> None:
+    def __init__(
+        self,
+        socket: WebSocket,
+        replica: Replica,
+        intake: Intake,
+        tenant: Tenant,
+        is_known: Callable[[], bool],
+        wire: Wire,
+    ) -> None:
         self.tenant = tenant
+        self._wire = wire
+        self._is_known = is_known  # whether the tenant's key still counts
         self._socket, self._replica, self._intake = socket, replica, intake
         self._id = f"live_{uuid.uuid4().hex}"
         self._num_frames = 0
         self._values: dict[str, Any] = {
             "seed": secrets.randbelow(MAX_RANDOM_SEED), "output_format": "jpeg",
         }  # fmt: skip
-        self._binary = True
         self._sending = asyncio.Lock()
+        self._closed = False
         self._pending: Frame | None = None
         self._came = asyncio.Event()
         self._job: Job | None = None
         self._spared = False  # the frame before left for a newer one: this one stays
         self._num_dropped = 0  # frames since the last picture
         self._slide = Slide()
-        self._drawn: tuple[np.ndarray, dict[str, Any]] | None = None  # of the last picture
-        self._num_similar = 0
+        self._shown = Shown()
         self._next_at = 0.0
 
     async def run(self) -> None:
@@ -127,7 +104,9 @@ class LiveSession:
     async def close(self, code: int, reason: str) -> None:
         """Say goodbye; `run` ends when the client has heard it."""
         async with self._sending:
-            await self._socket.close(code, reason)
+            if not self._closed:
+                self._closed = True
+                await self._socket.close(code, reason)
 
     # -- in ----------------------------------------------------------------------------------
 
@@ -142,8 +121,10 @@ class LiveSession:
                 return
             if message["type"] == "websocket.disconnect":
                 return
+            if not self._is_known():
+                await self.close(REFUSED, "this API key is not known here any more")
+                return
             data = message.get("bytes")
-            self._binary = data is not None
             try:
                 await self._take(self._parse(message["text"] if data is None else data))
             except ServiceError as error:
@@ -156,7 +137,7 @@ class LiveSession:
                 f"the message has {len(data)} bytes; at most {limit} are accepted, send smaller "
                 "pictures"
             )
-        return messages.read(data)
+        return self._wire.read(data)
 
     async def _take(self, message: SessionUpdate | Frame) -> None:
         _check_fields(message.values)
@@ -166,8 +147,7 @@ class LiveSession:
         values = self._values | message.values
         options, rest = messages.split_options(values)
         messages.options_of(options)
-        if "prompt" in rest:
-            self._params(rest, edits=True)
+        self._params({"prompt": "…"} | rest, edits=True)  # it may come with a later one
         self._values = values
         await self._send(self.describe())
 
@@ -261,7 +241,9 @@ class LiveSession:
         prompt, blends = self._slide.next(params.prompt, options.prompt_blend)
         started = params.model_copy(update={"prompt": prompt})
         prepare = functools.partial(self._prepare, frame, started, blends, options, values)
-        admitted = await self._intake.decode(prepare, self._replica.settings.request_timeout_s)
+        look, admitted = await self._intake.decode(
+            prepare, self._replica.settings.request_timeout_s
+        )
         if admitted is None:
             await self._skip(frame, "similar")
             return None
@@ -279,17 +261,20 @@ class LiveSession:
             finally:
                 self._job = None
         self._spared = False
+        self._shown.draw(look)
         self._replica.metrics.live_frame(clock() - begun)
-        return self._picture(frame, image, admitted, job)
+        media_type = MEDIA_TYPES[params.output_format]
+        return self._picture(frame, image, media_type, admitted, job)
 
     def _picture(
-        self, frame: Frame, image: EncodedImage, admitted: Admitted, job: Job
+        self, frame: Frame, image: EncodedImage, media_type: str, admitted: Admitted, job: Job
     ) -> dict[str, Any]:
         dropped, self._num_dropped = self._num_dropped, 0
         return {
             "type": "frame",
             "id": frame.id,
             "image": image.data,
+            "media_type": media_type,
             "width": admitted.width,
             "height": admitted.height,
             "seed": admitted.seed,
@@ -307,8 +292,8 @@ class LiveSession:
         blends: tuple[Blend, ...],
         options: LiveOptions,
         values: dict[str, Any],
-    ) -> Admitted | None:
-        """In a worker: pixels and rows; None where the frame is like the last one drawn."""
+    ) -> tuple[Look, Admitted | None]:
+        """In a worker: pixels and rows; no rows where the frame is like the picture shown."""
         max_px = self._replica.settings.max_input_px
         pictures = [
             decode_picture(data, max_px=max_px, field=name)
@@ -316,17 +301,13 @@ class LiveSession:
             if data is not None
         ]
         edited = Edited.of(*pictures) if frame.image is not None else None
-        seen = np.zeros(THUMBNAIL) if edited is None else thumbnail(edited.pixels)
-        if options.similarity is not None and self._drawn is not None and not blends:
-            drawn, of_values = self._drawn
-            alike = of_values == values and cosine(drawn, seen) >= options.similarity
-            if alike and self._num_similar < MAX_SIMILAR:
-                self._num_similar += 1
-                return None
-        self._num_similar, self._drawn = 0, (seen, values)
-        return admit(
+        look = Look.of(values, blends, edited)
+        if self._shown.skip(look, options.similarity):
+            return look, None
+        admitted = admit(
             params, self._replica.runner, self._replica.settings, self.tenant, edited, blends
         )
+        return look, admitted
 
     def _params(self, values: dict[str, Any], *, edits: bool) -> ImageParams:
         if not edits:
@@ -345,10 +326,12 @@ class LiveSession:
     async def _send(self, message: dict[str, Any]) -> None:
         """Waits for a client that does not read."""
         async with self._sending:
-            data = messages.write(message, binary=self._binary)
+            if self._closed:
+                raise WebSocketDisconnect
+            data = self._wire.write(message)
             if isinstance(data, bytes):
                 await self._socket.send_bytes(data)
-            else:
+            elif data is not None:
                 await self._socket.send_text(data)
 
 
@@ -360,15 +343,3 @@ def _check_fields(values: dict[str, Any]) -> None:
                 param=name[:80],
                 code="unknown_parameter",
             )
-
-
-def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """uint8 ``[H, W, 3]`` as a small grey copy, float64."""
-    small = Image.fromarray(pixels).convert("L").resize(THUMBNAIL, Image.Resampling.BOX)
-    return np.asarray(small, np.float64)
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the angle between two pictures; two black ones are alike."""
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float((a * b).sum()) / norms if norms else float(np.array_equal(a, b))

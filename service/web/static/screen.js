@@ -17,9 +17,9 @@ export class Screen {
   }
 
   /** A `frame` of the service, as a live session tells of it. */
-  async show({ image, width, height, seed, fps, latency_ms }, prompt) {
+  async show({ image, media_type, width, height, seed, fps, latency_ms }, prompt) {
     const picture = new Image();
-    picture.src = `data:image/jpeg;base64,${image}`;
+    picture.src = `data:${media_type};base64,${image}`;
     await picture.decode();
     const canvas = this.#canvas;
     if (canvas.width !== width || canvas.height !== height) setSize(canvas, width, height);

@@ -35,7 +35,7 @@ def node(
 
 
 def example(language: str, node: ReplicaProcess) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     text = found.replace(HERE, node.url).replace(HERE.replace("http", "ws"), f"ws{node.url[4:]}")
     return text.replace("128x128", "64x64")
 

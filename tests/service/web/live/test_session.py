@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,45 @@ def test_pictures_that_are_alike_are_skipped_where_asked(session: WebSocketTestS
     assert hear(session)["type"] == "frame", "of another prompt"
 
 
+def test_a_frame_is_like_the_last_one_only_if_all_of_it_is(session: WebSocketTestSession) -> None:
+    """A mask, its kind and its seed count; and what was superseded has not been seen."""
+    say(session, "session.update", similarity=0.5, strength=0.7)
+    hear(session)
+    masks = [np.zeros_like(PHOTO), np.zeros_like(PHOTO)]
+    masks[0][:16], masks[1][32:] = 255, 255
+    black = png(np.zeros_like(PHOTO))
+    frames: list[tuple[dict[str, Any], bool]] = [
+        ({}, False), ({}, True), ({"image": black}, False), ({"image": black}, True),
+        ({"image": png(PHOTO)}, False), ({"image": png(PHOTO), "mask": png(masks[0])}, False),
+        ({"image": png(PHOTO), "mask": png(masks[0])}, True),
+        ({"image": png(PHOTO), "mask": png(masks[1])}, False), ({}, False),
+        ({"seed": None}, False), ({"seed": None}, False),
+    ]  # fmt: skip
+    for number, (values, skipped) in enumerate(frames):
+        say(session, "frame", id=number, **values)
+        assert (hear(session)["type"] == "skipped") is skipped, number
+
+
+def test_what_was_superseded_has_not_been_seen(session: WebSocketTestSession) -> None:
+    say(session, "session.update", similarity=0.9, num_inference_steps=8)
+    hear(session)
+    for number in range(4):
+        say(session, "frame", id=number, image=png(PHOTO))
+    answers = {answer["id"]: answer for answer in (hear(session) for _ in range(4))}
+    drawn = [number for number, answer in answers.items() if answer["type"] == "frame"]
+    similar = [n for n, answer in answers.items() if answer.get("reason") == "similar"]
+    assert drawn
+    assert min(similar, default=4) > min(drawn)
+
+
+def test_the_end_of_a_slide_is_drawn(session: WebSocketTestSession) -> None:
+    say(session, "session.update", similarity=0.5, prompt_blend=2)
+    hear(session)
+    for number, prompt in enumerate(["a red cube"] + ["a blue sphere"] * 3):
+        say(session, "frame", id=number, prompt=prompt)
+        assert (hear(session)["type"] == "skipped") is (number == 3), number
+
+
 def test_a_new_prompt_slides_in(session: WebSocketTestSession, lcm_checkpoint: Path) -> None:
     say(session, "session.update", prompt_blend=2)
     hear(session)
@@ -167,18 +207,35 @@ def test_a_new_prompt_slides_in(session: WebSocketTestSession, lcm_checkpoint: P
         ({"type": "frame", "id": 1, "num_inference_steps": 999}, "num_inference_steps is 999"),
         ({"type": "frame", "id": 1, "image": b"GIF89a"}, "image is a file of the format GIF"),
         ([], "a message is one object"),
+        ('{"type": "frame", "id": 10000000000000000000000000}', "id is missing, or no integer"),
+        ('{"type": "frame", "id": "\\ud800"}', "the message is not JSON"),
+        ({"type": "session.update", "seed": msgpack.ExtType(1, b"x")}, "the message is not Mess"),
     ],
 )
 def test_what_is_wrong_is_said_and_the_session_goes_on(
     session: WebSocketTestSession, message: object, said: str
 ) -> None:
-    session.send_bytes(msgpack.packb(message))
-    answer = hear(session)
+    if isinstance(message, str):
+        session.send_text(message)
+        answer = json.loads(session.receive_text())
+    else:
+        session.send_bytes(msgpack.packb(message))
+        answer = hear(session)
     assert answer["type"] == "error"
     assert answer["error"]["message"].startswith(said)
     assert answer["error"]["type"] == "invalid_request_error"
     say(session, "frame", id=7)
     assert hear(session)["id"] == 7
+
+
+def test_an_update_is_checked_before_there_is_a_prompt(http: TestClient) -> None:
+    with http.websocket_connect(PATH) as session:
+        say(session, "session.update", strength=2)
+        assert hear(session)["error"]["message"].startswith("strength is 2")
+        say(session, "session.update", strength=0.5)
+        assert hear(session)["values"]["strength"] == 0.5
+        say(session, "frame", id=1)
+        assert hear(session)["error"]["message"].startswith("prompt is required")
 
 
 def test_sessions_that_are_dropped_leave_nothing(lcm_checkpoint: Path, cache_dir: Path) -> None:
@@ -251,13 +308,18 @@ def open_sessions(http: TestClient) -> float:
     return float(line.rpartition(" ")[2])
 
 
+def ended(session: WebSocketTestSession) -> tuple[int, str]:
+    """Why the service closes it, after what it may still say."""
+    try:
+        while True:
+            session.receive_bytes()
+    except WebSocketDisconnect as closed:
+        return closed.code, closed.reason
+
+
 def refused(http: TestClient, path: str = PATH, **options: Any) -> tuple[int, str]:
-    with (
-        http.websocket_connect(path, **options) as session,
-        pytest.raises(WebSocketDisconnect) as closed,
-    ):
-        session.receive_bytes()
-    return closed.value.code, closed.value.reason
+    with http.websocket_connect(path, **options) as session:
+        return ended(session)
 
 
 @pytest.mark.parametrize(("origin", "code"), [
@@ -302,7 +364,8 @@ def test_keys_and_tokens(lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path) 
         token = answer["token"]
         assert key not in token
         forged = token[:-1] + ("0" if token[-1] != "0" else "1")
-        assert refused(http, f"{PATH}?token={forged}")[0] == 1008
+        for wrong in (forged, f"{token}%C3%A9", "studio.1.%C3%A9", "%00", ""):
+            assert refused(http, f"{PATH}?token={wrong}")[0] == 1008
         with http.websocket_connect(f"{PATH}?token={token}") as session:
             say(session, "session.update", **ASKED)
             assert hear(session)["type"] == "session"
@@ -312,6 +375,29 @@ def test_keys_and_tokens(lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path) 
             )  # fmt: skip
             say(session, "frame", id=1)
             assert hear(session)["type"] == "frame"
+            file.write_text("")
+            time.sleep(1.1)  # the file is looked at once a second
+            say(session, "frame", id=2)
+            code, reason = ended(session)
+            assert (code, reason) == (1008, "this API key is not known here any more")
+
+
+def test_sessions_go_elsewhere_when_the_replica_shuts_down(
+    lcm_checkpoint: Path, cache_dir: Path
+) -> None:
+    """With 1012, at once, whether they wait for a frame or have one drawn; none comes in."""
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    replica = Replica(load_settings(values))
+    with TestClient(build_app(replica)) as http:
+        with http.websocket_connect(PATH) as quiet, http.websocket_connect(PATH) as busy:
+            say(busy, "session.update", **ASKED)
+            hear(busy)
+            say(busy, "frame", id=1)
+            replica.drain()
+            for session in (quiet, busy):
+                assert ended(session)[0] == 1012
+        assert refused(http) == (1012, "this replica is shutting down; come back, to another")
+        wait_for(lambda: not replica.loop._ledger.open, "the last row leaves")
 
 
 def test_a_silent_session_ends(lcm_checkpoint: Path, cache_dir: Path) -> None:
