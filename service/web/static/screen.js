@@ -26,6 +26,7 @@ export class Screen {
     cover(canvas.getContext("2d"), picture);
     canvas.ariaLabel = `Live picture: ${prompt}`;
     canvas.dataset.frames = ++this.#numFrames;
+    for (const id of ["use", "save", "record"]) $(id).disabled = false;
     $("fps").value = fps ? fps.toFixed(1) : "–";
     $("latency").value = Math.round(latency_ms);
     this.#seed = seed;

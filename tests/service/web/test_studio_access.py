@@ -79,6 +79,37 @@ def test_axe_would_find_something(url: str, axe: str) -> None:
         assert any("label" in each for each in violations(page, axe))
 
 
+def test_the_theme_is_chosen_and_kept(url: str) -> None:
+    with studio(url, color_scheme="light") as page:
+
+        def paper() -> str:
+            return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+        light = paper()
+        expect(page.locator("#theme")).to_have_text("Theme: auto")
+        for theme in ("light", "dark"):
+            page.locator("#theme").click()
+            expect(page.locator("#theme")).to_have_text(f"Theme: {theme}")
+            assert (paper() == light) == (theme == "light")
+        page.reload()
+        expect(page.locator("#theme")).to_have_text("Theme: dark")
+        assert paper() != light
+
+
+@pytest.mark.parametrize("wish", ["no-preference", "reduce"])
+def test_nothing_moves_where_that_is_not_wished(url: str, wish: str) -> None:
+    with studio(url, reduced_motion=wish) as page:
+        expect(page.locator("#model")).to_contain_text("onnxruntime")
+        page.locator("#steps").fill("50")
+        page.locator("#count").fill("10")
+        page.locator("#draw").click()
+        expect(page.locator("#stop")).to_be_visible()
+        moving = page.evaluate("document.getAnimations().length")
+        assert (moving == 0) == (wish == "reduce")
+        page.keyboard.press("Escape")
+        expect(page.locator("#message")).to_have_text("Stopped.")
+
+
 def tab_to(page: Page, selector: str) -> None:
     for _ in range(80):
         page.keyboard.press("Tab")
