@@ -9,23 +9,28 @@ import base64
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import HTMLResponse
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 
-STUDIO_PAGE = Path(__file__).parent / "static" / "index.html"
+STUDIO = Path(__file__).parent / "static"
+REVALIDATE = {"cache-control": "no-cache"}  # modules of two releases would not fit together
 STATIC = "/static-offline-docs"  # where fastapi_offline mounts Swagger UI
 
 
 def add_pages(app: FastAPI) -> None:
     """Add ``/`` and ``/docs``; neither is part of the API that ``/openapi.json`` describes."""
-    studio_policy = content_security_policy(STUDIO_PAGE.read_text())
+    page = (STUDIO / "index.html").read_text()
+    headers = REVALIDATE | {"content-security-policy": content_security_policy(page)}
+    app.mount("/studio", StudioFiles(directory=STUDIO), "studio")
 
     @app.get("/", include_in_schema=False)
-    async def studio() -> FileResponse:
-        headers = {"content-security-policy": studio_policy}
-        return FileResponse(STUDIO_PAGE, media_type="text/html", headers=headers)
+    async def studio() -> HTMLResponse:
+        return HTMLResponse(page, headers=headers)
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
@@ -41,6 +46,15 @@ def add_pages(app: FastAPI) -> None:
         return HTMLResponse(
             html, headers={"content-security-policy": content_security_policy(html)}
         )
+
+
+class StudioFiles(StaticFiles):
+    """Scripts and styles of the studio, which a browser keeps and asks about before each use."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(REVALIDATE)
+        return response
 
 
 def content_security_policy(html: str) -> str:

@@ -23,14 +23,21 @@ from service.settings import load_settings
 from service.web.app import build_app
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
+NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # as if there were no other host
+    "--use-fake-device-for-media-stream",  # a webcam that shows a clock
+    "--use-fake-ui-for-media-stream",
+)
+pytestmark = NEEDS_CHROMIUM
 
 
 @contextlib.contextmanager
-def serving(**values: Any) -> Iterator[str]:
-    """The URL of a service on a port of its own."""
+def serving(*, at_port: int = 0, **values: Any) -> Iterator[str]:
+    """The URL of a service, on a port of its own if none is given."""
     app = build_app(Replica(load_settings({"engine": "onnxruntime", **values})))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=at_port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():
@@ -42,18 +49,32 @@ def serving(**values: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def studio(url: str) -> Iterator[Page]:
-    """The page, opened; afterwards no script failed, no file was missed, no other host asked."""
+def studio(url: str, **options: Any) -> Iterator[Page]:
+    """The page, opened as a device with these options (Playwright's) shows it.
+
+    Afterwards no script failed, no file was missed, no other host asked, the policy not met.
+    """
     problems: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(**options)
+        page.on(
+            "console",
+            lambda line: "Content Security" not in line.text or problems.append(line.text),
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on(
             "request",
             lambda request: (
-                request.url.startswith(("data:", url))
+                request.url.startswith(("data:", f"blob:{url}", url))
                 or problems.append(f"asked {urlsplit(request.url).hostname}")
+            ),
+        )
+        page.on(
+            "websocket",
+            lambda socket: (
+                socket.url.startswith(url.replace("http", "ws"))
+                or problems.append(f"asked {urlsplit(socket.url).hostname}")
             ),
         )
         page.on(
@@ -83,6 +104,7 @@ def page(url: str) -> Iterator[Page]:
 
 def test_a_prompt_becomes_the_pictures_the_api_gives(page: Page, url: str) -> None:
     values = {"prompt": "a large teal house", "steps": "3", "size": "64x96", "count": "2"}
+    expect(page.locator("#prompt")).not_to_be_empty()  # an example of the page's own
     for name, value in (values | {"seed": "7"}).items():
         page.locator(f"#{name}").fill(value)
     page.locator("#sampler").select_option("ddim")
@@ -123,6 +145,17 @@ def test_a_refusal_says_what_is_wrong_and_the_button_comes_back(page: Page) -> N
     expect(page.locator("#draw")).to_be_enabled()
 
 
+def test_what_takes_too_long_is_stopped(page: Page) -> None:
+    page.locator("#steps").fill("50")
+    page.locator("#count").fill("10")
+    page.locator("#draw").click()
+    expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#message")).to_have_text("Stopped.")
+    expect(page.locator("figure.preview")).to_have_count(0)
+    expect(page.locator("#draw")).to_be_enabled()
+
+
 def test_where_a_key_is_needed_the_page_asks_for_it(
     lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +165,7 @@ def test_where_a_key_is_needed_the_page_asks_for_it(
     with serving(**values, api_keys_file=tmp_path / "keys") as url, studio(url) as page:
         expect(page.locator("#message.error")).to_contain_text("no API key was given")
         page.locator("#key").fill(key)
-        page.locator("#key").press("Tab")
+        page.locator("#key").press("Enter")
         expect(page.locator("#model")).to_contain_text("onnxruntime")
         page.locator("#draw").click()
         expect(page.locator("figure:not(.preview) img")).to_have_count(1)
