@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +12,28 @@ import typer
 from engines.distill.cli import app as distill
 from engines.errors import BundleError, EngineError
 from engines.facts import Defaults
+from engines.options import (
+    ArchitectureOption,
+    CacheOption,
+    DeviceOption,
+    EngineOption,
+    GuidanceOption,
+    LoraOption,
+    ModelArgument,
+    PrecisionOption,
+    SamplerOption,
+    SchedulerOption,
+    StepsOption,
+    TimestepsOption,
+    UnetOption,
+    VaeOption,
+    check_choice,
+    parse_loras,
+    parse_options,
+    parse_size,
+    parse_timesteps,
+    parse_weighted,
+)
 from engines.order import DEFAULT_CACHE_DIR, Order
 
 app = typer.Typer(
@@ -24,66 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(distill, name="distill")
-ModelArgument = Annotated[
-    str,
-    typer.Argument(help="Diffusers folder, safetensors file, bundle, hub id or a shipped name."),
-]
-CacheOption = Annotated[
-    Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
-]
-EngineOption = Annotated[
-    str,
-    typer.Option(
-        help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.", envvar="FOURSTEP_ENGINE"
-    ),
-]
-PrecisionOption = Annotated[
-    str, typer.Option(help="auto, fp32, fp16 or bf16.", envvar="FOURSTEP_PRECISION")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="FOURSTEP_DEVICE")]
-SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the model's.")]
-StepsOption = Annotated[
-    int, typer.Option(min=0, max=1000, help="Default denoise calls; 0: the model's.")
-]
-TimestepsOption = Annotated[
-    str, typer.Option(help="Default timesteps, as 999,749,499,249; empty: as the sampler has them.")
-]
-GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, max=50, help="Default guidance scale; none: the model's.")
-]
-LoraOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="NAME=FILE or NAME=FILE@WEIGHT, a LoRA to draw with, a file or hub id; repeat for "
-        "several."
-    ),
-]
-UnetOption = Annotated[
-    str,
-    typer.Option(
-        help="UNet in place of the model's: folder, file or hub id.", envvar="FOURSTEP_UNET"
-    ),
-]
-VaeOption = Annotated[
-    str,
-    typer.Option(
-        help="VAE in place of the model's: folder, file or hub id.", envvar="FOURSTEP_VAE"
-    ),
-]
-SchedulerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="KEY=VALUE, an option of the scheduler's config over the model's own, as "
-        "timestep_spacing=trailing; repeatable."
-    ),
-]
-ArchitectureOption = Annotated[
-    str,
-    typer.Option(
-        help="Of a single file that is none of the known: a diffusers folder of configurations.",
-        envvar="FOURSTEP_ARCHITECTURE",
-    ),
-]
 
 
 def show_progress(what: str, done: int, total: int) -> None:
@@ -140,15 +100,15 @@ def build(
     from engines.build.source import find_lora, find_model, find_overrides
     from engines.samplers import SAMPLERS
 
-    _one_of("--engine", engine, ("onnxruntime", *MODULES))
-    _one_of("--precision", precision, tuple(DTYPES))
-    _one_of("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
-    _one_of("--sampler", sampler, ("", *SAMPLERS))
+    check_choice("--engine", engine, ("onnxruntime", *MODULES))
+    check_choice("--precision", precision, tuple(DTYPES))
+    check_choice("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
+    check_choice("--sampler", sampler, ("", *SAMPLERS))
     target = None
     if engine in MODULES:
         target = PlanTarget(
             engine=engine,
-            sizes_px=tuple(_size(text) for text in size or ()),
+            sizes_px=tuple(parse_size(text) for text in size or ()),
             max_batch=max_batch,
             compute_capabilities=tuple(compute_capability or ()),
             hardware_compatibility=hardware_compatibility,
@@ -158,7 +118,7 @@ def build(
         )
         target = Machine.here().aim(target)
     begun = time.monotonic()
-    loras = [_weighted(text) for text in lora or ()]
+    loras = [parse_weighted(text) for text in lora or ()]
     fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
     defaults = Defaults(sampler or None, steps or None, guidance, parse_timesteps(timesteps))
     overrides = find_overrides(unet, vae, architecture, parse_options(scheduler))
@@ -166,77 +126,6 @@ def build(
     bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise typer.BadParameter(f"{option} is {value!r}; use {', '.join(allowed)}")
-
-
-def parse_timesteps(text: str) -> tuple[int, ...] | None:
-    """Whole numbers with commas between them; of no text None."""
-    try:
-        return tuple(int(each) for each in text.split(",")) if text else None
-    except ValueError:
-        raise typer.BadParameter(
-            f"--timesteps is {text!r}; write whole numbers, as 999,749,499,249"
-        ) from None
-
-
-def parse_options(texts: list[str] | None) -> dict[str, Any]:
-    """Options by name; values as JSON has them, or text."""
-    options: dict[str, Any] = {}
-    for text in texts or ():
-        name, _, value = text.partition("=")
-        if not (name and value) or name in options:
-            raise typer.BadParameter(
-                f"--scheduler is {text!r}; write it as KEY=VALUE, each key once"
-            )
-        try:
-            options[name] = json.loads(value.lower())
-        except ValueError:
-            options[name] = value
-    return options
-
-
-def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
-    """Files or hub ids by name, and the weights of those that say one."""
-    paths: dict[str, str] = {}
-    weights: dict[str, float] = {}
-    for text in texts or ():
-        name, found, rest = text.partition("=")
-        if not (found and name and rest) or name in paths:
-            raise typer.BadParameter(
-                f"--lora is {text!r}; write it as NAME=FILE or NAME=FILE@WEIGHT, each name once"
-            )
-        paths[name], weight = _weighted(rest)
-        if weight is not None:
-            weights[name] = weight
-    return paths, weights
-
-
-def _weighted(text: str) -> tuple[str, float | None]:
-    """FILE or FILE@WEIGHT; a path may have an @ of its own."""
-    path, _, weight = text.rpartition("@")
-    if Path(text).expanduser().exists() or not path or "/" in weight:
-        return text, None
-    try:
-        strength = float(weight)
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise typer.BadParameter(
-            f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"
-        )
-    return path, strength
-
-
-def _size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT in pixels."""
-    width, found, height = text.partition("x")
-    if not (found and width.isdigit() and height.isdigit()):
-        raise typer.BadParameter(f"--size is {text!r}; write it as 512x512")
-    return int(width), int(height)
 
 
 @app.command()
@@ -370,7 +259,7 @@ def generate(
         "loras": {name: weights.get(name, 1.0) for name in paths},
     }
     if size:
-        changes["width_px"], changes["height_px"] = _size(size)
+        changes["width_px"], changes["height_px"] = parse_size(size)
     if guidance is not None:
         changes["guidance_scale"] = guidance
     drawing = runner.draw([dataclasses.replace(recipe, **changes)])[0]

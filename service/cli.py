@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import (
+from engines.cli import app, run
+from engines.options import (
     ArchitectureOption,
     CacheOption,
     DeviceOption,
@@ -23,11 +24,9 @@ from engines.cli import (
     TimestepsOption,
     UnetOption,
     VaeOption,
-    app,
     parse_loras,
     parse_options,
     parse_timesteps,
-    run,
 )
 from engines.order import DEFAULT_CACHE_DIR
 

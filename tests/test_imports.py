@@ -21,6 +21,7 @@ FLOORS = (  # from the top: a room imports from its own floor's room and from th
     "service/settings",
     "service/errors",
     "engines/cli",
+    "engines/options",
     "engines/drawing",
     "engines/backends",
     "engines/build",
