@@ -16,6 +16,7 @@ from engines.options import (
     ArchitectureOption,
     CacheOption,
     DeviceOption,
+    EmbeddingOption,
     EngineOption,
     GuidanceOption,
     LoraOption,
@@ -28,6 +29,7 @@ from engines.options import (
     UnetOption,
     VaeOption,
     check_choice,
+    parse_embeddings,
     parse_loras,
     parse_options,
     parse_size,
@@ -85,6 +87,7 @@ def build(
     ] = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
@@ -121,7 +124,8 @@ def build(
     loras = [parse_weighted(text) for text in lora or ()]
     fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
     defaults = Defaults(sampler or None, steps or None, guidance, parse_timesteps(timesteps))
-    overrides = find_overrides(unet, vae, architecture, parse_options(scheduler))
+    words = parse_embeddings(embedding)
+    overrides = find_overrides(unet, vae, architecture, parse_options(scheduler), words)
     blueprint = Blueprint(find_model(model), precision, target, fused, defaults, overrides)
     bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
@@ -177,6 +181,7 @@ def verify(
     device: DeviceOption = "auto",
     unet: UnetOption = "",
     vae: VaeOption = "",
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -188,6 +193,7 @@ def verify(
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
         scheduler=parse_options(scheduler), architecture=architecture,
+        embeddings=parse_embeddings(embedding),
     )  # fmt: skip
     exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
     truth, built = load_model(exact, show_progress), load_model(order, show_progress)
@@ -231,6 +237,7 @@ def generate(
     lora: LoraOption = None,
     unet: UnetOption = "",
     vae: VaeOption = "",
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -246,6 +253,7 @@ def generate(
     order = Order(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
         scheduler=parse_options(scheduler), architecture=architecture,
+        embeddings=parse_embeddings(embedding),
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()

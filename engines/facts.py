@@ -53,6 +53,9 @@ class Facts:
     num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
     # Names of what stands in for the checkpoint's own, by a component's name.
     components: Mapping[str, str] = field(default_factory=dict)
+    # Names of the files that taught its text encoders a word, by that word.
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    idle_weights: tuple[str, ...] = ()  # how names begin of those that no part's output depends on
     strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
     takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
@@ -83,6 +86,7 @@ class Facts:
             # What Stable Diffusion's pipelines set, and options of a class without it lacked.
             values["scheduler"] = {"clip_sample": False} | values["scheduler"]
         values.setdefault("strength_drops_steps", not values["time_cond_dim"])
+        values["idle_weights"] = tuple(values.get("idle_weights", ()))
         values["windows"] = tuple(Window(**window) for window in values["windows"])
         if values.get("default_timesteps") is not None:
             values["default_timesteps"] = tuple(values["default_timesteps"])

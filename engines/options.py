@@ -55,6 +55,12 @@ VaeOption = Annotated[
         help="VAE in place of the model's: folder, file or hub id.", envvar="FOURSTEP_VAE"
     ),
 ]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=FILE, a textual inversion that a prompt names, a file or hub id; repeatable."
+    ),
+]
 SchedulerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -116,6 +122,19 @@ def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, floa
         if weight is not None:
             weights[name] = weight
     return paths, weights
+
+
+def parse_embeddings(texts: list[str] | None) -> dict[str, str]:
+    """Files or hub ids by the word that a prompt names them by."""
+    paths: dict[str, str] = {}
+    for text in texts or ():
+        name, _, path = text.partition("=")
+        if not (name and path) or name in paths:
+            raise typer.BadParameter(
+                f"--embedding is {text!r}; write it as NAME=FILE, each name once"
+            )
+        paths[name] = path
+    return paths
 
 
 def parse_weighted(text: str) -> tuple[str, float | None]:

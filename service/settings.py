@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     loras: dict[str, str | Path] = Field(
         {}, description="LoRAs a request may name: name → file, folder of safetensors or hub id"
     )
+    embeddings: dict[str, str | Path] = Field(
+        {}, description="textual inversions: word of a prompt → file, folder or hub id"
+    )
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cpu: as if without a GPU")
@@ -211,6 +214,7 @@ class Settings(BaseSettings):
             vae=self.vae,
             scheduler=self.scheduler,
             architecture=self.architecture,
+            embeddings=self.embeddings,
             defaults=Defaults(
                 self.default_sampler,
                 self.default_steps,

@@ -91,6 +91,7 @@ class Blueprint:
         paths = dict(self.overrides.components)
         if self.source.is_file():
             paths["architecture"] = described_in(self.source, self.overrides)
+        paths |= {f"embedding {word}": path for word, path in self.overrides.embeddings.items()}
         return {what: (name_of(path), fingerprint(path)) for what, path in paths.items()}
 
     @functools.cached_property

@@ -44,6 +44,7 @@ class ModelInfo:
     max_decode_batch: int
     max_calls: int  # engine calls that run side by side
     components: Mapping[str, str]  # names of what stands in for the checkpoint's own
+    embeddings: Mapping[str, str]  # names of files that words of a prompt stand for, by word
 
     def timesteps_for(self, sampler: str, num_steps: int) -> tuple[int, ...] | None:
         """Where a row draws that names no timesteps; None: as the sampler spaces them."""
@@ -83,6 +84,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
         max_calls=model.max_calls,
         components=facts.components,
+        embeddings=facts.embeddings,
     )
 
 

@@ -34,6 +34,7 @@ from engines.facts import Facts
 from engines.families import family_named
 from engines.families.family import Family
 from engines.loras.file import read_lora
+from engines.loras.fusing import without
 from engines.order import Order
 from engines.samplers.defaults import with_defaults
 
@@ -104,7 +105,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     bundle = open_bundle(folder)
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
-            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, "
+            f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --embedding, "
             "--scheduler and --architecture to fourstep build, or serve the checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
@@ -224,14 +225,17 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     names = [window.tokenizer for window in bundle.facts.windows]
     tokenizers = {name: whole(Tokenizer.from_file(str(bundle.tokenizer(name)))) for name in names}
     device = "cuda" if choice.backend in MODULES else "cpu"
-    adapters = _load_adapters(find_loras(order), engines)
     facts = with_defaults(bundle.facts, order.defaults)
+    adapters = _load_adapters(find_loras(order), engines, facts)
     precision = bundle.precision
     return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
 
 
-def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
-    return Adapters({name: read_lora(path) for name, path in loras.items()}, engines)
+def _load_adapters(
+    loras: Mapping[str, Path], engines: Mapping[str, Engine], facts: Facts
+) -> Adapters:
+    read = {name: without(read_lora(path), facts.idle_weights) for name, path in loras.items()}
+    return Adapters(read, engines)
 
 
 def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
@@ -257,7 +261,7 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     engines = {part.name: TorchEngine(part, device) for part in parts}
     names = [window.tokenizer for window in facts.windows]
     tokenizers = {name: tokenizer_of(pipeline, name) for name in names}
-    adapters = _load_adapters(sources.loras, engines)
+    adapters = _load_adapters(sources.loras, engines, facts)
     max_calls = 1 if device == "cpu" else GPU_CALLS
     return Model(
         facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls

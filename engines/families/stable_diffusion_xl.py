@@ -89,6 +89,7 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         sd.window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),
         sd.window_of(pipeline.tokenizer_2, pipeline.text_encoder_2, "tokenizer_2", "input_ids_2"),
     )
+    last = pipeline.text_encoder.config.num_hidden_layers - 1  # what it says is not read
     return sd.facts_of_unet(
         name,
         pipeline,
@@ -97,6 +98,7 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         scheduler=given_options(pipeline.scheduler) | dict(scheduler),
         guidance_scale=5.0,
         zeros_for_no_negative=bool(pipeline.config.force_zeros_for_empty_prompt),
+        idle_weights=(f"text_encoder.encoder.layers.{last}.",),
     )
 
 

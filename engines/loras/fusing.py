@@ -26,6 +26,14 @@ def fused(built: Tensor, pairs: Iterable[tuple[float, LowRank]]) -> Tensor:
     return total.to(built.dtype)
 
 
+def without(lora: Lora, idle: tuple[str, ...]) -> Lora:
+    """A LoRA but for what it adds to weights whose names begin so: a compiled part has none."""
+    return {
+        part: {name: pair for name, pair in pairs.items() if not name.startswith(idle)}
+        for part, pairs in lora.items()
+    }
+
+
 def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
     """Add LoRAs, each with its λ, to the weights of a model's modules, for good.
 

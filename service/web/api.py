@@ -132,6 +132,7 @@ def _model_object(replica: Replica) -> ModelObject:
         "engine_reason": info.backend_reason,
         "precision": info.precision,
         "components": dict(info.components),
+        "embeddings": dict(info.embeddings),
         "aliases": list(settings.aliases),
         "default_size": f"{info.default_width}x{info.default_height}",
         "size_multiple_px": info.size_multiple,
