@@ -11,7 +11,7 @@ import typer
 
 from engines.distill.cli import app as distill
 from engines.errors import BundleError, EngineError
-from engines.facts import Defaults
+from engines.facts import MAX_CHUNKS, Defaults
 from engines.options import (
     ArchitectureOption,
     CacheOption,
@@ -78,6 +78,9 @@ def build(
     ] = False,
     refit: Annotated[bool, typer.Option(help="Plans whose weights can be replaced.")] = False,
     strip: Annotated[bool, typer.Option(help="Plans without weights, to be refitted.")] = False,
+    long_prompts: Annotated[
+        bool, typer.Option(help="Plans: for prompts of up to three windows too, longer to build.")
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,6 +121,7 @@ def build(
             version_compatible=version_compatible,
             refit=refit,
             strip=strip,
+            max_chunks=MAX_CHUNKS if long_prompts else 1,
         )
         target = Machine.here().aim(target)
     begun = time.monotonic()

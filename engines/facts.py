@@ -18,6 +18,9 @@ class Defaults:
     timesteps: tuple[int, ...] | None = None
 
 
+# Of a prompt that goes on in further windows: 225 tokens, as trainers have it (kohya's
+# `max_token_length`); each costs an encoder call and length in every cross-attention.
+MAX_CHUNKS = 3
 OWN_DEFAULTS = Defaults()  # the checkpoint's
 
 
@@ -59,6 +62,7 @@ class Facts:
     strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
     takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
+    max_chunks: int = 1  # windows of text that the denoiser's conditioning may have the length of
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
 
     @property

@@ -96,8 +96,10 @@ class Settings(BaseSettings):
     )
     body_timeout_s: float = Field(60.0, gt=0, le=3600, description="for a body to come in whole")
     max_input_px: int = Field(4096 * 4096, ge=64, description="pixels of an uploaded image")
-    long_prompt: Literal["truncate", "refuse"] = Field(
-        "truncate", description="what happens to a prompt longer than the text encoder's window"
+    long_prompt: Literal["truncate", "refuse", "chunk"] = Field(
+        "truncate",
+        description="what happens to a prompt longer than the text encoder's window; chunk: it "
+        "goes on in a second and third one",
     )
     request_timeout_s: float = Field(
         60.0, ge=MIN_TIMEOUT_S, le=3600, description="deadline; X-Request-Timeout"
@@ -215,6 +217,7 @@ class Settings(BaseSettings):
             scheduler=self.scheduler,
             architecture=self.architecture,
             embeddings=self.embeddings,
+            long_prompts=self.long_prompt == "chunk",
             defaults=Defaults(
                 self.default_sampler,
                 self.default_steps,

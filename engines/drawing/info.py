@@ -29,7 +29,8 @@ class ModelInfo:
     size_multiple: int
     min_size_px: int
     max_size_px: int
-    max_tokens: int
+    max_tokens: int  # of one window of the text encoder, marks of begin and end included
+    max_chunks: int  # windows that a prompt may fill
     guidance_embedding: bool
     size_conditioning: bool  # SDXL's
     scheduler: str | None  # diffusers' class that the checkpoint names, where that is known
@@ -70,6 +71,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         min_size_px=facts.min_size_px,
         max_size_px=facts.max_size_px,
         max_tokens=facts.max_tokens,
+        max_chunks=model.max_chunks,
         guidance_embedding=facts.time_cond_dim > 0,
         size_conditioning=model.family.SIZE_CONDITIONING,
         scheduler=facts.scheduler_class,

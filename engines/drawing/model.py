@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from engines.backends.adapters import Adapters
@@ -27,10 +26,9 @@ from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of, wh
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.build.source import NO_OVERRIDES, Sources, find, find_loras, find_model
 from engines.drawing.batching import FULL_BATCH, denoise_rows
-from engines.drawing.prompts import Tokens
-from engines.drawing.textual_inversion import expand
+from engines.drawing.texts import Text, cut
 from engines.errors import BackendUnavailable, BuildError, BundleError
-from engines.facts import Facts
+from engines.facts import MAX_CHUNKS, Facts
 from engines.families import family_named
 from engines.families.family import Family
 from engines.loras.file import read_lora
@@ -58,6 +56,7 @@ class Model:
     device: str
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
     max_calls: int = 1  # engine calls that run side by side; on a GPU of different parts
+    max_chunks: int = 1  # windows of the text encoder that a prompt may fill
 
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
@@ -69,23 +68,9 @@ class Model:
     def family(self) -> Family:
         return family_named(self.facts.family)
 
-    def tokenize(self, text: str | None) -> tuple[Tokens | None, int]:
-        """A text as the text encoder takes it, and how many tokens found no room there.
-
-        None is no text at all: neither tokens nor any that are lost.
-        """
-        if text is None:
-            return None, 0
-        tokens, num_lost = {}, 0
-        for window in self.facts.windows:
-            tokenizer = self.tokenizers[window.tokenizer]
-            ids = tokenizer.encode(expand(tokenizer, text)).ids
-            if len(ids) > window.max_tokens:
-                num_lost = max(num_lost, len(ids) - window.max_tokens)
-                ids = [*ids[: window.max_tokens - 1], window.eos_token_id]
-            padding = [window.pad_token_id] * (window.max_tokens - len(ids))
-            tokens[window.input] = np.asarray(ids + padding, np.int64)
-        return tokens, num_lost
+    def tokenize(self, text: str) -> Text:
+        """A text as the text encoder takes it; what finds no room there is counted."""
+        return cut(text, self.facts.windows, self.tokenizers, self.max_chunks)
 
     def close(self) -> None:
         """Free the engines."""
@@ -139,6 +124,7 @@ def _target(order: Order, backend: str) -> PlanTarget:
         sizes_px=(),  # the model's own
         max_batch=order.max_batch or FULL_BATCH,
         refit=bool(order.loras),
+        max_chunks=MAX_CHUNKS if order.long_prompts else 1,
     )
     return Machine.here().aim(target)
 
@@ -165,6 +151,21 @@ def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
         raise BundleError(
             f"{bundle.folder} has plans built on {target.gpu}, which run there alone; this GPU is "
             f"{machine.gpu}; {way_out}"
+        )
+
+
+def _check_lengths(bundle: Bundle, choice: Choice) -> None:
+    """Raise BundleError where prompts of several windows are too long for what was built."""
+    built_for, way_out = bundle.facts.max_chunks, "fourstep build MODEL"
+    if choice.backend in MODULES:
+        target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
+        built_for = min(built_for, target.max_chunks)
+        way_out += f" --engine {choice.backend} --long-prompts"
+    if built_for < MAX_CHUNKS:
+        raise BundleError(
+            f"{bundle.folder} was built for prompts that fit the text encoder's window, "
+            f"long_prompt 'chunk' wants {MAX_CHUNKS} of them; {way_out} --out {bundle.folder} "
+            "builds it anew, long_prompt 'truncate' serves it as it is"
         )
 
 
@@ -204,6 +205,8 @@ def load_interim(order: Order) -> Model:
 def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
+    if order.long_prompts:
+        _check_lengths(bundle, choice)
     engines: dict[str, Engine] = {}
     target, max_calls = None, GPU_CALLS
     if choice.backend in MODULES:
@@ -227,8 +230,10 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     device = "cuda" if choice.backend in MODULES else "cpu"
     facts = with_defaults(bundle.facts, order.defaults)
     adapters = _load_adapters(find_loras(order), engines, facts)
-    precision = bundle.precision
-    return Model(facts, tokenizers, engines, adapters, choice, precision, device, target, max_calls)
+    return Model(
+        facts, tokenizers, engines, adapters, choice, bundle.precision, device, target, max_calls,
+        max_chunks=facts.max_chunks if order.long_prompts else 1,
+    )  # fmt: skip
 
 
 def _load_adapters(
@@ -264,5 +269,6 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     adapters = _load_adapters(sources.loras, engines, facts)
     max_calls = 1 if device == "cpu" else GPU_CALLS
     return Model(
-        facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls
-    )
+        facts, tokenizers, engines, adapters, choice, precision, device, max_calls=max_calls,
+        max_chunks=facts.max_chunks if order.long_prompts else 1,
+    )  # fmt: skip

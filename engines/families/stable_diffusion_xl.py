@@ -37,6 +37,7 @@ COMPONENTS = {  # of a pipeline → the classes that the parts below can be made
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 SIZE_CONDITIONING = True
+TOKENWISE = ("prompt_embeds",)
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -124,7 +125,7 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
         vae.to(torch.float32)
     width = unet.config.cross_attention_dim
     conditioning = {
-        "prompt_embeds": torch.randn(2, known.max_tokens, width),
+        "prompt_embeds": torch.randn(2, 2 * known.max_tokens, width),
         "pooled_embeds": torch.randn(2, encoder_2.config.projection_dim),
         "time_ids": torch.full((2, NUM_TIME_IDS), float(known.default_size_px)),
     }
@@ -133,5 +134,5 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     return [
         sd.text_part(encoders, known, ("prompt_embeds", "pooled_embeds")),
         *vae_parts(vae, known),
-        denoiser_part(Denoiser(unet), known, example_latents(known), conditioning),
+        denoiser_part(Denoiser(unet), known, example_latents(known), conditioning, TOKENWISE),
     ]

@@ -150,7 +150,7 @@ def _model_object(replica: Replica) -> ModelObject:
         "samplers": list(info.samplers),
         "loras": list(info.loras),
         "default_loras": settings.default_loras,
-        "max_prompt_tokens": info.max_tokens,
+        "max_prompt_tokens": info.max_chunks * info.max_tokens,
         "max_images": settings.max_images,
     }
     return ModelObject(id=info.model_id, created=replica.created, details=details)

@@ -168,7 +168,8 @@ def test_a_bundle_says_what_is_in_it(checkpoints: Path, tmp_path: Path) -> None:
         Runner.open(Order(str(tmp_path / "b"), embeddings={"<cat>": files[0]}))
     runner = Runner.open(Order(str(tmp_path / "b"), num_threads=1))
     assert runner.info.embeddings == {"<cat>": "two.pt"}
-    assert len(set(runner.start(recipe(prompt="<cat>")).texts[0]["input_ids"][1:3])) == 2
+    (tokens,) = runner.start(recipe(prompt="<cat>")).texts.tokens
+    assert len(set(tokens["input_ids"][:4])) == 4  # begin, two vectors, end
     runner.close()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines.build.bundle import MANIFEST, Blueprint, build_bundle
 from engines.drawing.runner import Runner
-from engines.errors import InvalidInput
+from engines.errors import BundleError, InvalidInput
 from engines.facts import Facts
 from engines.families import stable_diffusion
 from engines.families.part import Part
@@ -66,7 +66,7 @@ def bundle(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_bundle(Blueprint(checkpoints / "tiny-lcm"), folder, lambda *_: None)
     manifest = json.loads((folder / MANIFEST).read_text())
     facts: dict[str, Any] = manifest["facts"]
-    del facts["num_coefficients"]
+    del facts["num_coefficients"], facts["max_chunks"]
     (window,) = facts.pop("windows")
     facts |= {name: window[name] for name in ("max_tokens", "pad_token_id", "eos_token_id")}
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -103,6 +103,16 @@ def test_it_refuses_a_sampler_that_looks_back(
     with pytest.raises(InvalidInput, match=r"sampler is 'lcm'.*fourstep build"):
         older.start(recipe())
     older.close()
+
+
+def test_long_prompts_want_another_build(bundle: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Runner.open(Order(str(bundle), "onnxruntime", long_prompts=True))
+    assert str(caught.value) == (
+        f"{bundle} was built for prompts that fit the text encoder's window, long_prompt 'chunk' "
+        f"wants 3 of them; fourstep build MODEL --out {bundle} builds it anew, long_prompt "
+        "'truncate' serves it as it is"
+    )
 
 
 def test_facts_go_through_json(bundle: Path) -> None:
