@@ -236,6 +236,9 @@ def generate(
     timesteps: Annotated[str, typer.Option(help="As of `build`.")] = "",
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    prompt_weighting: Annotated[
+        bool, typer.Option(help="Read (word), (word:1.3) and [word] as weights.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sampler: Annotated[str, typer.Option(help="lcm, ddim, euler, ... Default: the model's.")] = "",
     lora: LoraOption = None,
@@ -268,6 +271,7 @@ def generate(
         "sampler": sampler,
         "timesteps": named or runner.info.timesteps_for(sampler, num_steps),
         "negative_prompt": negative,
+        "prompt_weighting": prompt_weighting,
         "loras": {name: weights.get(name, 1.0) for name in paths},
     }
     if size:

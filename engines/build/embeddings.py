@@ -36,6 +36,12 @@ def load_embeddings(pipeline: Any, files: Mapping[str, Path]) -> None:
                 f"embedding {word!r} ({file}) is for {_listed(vectors)}, this base has "
                 f"{_listed(encoders)}: use one that was trained on such a model"
             )
+        if len({len(each) for each in vectors.values()}) > 1:
+            counts = ", ".join(f"{len(vectors[name])} for {XL_KEYS[name]}" for name in encoders)
+            raise CheckpointError(
+                f"embedding {word!r} ({file}) has vectors in different numbers ({counts}); it must "
+                "be as many for both"
+            )
         for name in encoders:
             encoder, found = getattr(pipeline, name), vectors[name]
             width = encoder.get_input_embeddings().embedding_dim

@@ -10,6 +10,7 @@ import numpy as np
 
 from engines.drawing.batching import decode_rows
 from engines.drawing.model import Model
+from engines.drawing.weighting import runs_of
 from engines.errors import InvalidInput
 from engines.families.recipe import Recipe
 from engines.samplers import NoiseSchedule, default_sampler, samplers_of
@@ -126,6 +127,8 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
             message = f"{name} is {text!a:.80}, which is no Unicode text; write it in UTF-8"
             raise InvalidInput(name, text, message) from error
+        if recipe.prompt_weighting:
+            runs_of(text or "", name)
     shape = (recipe.height_px, recipe.width_px, 3)
     if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
         found = f"{recipe.image.dtype} {recipe.image.shape}"

@@ -27,6 +27,7 @@ from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.build.source import NO_OVERRIDES, Sources, find, find_loras, find_model
 from engines.drawing.batching import FULL_BATCH, denoise_rows
 from engines.drawing.texts import Text, cut
+from engines.drawing.weighting import runs_of
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.facts import MAX_CHUNKS, Facts
 from engines.families import family_named
@@ -68,9 +69,13 @@ class Model:
     def family(self) -> Family:
         return family_named(self.facts.family)
 
-    def tokenize(self, text: str) -> Text:
-        """A text as the text encoder takes it; what finds no room there is counted."""
-        return cut(text, self.facts.windows, self.tokenizers, self.max_chunks)
+    def tokenize(self, text: str, *, weighted: bool = False) -> Text:
+        """A text as the text encoder takes it; what finds no room there is counted.
+
+        ``weighted``: brackets in it are weights.
+        """
+        runs = runs_of(text) if weighted else [(text, 1.0)]
+        return cut(runs, self.facts.windows, self.tokenizers, self.max_chunks)
 
     def close(self) -> None:
         """Free the engines."""

@@ -139,10 +139,11 @@ class Runner:
         )
         conditions = model.family.conditions(facts, recipe, schedule)
         loras = model.adapters.settle(recipe.loras)
+        tokenize = functools.partial(model.tokenize, weighted=recipe.prompt_weighting)
         texts = Texts.of(
-            [None if text is None else model.tokenize(text) for text in conditions.texts],
-            [(model.tokenize(blend.prompt), blend.share) for blend in recipe.blends],
-            model.tokenize(""),
+            [None if text is None else tokenize(text) for text in conditions.texts],
+            [(tokenize(blend.prompt), blend.share) for blend in recipe.blends],
+            tokenize(""),
         )
         drawing = Drawing(
             recipe=recipe,

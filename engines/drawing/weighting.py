@@ -22,11 +22,11 @@ PIECE = re.compile(
 )
 
 
-def runs_of(prompt: str) -> list[tuple[str, float]]:
+def runs_of(prompt: str, field: str = "prompt") -> list[tuple[str, float]]:
     """Texts, one after the other, each with its weight; none of a prompt without words.
 
     Raises:
-        InvalidInput: a weight above `MAX_WEIGHT`, or below its negative.
+        InvalidInput: ``field`` gives a weight above `MAX_WEIGHT`, or below its negative.
     """
     pieces: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where they were, in `pieces`
@@ -55,9 +55,9 @@ def runs_of(prompt: str) -> list[tuple[str, float]]:
         text = "".join(piece for piece, _ in each)
         if abs(weight) > MAX_WEIGHT:
             raise InvalidInput(
-                "prompt",
+                field,
                 weight,
-                f"prompt gives {text.strip()[:40]!r} the weight {weight:g}; it must be from "
+                f"{field} gives {text.strip()[:40]!r} the weight {weight:g}; it must be from "
                 f"{-MAX_WEIGHT:g} to {MAX_WEIGHT:g}, brackets within brackets included",
             )
         found.append((text, weight))

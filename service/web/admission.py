@@ -98,6 +98,7 @@ def admit(
         recipe = Recipe(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt,
+            prompt_weighting=params.prompt_weighting,
             width_px=width,
             height_px=height,
             seed=seed + index,

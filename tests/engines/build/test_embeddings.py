@@ -208,6 +208,8 @@ def test_what_does_not_fit_is_refused_by_name(
         "(clip_l) and text_encoder_2 (clip_g): use one that was trained on such a model"
     )
     assert "this base has text_encoder (clip_l): use" in _refusal(base, both)
+    uneven = saved("uneven.pt", {"clip_l": vectors(1, 32), "clip_g": vectors(2, 40)})
+    assert "(1 for clip_l, 2 for clip_g); it must be as many for both" in _refusal(xl, uneven)
     assert "already in tokenizer vocabulary" in _refusal(base, plain, "x")
     holds = "an embedding holds one tensor, or string_to_param, or clip_l and clip_g"
     for state in ({"a": vectors(1, 32), "b": vectors(1, 32)}, {"a": 3}, {}, {"a": torch.zeros(0)}):
