@@ -218,7 +218,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
         target = target.settled(facts)
         check_target(target, facts)
     parts = family_named(facts.family).parts(pipeline, facts)
-    fuse(parts, blueprint.loras)
+    fuse(parts, blueprint.loras, facts.name)
     num_pieces = len(parts) * (2 if target else 1) + 1
     for index, part in enumerate(parts):
         progress(f"exporting {part.name}", index, num_pieces)

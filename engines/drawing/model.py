@@ -245,7 +245,7 @@ def _load_adapters(
     loras: Mapping[str, Path], engines: Mapping[str, Engine], facts: Facts
 ) -> Adapters:
     read = {name: without(read_lora(path), facts.idle_weights) for name, path in loras.items()}
-    return Adapters(read, engines)
+    return Adapters(read, engines, loras, facts.name)
 
 
 def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
