@@ -141,9 +141,9 @@ class Runner:
         loras = model.adapters.settle(recipe.loras)
         tokenize = functools.partial(model.tokenize, weighted=recipe.prompt_weighting)
         texts = Texts.of(
-            [None if text is None else tokenize(text) for text in conditions.texts],
-            [(tokenize(blend.prompt), blend.share) for blend in recipe.blends],
-            tokenize(""),
+            tuple(None if text is None else tokenize(text) for text in conditions.texts),
+            tuple((tokenize(blend.prompt), blend.share) for blend in recipe.blends),
+            lambda: tokenize(""),
         )
         drawing = Drawing(
             recipe=recipe,

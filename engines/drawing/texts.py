@@ -10,7 +10,7 @@ z₀ + w · (z - z₀). All three as in Compel (`EmbeddingsProvider`), cut where
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,39 +107,43 @@ def _weights(window: Window, words: Sequence[Word]) -> Tensor | None:
 class Texts:
     """All of a row's, each of as many chunks as the longest has."""
 
-    blank: Chunk  # of no words
     lanes: tuple[Text | None, ...]  # the prompt, then what guidance leads away from
     blends: tuple[tuple[Text, float], ...] = ()  # what the prompt moves towards, and how far
+    blank: Chunk | None = None  # of no words, where weights lead away from it
 
     @classmethod
     def of(
-        cls, lanes: Sequence[Text | None], blends: Sequence[tuple[Text, float]], blank: Text
+        cls,
+        lanes: tuple[Text | None, ...],
+        blends: tuple[tuple[Text, float], ...],
+        blank: Callable[[], Text],
     ) -> Texts:
-        """``blank`` is the text of no words: it fills up those that are shorter."""
-        found = [text for text in lanes if text is not None] + [text for text, _ in blends]
-        longest = max(len(text.chunks) for text in found)
-        (blank_chunk,) = blank.chunks
+        """``blank`` makes the text of no words: it fills up those that are shorter."""
+        plain = cls(lanes, blends)
+        chunks = [chunk for text in plain.all for chunk in text.chunks]
+        if len(chunks) == len(plain.all) and all(chunk.weights is None for chunk in chunks):
+            return plain
+        longest = max(len(text.chunks) for text in plain.all)
+        (nothing,) = blank().chunks
         return cls(
-            blank_chunk,
-            tuple(None if text is None else text.filled(longest, blank_chunk) for text in lanes),
-            tuple((text.filled(longest, blank_chunk), share) for text, share in blends),
+            tuple(None if text is None else text.filled(longest, nothing) for text in lanes),
+            tuple((text.filled(longest, nothing), share) for text, share in blends),
+            nothing if any(chunk.weights is not None for chunk in chunks) else None,
         )
 
     @property
-    def all(self) -> Iterable[Text]:
+    def all(self) -> Sequence[Text]:
         return (*(text for text in self.lanes if text), *(text for text, _ in self.blends))
 
     @property
     def num_chunks(self) -> int:
-        return len(next(iter(self.all)).chunks)
+        return len(self.all[0].chunks)
 
     @property
-    def tokens(self) -> Iterable[Tokens]:
+    def tokens(self) -> Sequence[Tokens]:
         """What the text encoder must have seen before the row can step."""
-        chunks = [chunk for text in self.all for chunk in text.chunks]
-        if any(chunk.weights is not None for chunk in chunks):
-            chunks.append(self.blank)
-        return (chunk.tokens for chunk in chunks)
+        own = [chunk.tokens for text in self.all for chunk in text.chunks]
+        return own if self.blank is None else [*own, self.blank.tokens]
 
     def conditioning(
         self, known: Mapping[bytes, Encoded], tokenwise: Sequence[str]
@@ -167,12 +171,13 @@ class Texts:
         said = [known[key_of(chunk.tokens)] for chunk in text.chunks]
         if len(said) == 1 and text.chunks[0].weights is None:
             return said[0]
+        nothing = None if self.blank is None else known[key_of(self.blank.tokens)]
         joined = {}
         for name in tokenwise:
             values = [
                 encoded[name]
-                if chunk.weights is None
-                else _weighted(encoded[name], known[key_of(self.blank.tokens)][name], chunk.weights)
+                if chunk.weights is None or nothing is None
+                else _weighted(encoded[name], nothing[name], chunk.weights)
                 for chunk, encoded in zip(text.chunks, said, strict=True)
             ]
             joined[name] = torch.cat(values)

@@ -90,7 +90,7 @@ def test_a_tokenizer_saved_after_use_still_says_what_was_lost(
         plain = load_model(Order(str(checkpoints / "tiny-lcm"), "torch"), lambda *_: None)
         for text in ("a", "word " * 50):
             found, expected = model.tokenize(text), plain.tokenize(text)
-            (ids,), (expected_ids,) = found.chunks, expected.chunks
-            assert ids["input_ids"].tolist() == expected_ids["input_ids"].tolist()
+            (chunk,), (plainly,) = found.chunks, expected.chunks
+            assert chunk.tokens["input_ids"].tolist() == plainly.tokens["input_ids"].tolist()
             assert found.num_truncated == expected.num_truncated
         assert found.num_truncated > 100

@@ -128,7 +128,7 @@ def test_weights_of_1_cost_nothing_and_change_nothing(runner: Runner) -> None:
         for prompt, weighted in (("a cube", False), ("(a cube:1)", True))
     ]
     runner.encode_text(rows)
-    assert [len(list(row.texts.tokens)) for row in rows] == [1, 1]
+    assert [len(row.texts.tokens) for row in rows] == [1, 1]
     one, other = (row.condition("prompt_embeds")[0] for row in rows)
     assert torch.equal(one, other)
 
