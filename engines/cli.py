@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -289,6 +290,8 @@ def generate(
 
 def run(command: typer.Typer) -> None:
     """Run a command line; every expected failure is one clear line and exit code 1."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they would rather have installed
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         command()
     except EngineError as error:

@@ -150,6 +150,59 @@ def exporter(
         signal.pause()
 
 
+@app.command()
+def live(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
+    key: Annotated[str, typer.Option(help="API key.", envvar="FOURSTEP_API_KEY")] = "",
+    frames: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to draw from, sent in turn.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for what is drawn.")] = None,
+    fps: Annotated[float, typer.Option(min=0.1, max=120, help="Frames sent a second.")] = 15.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600)] = 10.0,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1)] = 2,
+    strength: Annotated[float, typer.Option(min=0.01, max=1)] = 0.7,
+) -> None:
+    """Draw live from a folder of frames, as a client of `GET /v1/realtime/images` does."""
+    import asyncio
+    import statistics
+
+    from websockets.exceptions import WebSocketException
+
+    from service.web.live.client import LiveError, play
+
+    found = [] if frames is None else sorted(each for each in frames.iterdir() if each.is_file())
+    if frames is not None and not found:
+        raise typer.BadParameter(f"--frames is {frames}; it holds no file")
+    values: dict[str, Any] = {"prompt": prompt, "size": size, "num_inference_steps": steps}
+    if found:
+        values["strength"] = strength
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+
+    def keep(picture: Any) -> None:
+        if out is not None:
+            (out / f"{picture['id']:06}.jpg").write_bytes(picture["image"])
+
+    playing = play(
+        url, [each.read_bytes() for each in found] or [None], values=values, fps=fps,
+        seconds=seconds, key=key, on_picture=keep,
+    )  # fmt: skip
+    try:
+        tally = asyncio.run(playing)
+    except (LiveError, OSError, WebSocketException) as error:
+        raise typer.BadParameter(f"--url is {url}: {error}") from None
+    late = [1e3 * each for each in sorted(tally.latencies_s)]
+    typer.echo(f"{tally.num_sent} frames sent, {len(late)} drawn: {tally.fps:.1f} a second")
+    if late:
+        p95 = late[int(0.95 * (len(late) - 1))]
+        typer.echo(f"from frame to picture: {statistics.median(late):.0f} ms, p95 {p95:.0f} ms")
+    for reason, count in tally.skipped.items():
+        typer.echo(f"{count} skipped: {reason}")
+
+
 def main() -> None:
     """Entry point of the ``fourstep`` command."""
     run(app)

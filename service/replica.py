@@ -76,6 +76,7 @@ class Replica:
         self.tracing: Tracing | None = None  # None: off, and nothing of it is imported
         self._loop: EngineLoop | None = None
         self._mailbox: Mailbox | None = None
+        self._on_drain: list[Callable[[], None]] = []
 
     def start(self) -> None:
         """Load, warm up and begin to serve. Blocks for seconds, or minutes with a large model.
@@ -161,6 +162,15 @@ class Replica:
     def ready(self) -> bool:
         """Warmed up, serving, with its engine threads alive."""
         return self._loop is not None and self._loop.healthy
+
+    def when_draining(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called, from any thread, when `drain` is."""
+        self._on_drain.append(call)
+
+    def drain(self) -> None:
+        """This replica is about to close: what would stay open for long goes elsewhere."""
+        for call in self._on_drain:
+            call()
 
     def close(self) -> None:
         """Finish what runs (up to ``drain_s``), then free the engine and the threads."""

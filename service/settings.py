@@ -131,6 +131,13 @@ class Settings(BaseSettings):
     )
     default_guidance: float | None = Field(None, ge=0, le=50)
 
+    # Live drawing, of one replica.
+    max_live_sessions: int = Field(64, ge=0, le=4096, description="open at a time; 0: none are")
+    max_live_sessions_of_key: int = Field(8, ge=1, le=4096, description="of one API key")
+    live_max_fps: float = Field(30.0, gt=0, le=120, description="frames a second of a session")
+    max_live_message_bytes: int = Field(4 * MIB, ge=1024, description="a frame and its mask")
+    live_idle_s: float = Field(60.0, gt=0, le=3600, description="a session that is silent ends")
+
     # Answers.
     png_level: int = Field(
         1, ge=0, le=9, description="effort of PNG answers: 1 by our own fast path, others by zlib"

@@ -28,6 +28,7 @@ logger = logging.getLogger("fourstep.keys")
 
 NAME = re.compile(r"[\w.@-]{1,64}")
 LINE = re.compile(rf"({NAME.pattern}):([0-9a-f]{{64}})((?: +\w+=\w+)*)")
+SCHEMES = ("bearer", "key")  # the latter is what fal's clients say
 LIMITS = ("images_per_minute", "max_open_images")
 RELOAD_S = 1.0  # the file's date is looked at no more often
 PROTECTED = "/v1/"
@@ -47,7 +48,7 @@ def make_key(name: str, options: Mapping[str, str] = {}) -> tuple[str, str]:
     if not NAME.fullmatch(name):
         raise KeyFileError(f"name {name!r}: use 1 to 64 letters, digits and . _ @ -")
     key = f"fs-{secrets.token_urlsafe(32)}"
-    line = " ".join([f"{name}:{_digest(key)}", *(f"{k}={v}" for k, v in options.items())])
+    line = " ".join([f"{name}:{digest_of(key)}", *(f"{k}={v}" for k, v in options.items())])
     try:
         _parse(line)
     except ValueError as error:
@@ -77,7 +78,8 @@ def _parse(line: str) -> tuple[str, Tenant]:
     return match[2], Tenant(match[1], Priority[priority], Priority[priority], **limits)
 
 
-def _digest(key: str) -> str:
+def digest_of(key: str) -> str:
+    """What the file has of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -94,11 +96,16 @@ class KeyRing:
     def owner_of(self, key: str) -> Tenant | None:
         """Whose key this is; every known one is compared, whichever fits."""
         self._refresh()
-        given, found = _digest(key), None
+        given, found = digest_of(key), None
         for digest, owner in self._owners.items():
             if hmac.compare_digest(given, digest):
                 found = owner
         return found
+
+    def owners(self, name: str) -> list[tuple[str, Tenant]]:
+        """The digests of a name's keys, and what each may have."""
+        self._refresh()
+        return [(digest, owner) for digest, owner in self._owners.items() if owner.name == name]
 
     def _refresh(self) -> None:
         """Read the file again where it has changed; a damaged one leaves the keys as they were."""
@@ -140,7 +147,7 @@ class KeyRing:
 class Authentication:
     """Middleware: what is under /v1/ needs a key, but for images by their unguessable names.
 
-    Probes, metrics and the studio page need none.
+    Probes, metrics and the studio page need none; a WebSocket's handler asks for it itself.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
@@ -151,19 +158,33 @@ class Authentication:
         if scope["type"] == "http":
             exchange = scope["state"]["exchange"]  # put there by Telemetry, which is around this
             if exchange.path.startswith(PROTECTED) and not exchange.path.startswith(IMAGE_FILES):
-                authorization = Headers(scope=scope).get("authorization", "")
-                exchange.tenant = self._check(authorization)
+                exchange.tenant = tenant_of(self._keys, Headers(scope=scope))
                 exchange.log_fields["key"] = exchange.tenant.name
         await self._app(scope, receive, send)
 
-    def _check(self, authorization: str) -> Tenant:
-        scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthorized(
-                "no API key was given; send it as `Authorization: Bearer <key>` (api_key of the "
-                "openai client)"
-            )
-        owner = self._keys.owner_of(key.strip())
-        if owner is None:
-            raise Unauthorized("this API key is not known here; ask whoever runs the service")
-        return owner
+
+def bearer_of(headers: Headers) -> str:
+    """The key that was sent, known or not.
+
+    Raises:
+        Unauthorized: none was.
+    """
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() not in SCHEMES or not key.strip():
+        raise Unauthorized(
+            "no API key was given; send it as `Authorization: Bearer <key>` (api_key of the "
+            "openai client)"
+        )
+    return key.strip()
+
+
+def tenant_of(keys: KeyRing, headers: Headers) -> Tenant:
+    """Whose key was sent.
+
+    Raises:
+        Unauthorized: none was, or none that is known.
+    """
+    owner = keys.owner_of(bearer_of(headers))
+    if owner is None:
+        raise Unauthorized("this API key is not known here; ask whoever runs the service")
+    return owner

@@ -8,6 +8,7 @@ and in a KubeRay RayService alike; its ``args`` are `service.settings.Settings` 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ray import serve
@@ -44,6 +45,7 @@ class FourstepDeployment:
         configure_logs(settings.log_level)
         close_port_for_deployments()
         self.replica = Replica(settings)
+        call_when_draining(self.replica.drain)
         await asyncio.to_thread(self.replica.start)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -69,6 +71,24 @@ def close_port_for_deployments() -> None:
 
     _ = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: 0
+
+
+def call_when_draining(drain: Callable[[], None]) -> None:
+    """Have the replica that Ray makes in this process call ``drain`` before it waits for what is
+    open to end: a WebSocket does so only when it is told.
+
+    Raises:
+        AttributeError: this version of Ray shuts replicas down in a way not known here.
+    """
+    from ray.serve._private import replica
+
+    shut_down = replica.Replica._perform_graceful_shutdown
+
+    async def drain_first(ray_replica: Any) -> None:
+        drain()
+        await shut_down(ray_replica)
+
+    replica.Replica._perform_graceful_shutdown = drain_first
 
 
 def build(args: dict[str, Any]) -> serve.Application:

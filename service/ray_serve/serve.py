@@ -89,8 +89,6 @@ def _set_environment(folder: str, host: str) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they would rather have installed
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # What Ray does all the time is done on the engine's cores here. It looks ten times a second
     # whether replicas are as they should be, counts itself and, from a line that HAProxy sends it
     # of each, all requests where nobody asks, and has HAProxy run four threads.

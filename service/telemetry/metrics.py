@@ -47,6 +47,7 @@ WAIT_SECONDS = (
     20.0, 30.0,
 )  # fmt: skip
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+SKIP_REASONS = ("superseded", "similar", "shed")
 ENDPOINTS = ("generations", "edits")
 # Exist from the start, at 0, so that their first increase is one.
 STATUSES = (200, 400, 429, 499, 500, 503, 504)
@@ -108,6 +109,7 @@ class Metrics:
             "outcome",
         )
         self._make_kept_metrics()
+        self._make_live_metrics()
         self._make_engine_metrics(model)
         self._make_replica_metrics(model)
         for endpoint in ENDPOINTS:
@@ -135,6 +137,22 @@ class Metrics:
         self._file_bytes = self._gauge(
             "fourstep_image_files_bytes", "Bytes of the images kept.", "livemostrecent"
         )
+
+    def _make_live_metrics(self) -> None:
+        self._live_sessions = self._gauge("fourstep_live_sessions", "Live sessions that are open.")
+        skipped = self._counter(
+            "fourstep_live_frames_skipped_total",
+            "Frames of live sessions that were not drawn to their end, by why.",
+            "reason",
+        )
+        self._live_skipped = {
+            reason: skipped.labels(self._model, reason) for reason in SKIP_REASONS
+        }
+        self._live_frame = self._histogram(
+            "fourstep_live_frame_seconds",
+            "Frames of live sessions: from the turn of one to its encoded picture.",
+            WAIT_SECONDS,
+        ).labels(self._model)
 
     def _make_engine_metrics(self, model: str) -> None:
         self._stages = {
@@ -255,6 +273,17 @@ class Metrics:
     def safety_check(self, stage: str, outcome: str) -> None:
         """Count one; ``outcome`` is ``passed``, ``filtered`` or ``error``."""
         self._safety.labels(self._model, stage, outcome).inc()
+
+    def live_sessions(self, num_open: int) -> None:
+        self._live_sessions.set(num_open)
+
+    def live_frame(self, seconds: float) -> None:
+        """Count one that was drawn."""
+        self._live_frame.observe(seconds)
+
+    def live_skipped(self, reason: str) -> None:
+        """Count one that was not; ``reason`` is one of `SKIP_REASONS`."""
+        self._live_skipped[reason].inc()
 
     # -- the replica -------------------------------------------------------------------------
 

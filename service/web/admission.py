@@ -16,7 +16,7 @@ from engines.drawing.drawing import Drawing
 from engines.drawing.info import ModelInfo
 from engines.drawing.runner import Runner
 from engines.errors import InvalidInput
-from engines.families.recipe import Recipe
+from engines.families.recipe import Blend, Recipe
 from service.access.quota import Priority, Tenant
 from service.errors import BadRequest, NotFound
 from service.settings import Settings
@@ -68,10 +68,11 @@ def admit(
     settings: Settings,
     tenant: Tenant,
     edited: Edited | None = None,
+    blends: tuple[Blend, ...] = (),
 ) -> Admitted:
     """Settle every open choice of a request and make its drawings. No engine call happens here.
 
-    ``edited`` is what an edit starts from, as it was sent.
+    ``edited`` is what an edit starts from, as it was sent; ``blends``, what a prompt moves towards.
 
     Raises:
         BadRequest: a value this model or this service does not take.
@@ -115,6 +116,7 @@ def admit(
             original_size=_height_width(params.original_size),
             crops_coords_top_left=None if top_left is None else (top_left[0], top_left[1]),
             target_size=_height_width(params.target_size),
+            blends=blends,
         )
         try:
             drawings.append(runner.start(recipe))

@@ -33,6 +33,7 @@ from service.web.headers import SecurityHeaders, cors_options
 from service.web.image_cache import ImageCache
 from service.web.image_files import ImageFiles
 from service.web.intake import Intake
+from service.web.live.routes import add_live_routes
 from service.web.openapi import complete_document
 from service.web.pages import add_pages
 
@@ -70,14 +71,16 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    keys = KeyRing(settings.api_keys_file) if settings.api_keys_file else None
     app.include_router(build_router(replica, Answers(replica, files, cache), intake, files))
+    add_live_routes(app, replica, intake, keys)
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)
     complete_document(app, settings)
     # Each of these goes around those before it.
-    if settings.api_keys_file:
-        app.add_middleware(Authentication, keys=KeyRing(settings.api_keys_file))
+    if keys is not None:
+        app.add_middleware(Authentication, keys=keys)
     app.add_middleware(UnforeseenErrors)
     app.add_middleware(Telemetry, replica=replica, intake=intake, send_request_id=not behind_ray)
     if settings.cors_origins:

@@ -46,8 +46,8 @@ class Job:
 
     What ``cached_rows`` has is not drawn; with all of them nothing is submitted to the engine.
 
-    ``deadline`` is on the engine loop's clock. Raises on entry what `Quotas.take` and
-    `EngineLoop.submit` raise: nothing was accepted then.
+    ``deadline`` is on the engine loop's clock; a ``live`` job gives way to others. Raises on entry
+    what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Job:
         tenant: Tenant,
         deadline: float,
         cached_rows: CachedRows | None = None,
+        live: bool = False,
     ) -> None:
         self._replica = replica
         self._params = params
@@ -81,6 +82,7 @@ class Job:
             send=self._receive,
             tenant=tenant.name,
             priority=admitted.priority,
+            live=live,
         )
         found = {image.row_index for image in self._cached}
         self.request.rows = [

@@ -25,6 +25,7 @@ from service.web.schema import (
     GenerationRequest,
     ImageParams,
     ImageReference,
+    Input,
     OutputFormat,
 )
 
@@ -299,7 +300,7 @@ def _text(as_it_came: str, *, of: str) -> str:
         raise BadRequest(f"{of} is not UTF-8 text: {error.reason}") from error
 
 
-def bad_request(error: ValidationError, model: type[ImageParams]) -> BadRequest:
+def bad_request(error: ValidationError, model: type[Input]) -> BadRequest:
     """The first thing wrong, as one sentence with field, value and limit."""
     if error.error_count() > MAX_ERRORS:
         return BadRequest(

@@ -76,6 +76,15 @@ def test_soak(service: Service, out: Path) -> None:
     assert min(found["mib"]) > 50
 
 
+def test_live(service: Service, out: Path) -> None:
+    """Through the proxy and Ray, as every client comes."""
+    found = run(out, "live", "--url", service.url, "--seconds", "2", "--sessions", "1,2")
+    for count, (sessions, pictures_per_s, *_) in found["alone"].items():
+        assert sessions == int(count)
+        assert pictures_per_s > 0
+    assert found["api"]["together"]["error_share"] == 0
+
+
 def test_overload(service: Service, out: Path) -> None:
     press(service, factor=3, seconds=5, deadline_s=60).write(out)
     found = json.loads((out / "overload.json").read_text())

@@ -1,0 +1,143 @@
+"""Live drawing: sessions against pictures a second and their latency, alone and beside API load."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+import typer
+from PIL import Image, ImageDraw
+
+from engines.options import CacheOption
+from engines.order import DEFAULT_CACHE_DIR
+from loadtests.capacity import started_or_named
+from loadtests.client import (
+    AllowHostOption,
+    Client,
+    Latencies,
+    UrlOption,
+    require_answers,
+    summarise,
+)
+from loadtests.report import RESULTS, OutOption, Report
+from loadtests.traffic import UNIFORM, poisson, until
+from service.web.live.client import Tally, play
+
+SIDE_PX = 128
+NUM_FRAMES = 32
+VALUES = {
+    "prompt": "a large red circle at the center on a blue background",
+    "size": f"{SIDE_PX}x{SIDE_PX}",
+    "num_inference_steps": 2,
+    "strength": 0.7,
+    "seed": 1,
+}
+API_SHARE = 0.5  # of what the service can draw, beside the sessions
+NUM_CLIENTS = 32  # that fill it, to learn how much that is
+NUM_FILLING = 200  # requests of theirs
+
+
+def strokes() -> list[bytes]:
+    """JPEG files of a disc on its way across, as a hand would draw it."""
+    frames = []
+    for index in range(NUM_FRAMES):
+        image = Image.new("RGB", (SIDE_PX, SIDE_PX), "navy")
+        left = index * (SIDE_PX - 48) // NUM_FRAMES
+        ImageDraw.Draw(image).ellipse((left, 40, left + 48, 88), fill="red")
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        frames.append(buffer.getvalue())
+    return frames
+
+
+def play_together(url: str, num_sessions: int, fps: float, seconds: float) -> list[Tally]:
+    """So many sessions side by side, each at ``fps`` frames a second."""
+
+    async def together() -> list[Tally]:
+        one = (
+            play(url, strokes(), values=VALUES, fps=fps, seconds=seconds)
+            for _ in range(num_sessions)
+        )
+        return list(await asyncio.gather(*one))
+
+    return asyncio.run(together())
+
+
+def _row(tallies: list[Tally]) -> list[object]:
+    rates = [tally.fps for tally in tallies]
+    late = Latencies(each for tally in tallies for each in tally.latencies_s)
+    skipped: Counter[str] = sum((tally.skipped for tally in tallies), Counter())
+    share = f"{100 * skipped.total() / max(1, sum(tally.num_sent for tally in tallies)):.0f} %"
+    return [
+        len(tallies), sum(rates), min(rates), max(rates), late.ms(50), late.ms(95), share,
+    ]  # fmt: skip
+
+
+def live(
+    url: UrlOption = "",
+    allow_host: AllowHostOption = None,
+    sessions: Annotated[str, typer.Option(help="How many side by side, with commas.")] = "1,3",
+    beside: Annotated[int, typer.Option(min=1, max=1000, help="Sessions beside the API.")] = 1,
+    fps: Annotated[float, typer.Option(min=0.1, max=120, help="Frames sent a second.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each run.")] = 20.0,
+    gpu_shaped: Annotated[
+        bool, typer.Option("--gpu-shaped", help="Start it over an engine that sleeps as a GPU.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Of the service started here.")] = "demo-lcm",
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
+    out: OutOption = RESULTS,
+) -> None:
+    """Sessions against pictures a second and latency; what the API's p95 loses beside them."""
+    counts = [int(text) for text in sessions.split(",")]
+    with started_or_named(url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped) as base:
+        play_together(base, 1, fps, 3.0)
+        alone = {count: play_together(base, count, fps, seconds) for count in counts}
+        api = _beside_api(base, beside, fps, seconds)
+    report = Report("live" + ("-gpu-shaped" if gpu_shaped else ""), "Live drawing")
+    report.data |= {"alone": {count: _row(tallies) for count, tallies in alone.items()}}
+    report.data |= {"api": api["data"]}
+    report.text(
+        f"Each session sends {fps:g} frames of {SIDE_PX}x{SIDE_PX} px a second, drawn in "
+        f"{VALUES['num_inference_steps']} steps; a frame's latency is from its sending to its "
+        "picture. What is skipped was superseded by a newer one."
+    )
+    report.table(
+        ["sessions", "pictures/s", "slowest", "quickest", "p50 ms", "p95 ms", "skipped"],
+        [_row(tallies) for tallies in alone.values()],
+    )
+    report.text(
+        f"Beside API requests of 4 steps at {api['data']['rate']:.1f} a second, "
+        f"{100 * API_SHARE:.0f} % of what {NUM_CLIENTS} clients got of the service alone:"
+    )
+    report.table(["", "API p50 ms", "API p95 ms", "live pictures/s", "live p95 ms"], api["rows"])
+    report.write(out)
+
+
+def _beside_api(base: str, num_sessions: int, fps: float, seconds: float) -> dict[str, Any]:
+    """The API's latency at a share of its capacity, alone and with sessions beside it."""
+    client = Client(base)
+    filled = client.closed_loop(UNIFORM.asks(NUM_FILLING, 1), NUM_CLIENTS)
+    require_answers(filled, "the service")
+    rate = API_SHARE * summarise(filled)["images_per_s"]
+    due = until(poisson(rate, 2), seconds)
+    asks = UNIFORM.asks(len(due), 3)
+    alone = summarise(client.open_loop(asks, due))
+    with ThreadPoolExecutor(1) as other:
+        playing = other.submit(play_together, base, num_sessions, fps, seconds)
+        together = summarise(client.open_loop(asks, due))
+        tallies = playing.result()
+    late = Latencies(each for tally in tallies for each in tally.latencies_s)
+    lost = together["p95_ms"] / alone["p95_ms"]
+    rows: list[list[object]] = [
+        ["alone", alone["p50_ms"], alone["p95_ms"], "", ""],
+        [
+            f"beside {num_sessions} live", together["p50_ms"],
+            f"{together['p95_ms']:.1f} ({lost:.2f}×)", sum(tally.fps for tally in tallies),
+            late.ms(95),
+        ],
+    ]  # fmt: skip
+    data = {"rate": rate, "alone": alone, "together": together, "lost": lost}
+    return {"rows": rows, "data": data}

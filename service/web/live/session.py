@@ -1,0 +1,345 @@
+"""One live session: frames come in, pictures go out, and nothing is kept for who is too slow.
+
+    read ──▶ the pending frame, of which the newest wins ──▶ draw, one at a time ──▶ send
+
+A picture is drawn when the one before it has been handed over, so a client that does not read gets
+no more of them made. A frame that is drawn when a newer one comes leaves at its next step, unless
+that is its last or its predecessor has left so: somebody who sends faster than is drawn still
+sees something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from engines.families.recipe import Blend
+from service.access.quota import Tenant
+from service.errors import (
+    BadRequest,
+    Cancelled,
+    NotReady,
+    Overloaded,
+    RateLimited,
+    ServiceError,
+    TooLarge,
+)
+from service.replica import Replica
+from service.web.admission import MAX_RANDOM_SEED, Admitted, admit, check_limits, check_model
+from service.web.answers import in_worker
+from service.web.images import MEDIA_TYPES
+from service.web.intake import Intake
+from service.web.job import EncodedImage, Job
+from service.web.live import messages
+from service.web.live.likeness import Look, Shown
+from service.web.live.messages import Frame, LiveOptions, SessionUpdate, Wire
+from service.web.live.slide import Slide
+from service.web.masks import Edited
+from service.web.parsing import bad_request
+from service.web.schema import EditParams, GenerationRequest, ImageParams
+from service.web.uploads import decode_picture
+
+logger = logging.getLogger("fourstep.live")
+SILENT, REFUSED, UNFORESEEN, RESTARTING = 1000, 1008, 1011, 1012  # of RFC 6455's registry
+FIELDS = (
+    "prompt", "model", "negative_prompt", "strength", "seed", "num_inference_steps", "timesteps",
+    "guidance_scale", "sampler", "eta", "loras", "size", "output_format", "output_compression",
+    "paste_back", "mask_feather", "priority", *messages.SESSION_FIELDS,
+)  # fmt: skip
+ONLY_EDITS = ("strength", "paste_back", "mask_feather")
+MAX_WAIT_S = 1.0  # after a frame that was shed
+
+
+class LiveSession:
+    """Runs on the event loop until its client goes, or is too long silent."""
+
+    def __init__(
+        self,
+        socket: WebSocket,
+        replica: Replica,
+        intake: Intake,
+        tenant: Tenant,
+        is_known: Callable[[], bool],
+        wire: Wire,
+    ) -> None:
+        self.tenant = tenant
+        self._wire = wire
+        self._is_known = is_known  # whether the tenant's key still counts
+        self._socket, self._replica, self._intake = socket, replica, intake
+        self._id = f"live_{uuid.uuid4().hex}"
+        self._num_frames = 0
+        self._values: dict[str, Any] = {
+            "seed": secrets.randbelow(MAX_RANDOM_SEED), "output_format": "jpeg",
+        }  # fmt: skip
+        self._sending = asyncio.Lock()
+        self._closed = False
+        self._pending: Frame | None = None
+        self._came = asyncio.Event()
+        self._job: Job | None = None
+        self._spared = False  # the frame before left for a newer one: this one stays
+        self._num_dropped = 0  # frames since the last picture
+        self._slide = Slide()
+        self._shown = Shown()
+        self._next_at = 0.0
+
+    async def run(self) -> None:
+        """Until the client has gone; frees what was in flight."""
+        drawer = asyncio.ensure_future(self._draw_all())
+        try:
+            await self._read()
+        except WebSocketDisconnect:  # seen at a message to it
+            pass
+        finally:
+            drawer.cancel()
+            await asyncio.wait([drawer])
+
+    async def close(self, code: int, reason: str) -> None:
+        """Say goodbye; `run` ends when the client has heard it."""
+        async with self._sending:
+            if not self._closed:
+                self._closed = True
+                await self._socket.close(code, reason)
+
+    # -- in ----------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        idle_s = self._replica.settings.live_idle_s
+        while True:
+            try:
+                async with asyncio.timeout(idle_s):
+                    message = await self._socket.receive()
+            except TimeoutError:
+                await self.close(SILENT, f"nothing came for {idle_s:g} s")
+                return
+            if message["type"] == "websocket.disconnect":
+                return
+            if not self._is_known():
+                await self.close(REFUSED, "this API key is not known here any more")
+                return
+            data = message.get("bytes")
+            try:
+                await self._take(self._parse(message["text"] if data is None else data))
+            except ServiceError as error:
+                await self._send(error.body() | {"type": "error"})
+
+    def _parse(self, data: bytes | str) -> SessionUpdate | Frame:
+        limit = self._replica.settings.max_live_message_bytes
+        if len(data) > limit:
+            raise TooLarge(
+                f"the message has {len(data)} bytes; at most {limit} are accepted, send smaller "
+                "pictures"
+            )
+        return self._wire.read(data)
+
+    async def _take(self, message: SessionUpdate | Frame) -> None:
+        _check_fields(message.values)
+        if isinstance(message, Frame):
+            await self._offer(message)
+            return
+        values = self._values | message.values
+        options, rest = messages.split_options(values)
+        messages.options_of(options)
+        self._params({"prompt": "…"} | rest, edits=True)  # it may come with a later one
+        self._values = values
+        await self._send(self.describe())
+
+    async def _offer(self, frame: Frame) -> None:
+        replaced, self._pending = self._pending, frame
+        self._came.set()
+        if self._job is not None and not self._spared:
+            rows = self._job.request.rows
+            if all(row.num_steps_left > 1 for row in rows):
+                self._replica.loop.cancel(self._job.request)
+        if replaced is not None:
+            await self._skip(replaced, "superseded")
+
+    def describe(self) -> dict[str, Any]:
+        """``session``: what holds here."""
+        info, settings = self._replica.runner.info, self._replica.settings
+        return {
+            "type": "session",
+            "id": self._id,
+            "model": info.model_id,
+            "window": 1,
+            "values": self._values,
+            "limits": {
+                "max_fps": settings.live_max_fps,
+                "idle_s": settings.live_idle_s,
+                "max_num_inference_steps": settings.max_steps,
+                "max_message_bytes": settings.max_live_message_bytes,
+            },
+        }
+
+    # -- out ---------------------------------------------------------------------------------
+
+    async def _draw_all(self) -> None:
+        try:
+            await self._draw()
+        except WebSocketDisconnect:  # whoever reads hears of it too
+            pass
+        except Exception:
+            logger.exception("unforeseen error in a live session")
+            await self.close(UNFORESEEN, "an error in this service; its log has the details")
+
+    async def _draw(self) -> None:
+        while True:
+            frame = await self._newest()
+            try:
+                picture = await self._one(frame)
+            except Cancelled:
+                self._spared = True
+                await self._skip(frame, "superseded")
+            except (Overloaded, RateLimited) as error:
+                await self._skip(frame, "shed")
+                await asyncio.sleep(min(error.retry_after_s or MAX_WAIT_S, MAX_WAIT_S))
+            except NotReady:
+                await self.close(RESTARTING, "this replica is restarting; come back")
+                return
+            except ServiceError as error:
+                await self._send(error.body() | {"type": "error", "id": frame.id})
+            else:
+                if picture is not None:
+                    await self._send(picture)
+
+    async def _newest(self) -> Frame:
+        """The next frame to draw, at the session's pace."""
+        await self._came.wait()
+        now = self._replica.loop.clock()
+        if now < self._next_at:
+            await asyncio.sleep(self._next_at - now)  # whatever comes meanwhile is newer
+        self._came.clear()
+        frame, self._pending = self._pending, None
+        assert frame is not None, "it has come"
+        return frame
+
+    async def _one(self, frame: Frame) -> dict[str, Any] | None:
+        """The picture of a frame; None: it is like the last one, and was skipped.
+
+        Raises:
+            ServiceError: it cannot be drawn, or a newer one has come.
+        """
+        clock = self._replica.loop.clock
+        begun = clock()
+        given, values = messages.split_options(self._values | frame.values)
+        options = messages.options_of(given)
+        fps = min(options.max_fps, self._replica.settings.live_max_fps)
+        self._next_at = begun + 1 / fps
+        params = self._params(values, edits=frame.image is not None)
+        check_limits(params, self._replica.settings)
+        check_model(params.model, self._replica.runner.info.model_id, self._replica.settings)
+        if self._replica.safety is not None:
+            await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
+        deadline = begun + self._replica.settings.request_timeout_s
+        prompt, blends = self._slide.next(params.prompt, options.prompt_blend)
+        started = params.model_copy(update={"prompt": prompt})
+        prepare = functools.partial(self._prepare, frame, started, blends, options, values)
+        look, admitted = await self._intake.decode(
+            prepare, self._replica.settings.request_timeout_s
+        )
+        if admitted is None:
+            await self._skip(frame, "similar")
+            return None
+        self._num_frames += 1
+        job = Job(
+            self._replica, params, admitted, request_id=f"{self._id}-{self._num_frames}",
+            tenant=self.tenant, deadline=deadline, live=True,
+        )  # fmt: skip
+        async with job:
+            self._job = job
+            if self._pending is not None and not self._spared:
+                self._replica.loop.cancel(job.request)
+            try:
+                image = [each async for each in job.items()][-1]
+            finally:
+                self._job = None
+        self._spared = False
+        self._shown.draw(look)
+        self._replica.metrics.live_frame(clock() - begun)
+        media_type = MEDIA_TYPES[params.output_format]
+        return self._picture(frame, image, media_type, admitted, job)
+
+    def _picture(
+        self, frame: Frame, image: EncodedImage, media_type: str, admitted: Admitted, job: Job
+    ) -> dict[str, Any]:
+        dropped, self._num_dropped = self._num_dropped, 0
+        return {
+            "type": "frame",
+            "id": frame.id,
+            "image": image.data,
+            "media_type": media_type,
+            "width": admitted.width,
+            "height": admitted.height,
+            "seed": admitted.seed,
+            "steps": admitted.num_steps,
+            "timings": job.request.timings.milliseconds(),
+            "dropped": dropped,
+            "filtered": image.filtered,
+            "warnings": admitted.warnings,
+        }
+
+    def _prepare(
+        self,
+        frame: Frame,
+        params: ImageParams,
+        blends: tuple[Blend, ...],
+        options: LiveOptions,
+        values: dict[str, Any],
+    ) -> tuple[Look, Admitted | None]:
+        """In a worker: pixels and rows; no rows where the frame is like the picture shown."""
+        max_px = self._replica.settings.max_input_px
+        pictures = [
+            decode_picture(data, max_px=max_px, field=name)
+            for name, data in (("image", frame.image), ("mask", frame.mask))
+            if data is not None
+        ]
+        edited = Edited.of(*pictures) if frame.image is not None else None
+        look = Look.of(values, blends, edited)
+        if self._shown.skip(look, options.similarity):
+            return look, None
+        admitted = admit(
+            params, self._replica.runner, self._replica.settings, self.tenant, edited, blends
+        )
+        return look, admitted
+
+    def _params(self, values: dict[str, Any], *, edits: bool) -> ImageParams:
+        if not edits:
+            values = {name: each for name, each in values.items() if name not in ONLY_EDITS}
+        kind = EditParams if edits else GenerationRequest
+        try:
+            return kind.model_validate(values)
+        except ValidationError as error:
+            raise bad_request(error, kind) from error
+
+    async def _skip(self, frame: Frame, reason: str) -> None:
+        self._num_dropped += 1
+        self._replica.metrics.live_skipped(reason)
+        await self._send({"type": "skipped", "id": frame.id, "reason": reason})
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        """Waits for a client that does not read."""
+        async with self._sending:
+            if self._closed:
+                raise WebSocketDisconnect
+            data = self._wire.write(message)
+            if isinstance(data, bytes):
+                await self._socket.send_bytes(data)
+            elif data is not None:
+                await self._socket.send_text(data)
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    for name in values:
+        if name not in FIELDS:
+            raise BadRequest(
+                f"unknown field {name[:80]!r}; a live session has {', '.join(FIELDS)}",
+                param=name[:80],
+                code="unknown_parameter",
+            )
