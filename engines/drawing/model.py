@@ -159,7 +159,7 @@ def check_plans(bundle: Bundle, backend: str, machine: Machine) -> None:
         )
 
 
-def _check_lengths(bundle: Bundle, choice: Choice) -> None:
+def check_lengths(bundle: Bundle, choice: Choice) -> None:
     """Raise BundleError where prompts of several windows are too long for what was built."""
     built_for, way_out = bundle.facts.max_chunks, "fourstep build MODEL"
     if choice.backend in MODULES:
@@ -211,7 +211,7 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
     if order.long_prompts:
-        _check_lengths(bundle, choice)
+        check_lengths(bundle, choice)
     engines: dict[str, Engine] = {}
     target, max_calls = None, GPU_CALLS
     if choice.backend in MODULES:
