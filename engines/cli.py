@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import time
 from pathlib import Path
@@ -14,12 +12,13 @@ import typer
 
 from engines.distill.cli import app as distill
 from engines.errors import BundleError, EngineError
-from engines.facts import DECODERS, Defaults
+from engines.facts import DECODERS, MAX_CHUNKS, Defaults
 from engines.options import (
     ArchitectureOption,
     CacheOption,
     DecoderOption,
     DeviceOption,
+    EmbeddingOption,
     EngineOption,
     GuidanceOption,
     LoraOption,
@@ -33,6 +32,13 @@ from engines.options import (
     TinyVaeOption,
     UnetOption,
     VaeOption,
+    check_choice,
+    parse_embeddings,
+    parse_loras,
+    parse_options,
+    parse_size,
+    parse_timesteps,
+    parse_weighted,
 )
 from engines.order import DEFAULT_CACHE_DIR, Order
 
@@ -76,6 +82,9 @@ def build(
     ] = False,
     refit: Annotated[bool, typer.Option(help="Plans whose weights can be replaced.")] = False,
     strip: Annotated[bool, typer.Option(help="Plans without weights, to be refitted.")] = False,
+    long_prompts: Annotated[
+        bool, typer.Option(help="Plans: for prompts of up to three windows too, longer to build.")
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,6 +96,7 @@ def build(
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
     vae_tiling_px: TilingOption = 0,
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     sampler: SamplerOption = "",
@@ -103,16 +113,16 @@ def build(
     from engines.build.source import find, find_lora
     from engines.samplers import SAMPLERS
 
-    _one_of("--engine", engine, ("onnxruntime", *MODULES))
-    _one_of("--precision", precision, tuple(DTYPES))
-    _one_of("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
-    _one_of("--sampler", sampler, ("", *SAMPLERS))
-    _one_of("--decoder", decoder, ("", *DECODERS))
+    check_choice("--engine", engine, ("onnxruntime", *MODULES))
+    check_choice("--precision", precision, tuple(DTYPES))
+    check_choice("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
+    check_choice("--sampler", sampler, ("", *SAMPLERS))
+    check_choice("--decoder", decoder, ("", *DECODERS))
     target = None
     if engine in MODULES:
         target = PlanTarget(
             engine=engine,
-            sizes_px=tuple(_size(text) for text in size or ()),
+            sizes_px=tuple(parse_size(text) for text in size or ()),
             max_batch=max_batch,
             compute_capabilities=tuple(compute_capability or ()),
             hardware_compatibility=hardware_compatibility,
@@ -120,10 +130,11 @@ def build(
             refit=refit,
             strip=strip,
             tile_px=vae_tiling_px,
+            max_chunks=MAX_CHUNKS if long_prompts else 1,
         )
         target = Machine.here().aim(target)
     begun = time.monotonic()
-    loras = [_weighted(text) for text in lora or ()]
+    loras = [parse_weighted(text) for text in lora or ()]
     fused = tuple((find_lora(name), 1.0 if weight is None else weight) for name, weight in loras)
     defaults = Defaults(
         sampler or None, steps or None, guidance, parse_timesteps(timesteps), decoder or None
@@ -131,84 +142,13 @@ def build(
     sources = find(
         Order(
             model, unet=unet, vae=vae, tiny_vae=tiny_vae, scheduler=parse_options(scheduler),
-            architecture=architecture,
+            architecture=architecture, embeddings=parse_embeddings(embedding),
         )
     )  # fmt: skip
     blueprint = Blueprint(sources.model, precision, target, fused, defaults, sources.overrides)
     bundle = build_bundle(blueprint, out, show_progress)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise typer.BadParameter(f"{option} is {value!r}; use {', '.join(allowed)}")
-
-
-def parse_timesteps(text: str) -> tuple[int, ...] | None:
-    """Whole numbers with commas between them; of no text None."""
-    try:
-        return tuple(int(each) for each in text.split(",")) if text else None
-    except ValueError:
-        raise typer.BadParameter(
-            f"--timesteps is {text!r}; write whole numbers, as 999,749,499,249"
-        ) from None
-
-
-def parse_options(texts: list[str] | None) -> dict[str, Any]:
-    """Options by name; values as JSON has them, or text."""
-    options: dict[str, Any] = {}
-    for text in texts or ():
-        name, _, value = text.partition("=")
-        if not (name and value) or name in options:
-            raise typer.BadParameter(
-                f"--scheduler is {text!r}; write it as KEY=VALUE, each key once"
-            )
-        try:
-            options[name] = json.loads(value.lower())
-        except ValueError:
-            options[name] = value
-    return options
-
-
-def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
-    """Files or hub ids by name, and the weights of those that say one."""
-    paths: dict[str, str] = {}
-    weights: dict[str, float] = {}
-    for text in texts or ():
-        name, found, rest = text.partition("=")
-        if not (found and name and rest) or name in paths:
-            raise typer.BadParameter(
-                f"--lora is {text!r}; write it as NAME=FILE or NAME=FILE@WEIGHT, each name once"
-            )
-        paths[name], weight = _weighted(rest)
-        if weight is not None:
-            weights[name] = weight
-    return paths, weights
-
-
-def _weighted(text: str) -> tuple[str, float | None]:
-    """FILE or FILE@WEIGHT; a path may have an @ of its own."""
-    path, _, weight = text.rpartition("@")
-    if Path(text).expanduser().exists() or not path or "/" in weight:
-        return text, None
-    try:
-        strength = float(weight)
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise typer.BadParameter(
-            f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"
-        )
-    return path, strength
-
-
-def _size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT in pixels."""
-    width, found, height = text.partition("x")
-    if not (found and width.isdigit() and height.isdigit()):
-        raise typer.BadParameter(f"--size is {text!r}; write it as 512x512")
-    return int(width), int(height)
 
 
 @app.command()
@@ -261,6 +201,7 @@ def verify(
     unet: UnetOption = "",
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -272,6 +213,7 @@ def verify(
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
         tiny_vae=tiny_vae, scheduler=parse_options(scheduler), architecture=architecture,
+        embeddings=parse_embeddings(embedding),
     )  # fmt: skip
     exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
     truth, built = load_model(exact, show_progress), load_model(order, show_progress)
@@ -310,6 +252,9 @@ def generate(
     timesteps: Annotated[str, typer.Option(help="As of `build`.")] = "",
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    prompt_weighting: Annotated[
+        bool, typer.Option(help="Read (word), (word:1.3) and [word] as weights.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     sampler: Annotated[str, typer.Option(help="lcm, ddim, euler, ... Default: the model's.")] = "",
     decoder: DecoderOption = "",
@@ -318,6 +263,7 @@ def generate(
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
     vae_tiling_px: TilingOption = 0,
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -333,7 +279,7 @@ def generate(
     order = Order(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
         tiny_vae=tiny_vae, vae_tiling_px=vae_tiling_px, scheduler=parse_options(scheduler),
-        architecture=architecture,
+        architecture=architecture, embeddings=parse_embeddings(embedding),
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()
@@ -345,10 +291,11 @@ def generate(
         "timesteps": named or runner.info.timesteps_for(sampler, num_steps),
         "negative_prompt": negative,
         "decoder": decoder or recipe.decoder,
+        "prompt_weighting": prompt_weighting,
         "loras": {name: weights.get(name, 1.0) for name in paths},
     }
     if size:
-        changes["width_px"], changes["height_px"] = _size(size)
+        changes["width_px"], changes["height_px"] = parse_size(size)
     if guidance is not None:
         changes["guidance_scale"] = guidance
     drawing = runner.draw([dataclasses.replace(recipe, **changes)])[0]

@@ -22,6 +22,9 @@ class Defaults:
     decoder: str | None = None
 
 
+# Of a prompt that goes on in further windows: 225 tokens, as trainers have it (kohya's
+# `max_token_length`); each costs an encoder call and length in every cross-attention.
+MAX_CHUNKS = 3
 OWN_DEFAULTS = Defaults()  # the checkpoint's
 
 
@@ -57,9 +60,13 @@ class Facts:
     num_coefficients: int = 7  # of a step that the denoiser takes, see `engines.samplers`
     # Names of what stands in for the checkpoint's own, or beside it, by a component's name.
     components: Mapping[str, str] = field(default_factory=dict)
+    # Names of the files that taught its text encoders a word, by that word.
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    idle_weights: tuple[str, ...] = ()  # how names begin of those that no part's output depends on
     strength_drops_steps: bool = True  # see `engines.samplers.schedule.Wanted`
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
     takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
+    max_chunks: int = 1  # windows of text that the denoiser's conditioning may have the length of
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
     default_decoder: str = "full"  # one of `decoders`
     gives_image: bool = True  # its decoders do, before it is rounded: what tiles need
@@ -94,6 +101,7 @@ class Facts:
             # What Stable Diffusion's pipelines set, and options of a class without it lacked.
             values["scheduler"] = {"clip_sample": False} | values["scheduler"]
         values.setdefault("strength_drops_steps", not values["time_cond_dim"])
+        values["idle_weights"] = tuple(values.get("idle_weights", ()))
         values["windows"] = tuple(Window(**window) for window in values["windows"])
         if values.get("default_timesteps") is not None:
             values["default_timesteps"] = tuple(values["default_timesteps"])

@@ -1,9 +1,11 @@
-"""Arguments and options that several commands share."""
+"""What the commands have in common: their options, and what the text of one means."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,6 +71,12 @@ TilingOption = Annotated[
     ),
 ]
 DecoderOption = Annotated[str, typer.Option(help="Default decoder: full or tiny.")]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=FILE, a textual inversion that a prompt names, a file or hub id; repeatable."
+    ),
+]
 SchedulerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -83,3 +91,87 @@ ArchitectureOption = Annotated[
         envvar="FOURSTEP_ARCHITECTURE",
     ),
 ]
+
+
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise typer.BadParameter(f"{option} is {value!r}; use {', '.join(allowed)}")
+
+
+def parse_timesteps(text: str) -> tuple[int, ...] | None:
+    """Whole numbers with commas between them; of no text None."""
+    try:
+        return tuple(int(each) for each in text.split(",")) if text else None
+    except ValueError:
+        raise typer.BadParameter(
+            f"--timesteps is {text!r}; write whole numbers, as 999,749,499,249"
+        ) from None
+
+
+def parse_options(texts: list[str] | None) -> dict[str, Any]:
+    """Options by name; values as JSON has them, or text."""
+    options: dict[str, Any] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if not (name and value) or name in options:
+            raise typer.BadParameter(
+                f"--scheduler is {text!r}; write it as KEY=VALUE, each key once"
+            )
+        try:
+            options[name] = json.loads(value.lower())
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def parse_loras(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
+    """Files or hub ids by name, and the weights of those that say one."""
+    paths: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    for text in texts or ():
+        name, found, rest = text.partition("=")
+        if not (found and name and rest) or name in paths:
+            raise typer.BadParameter(
+                f"--lora is {text!r}; write it as NAME=FILE or NAME=FILE@WEIGHT, each name once"
+            )
+        paths[name], weight = parse_weighted(rest)
+        if weight is not None:
+            weights[name] = weight
+    return paths, weights
+
+
+def parse_embeddings(texts: list[str] | None) -> dict[str, str]:
+    """Files or hub ids by the word that a prompt names them by."""
+    paths: dict[str, str] = {}
+    for text in texts or ():
+        name, _, path = text.partition("=")
+        if not (name and path) or name in paths:
+            raise typer.BadParameter(
+                f"--embedding is {text!r}; write it as NAME=FILE, each name once"
+            )
+        paths[name] = path
+    return paths
+
+
+def parse_weighted(text: str) -> tuple[str, float | None]:
+    """FILE or FILE@WEIGHT; a path may have an @ of its own."""
+    path, _, weight = text.rpartition("@")
+    if Path(text).expanduser().exists() or not path or "/" in weight:
+        return text, None
+    try:
+        strength = float(weight)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise typer.BadParameter(
+            f"--lora has the weight {weight!r}, which is no number; write FILE@WEIGHT"
+        )
+    return path, strength
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT in pixels."""
+    width, found, height = text.partition("x")
+    if not (found and width.isdigit() and height.isdigit()):
+        raise typer.BadParameter(f"--size is {text!r}; write it as 512x512")
+    return int(width), int(height)

@@ -37,3 +37,5 @@ class Order:
     vae_tiling_px: int = 0  # images with a longer side are decoded in tiles of it; 0: none are
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # options over the checkpoint's own
     architecture: str | None = None  # of a single file: a diffusers folder or a shipped name
+    embeddings: Mapping[str, str | Path] = field(default_factory=dict)  # by the word for each
+    long_prompts: bool = False  # go on in further windows of the text encoder

@@ -17,7 +17,7 @@ import typer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from engines.cli import CacheOption
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests import serving
 from loadtests.client import (

@@ -13,8 +13,8 @@ import typer
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from engines.cli import CacheOption
 from engines.drawing.runner import Runner
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR, Order
 from loadtests.plots import COLORS, name_axes, panels
 from loadtests.report import RESULTS, OutOption, Report

@@ -9,7 +9,7 @@ import typer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from engines.cli import CacheOption
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests.bare import SECONDS, Point, Task, measure
 from loadtests.plots import lines, name_axes, panels, whole_numbers

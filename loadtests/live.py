@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image, ImageDraw
 
-from engines.cli import CacheOption
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests.capacity import started_or_named
 from loadtests.client import (

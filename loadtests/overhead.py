@@ -18,9 +18,9 @@ import typer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from engines.cli import CacheOption
 from engines.drawing.runner import Runner
 from engines.families.recipe import Recipe
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR, Order
 from loadtests.capacity import started_or_named
 from loadtests.client import AllowHostOption, Answer, Client, UrlOption, require_answers

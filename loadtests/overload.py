@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from engines.cli import CacheOption
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests import serving
 from loadtests.client import Answer, Client, Latencies

@@ -20,7 +20,7 @@ import typer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from engines.cli import CacheOption
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests.client import Latencies
 from loadtests.fleet import Autoscaling, Fleet, Outcome

@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from engines.cli import parse_loras
 from engines.drawing.drawing import Drawing
 from engines.drawing.runner import Runner
-from engines.options import CacheOption, LoraOption
+from engines.options import CacheOption, LoraOption, parse_loras
 from engines.order import DEFAULT_CACHE_DIR, Order
 from loadtests.plots import name_axes, panels, stacked
 from loadtests.report import RESULTS, OutOption, Report

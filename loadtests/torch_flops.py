@@ -32,7 +32,8 @@ def count_part_flops(part: Part, sizes: Mapping[str, int]) -> int:
 
 
 def inputs_of(part: Part, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Inputs of a part without numbers, on the meta device."""
+    """Inputs of a part without numbers, on the meta device; of texts that fill one window."""
+    sizes = {"chunks": 1, **sizes}
     return {
         name: torch.empty(
             [

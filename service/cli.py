@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import app, parse_loras, parse_options, parse_timesteps, run
+from engines.cli import app, run
 from engines.options import (
     ArchitectureOption,
     CacheOption,
     DecoderOption,
     DeviceOption,
+    EmbeddingOption,
     EngineOption,
     GuidanceOption,
     LoraOption,
@@ -27,6 +28,10 @@ from engines.options import (
     TinyVaeOption,
     UnetOption,
     VaeOption,
+    parse_embeddings,
+    parse_loras,
+    parse_options,
+    parse_timesteps,
 )
 from engines.order import DEFAULT_CACHE_DIR
 
@@ -56,6 +61,7 @@ def serve(
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
     vae_tiling_px: TilingOption = 0,
+    embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     steps: StepsOption = 0,
@@ -89,6 +95,7 @@ def serve(
         "vae": vae or None,
         "tiny_vae": tiny_vae or None,
         "vae_tiling_px": vae_tiling_px or None,
+        "embeddings": parse_embeddings(embedding),
         "scheduler": parse_options(scheduler),
         "architecture": architecture or None,
         "engine": engine,

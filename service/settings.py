@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     loras: dict[str, str | Path] = Field(
         {}, description="LoRAs a request may name: name → file, folder of safetensors or hub id"
     )
+    embeddings: dict[str, str | Path] = Field(
+        {}, description="textual inversions: word of a prompt → file, folder or hub id"
+    )
     engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cpu: as if without a GPU")
@@ -106,8 +109,10 @@ class Settings(BaseSettings):
     )
     body_timeout_s: float = Field(60.0, gt=0, le=3600, description="for a body to come in whole")
     max_input_px: int = Field(4096 * 4096, ge=64, description="pixels of an uploaded image")
-    long_prompt: Literal["truncate", "refuse"] = Field(
-        "truncate", description="what happens to a prompt longer than the text encoder's window"
+    long_prompt: Literal["truncate", "refuse", "chunk"] = Field(
+        "truncate",
+        description="what happens to a prompt longer than the text encoder's window; chunk: it "
+        "goes on in a second and third one",
     )
     request_timeout_s: float = Field(
         60.0, ge=MIN_TIMEOUT_S, le=3600, description="deadline; X-Request-Timeout"
@@ -234,6 +239,8 @@ class Settings(BaseSettings):
             vae_tiling_px=self.vae_tiling_px,
             scheduler=self.scheduler,
             architecture=self.architecture,
+            embeddings=self.embeddings,
+            long_prompts=self.long_prompt == "chunk",
             defaults=Defaults(
                 self.default_sampler,
                 self.default_steps,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from engines.backends.engine import Engine
@@ -26,15 +28,26 @@ AdapterSet = tuple[tuple[str, float], ...]  # (name, λ) in the names' order, no
 class Adapters:
     """The LoRAs a model may be asked for, and which of them its engines hold now."""
 
-    def __init__(self, loras: Mapping[str, Lora], engines: Mapping[str, Engine]) -> None:
-        """Raises CheckpointError where a LoRA was made for another architecture."""
+    def __init__(
+        self,
+        loras: Mapping[str, Lora],
+        engines: Mapping[str, Engine],
+        files: Mapping[str, Path] = MappingProxyType({}),
+        base: str = "this model",
+    ) -> None:
+        """``files``, where the LoRAs are, and ``base``, the model's name, are for messages.
+
+        Raises:
+            CheckpointError: a LoRA was made for another architecture.
+        """
         self._loras = loras
         self._engines = engines
         self._current: AdapterSet | None = ()  # None: a switch failed half way
         self._held: dict[str, AdapterSet | None] = dict.fromkeys(PREFIXES, ())  # of it, by part
         self._moved: dict[tuple[str, str], LowRank] = {}  # by name and weight: where engines are
         for name, lora in loras.items():
-            check_fit(name, lora, lambda part, weight: engines[part].weight(weight))
+            what = f"{name!r} ({files[name]})" if name in files else repr(name)
+            check_fit(what, lora, lambda part, weight: engines[part].weight(weight), base)
 
     @property
     def names(self) -> tuple[str, ...]:

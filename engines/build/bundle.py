@@ -91,6 +91,7 @@ class Blueprint:
         paths = dict(self.overrides.components)
         if self.source.is_file():
             paths["architecture"] = described_in(self.source, self.overrides)
+        paths |= {f"embedding {word}": path for word, path in self.overrides.embeddings.items()}
         return {what: (name_of(path), fingerprint(path)) for what, path in paths.items()}
 
     @functools.cached_property
@@ -217,7 +218,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
         target = target.settled(facts)
         check_target(target, facts)
     parts = family_named(facts.family).parts(pipeline, facts)
-    fuse(parts, blueprint.loras)
+    fuse(parts, blueprint.loras, facts.name)
     num_pieces = len(parts) * (2 if target else 1) + 1
     for index, part in enumerate(parts):
         progress(f"exporting {part.name}", index, num_pieces)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.build.component import TINY_CLASS, check_tiny_vae, load_component
+from engines.build.embeddings import load_embeddings
 from engines.build.folder import read_json, variant_of
 from engines.build.single_file import architecture_of, load_checkpoint, read_header, strange_input
 from engines.build.source import NO_OVERRIDES, Overrides, name_of
@@ -63,7 +64,7 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
 
     Raises:
         CheckpointError: a component is of a class that its family does not know, its weights are
-            pickled, or diffusers cannot load it.
+            pickled, diffusers cannot load it, or an embedding is for another base.
     """
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -92,6 +93,7 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     pipeline.register_modules(**put)
     if TINY_VAE in put:
         check_tiny_vae(pipeline, overrides.components[TINY_VAE])
+    load_embeddings(pipeline, overrides.embeddings)
     channels, latents = (pipeline.unet.config[f"{way}_channels"] for way in ("in", "out"))
     if channels not in (latents, 2 * latents + 1):  # the latter: with a mask, see families
         raise CheckpointError(
@@ -195,7 +197,7 @@ def tokenizer_of(pipeline: Any, name: str = "tokenizer") -> Tokenizer:
 
 
 def load_facts(source: Path, pipeline: Any, overrides: Overrides = NO_OVERRIDES) -> Facts:
-    """What the pipeline's family knows of it, and the names of what stands in for its parts.
+    """What the pipeline's family knows of it, and the names of what was put into it.
 
     Raises:
         CheckpointError: there is no such family, or no sampler for the scheduler's options.
@@ -205,4 +207,5 @@ def load_facts(source: Path, pipeline: Any, overrides: Overrides = NO_OVERRIDES)
     family = family_of(type(pipeline).__name__)
     facts = family.facts(name_of(source), pipeline, overrides.scheduler)
     components = {name: name_of(path) for name, path in overrides.components.items()}
-    return dataclasses.replace(facts, components=components)
+    embeddings = {word: name_of(path) for word, path in overrides.embeddings.items()}
+    return dataclasses.replace(facts, components=components, embeddings=embeddings)

@@ -16,6 +16,7 @@ import torch
 from torch.export import Dim
 
 from engines.errors import BuildError
+from engines.facts import MAX_CHUNKS
 from engines.families.part import Part
 
 # What the exporter may take for granted of each dynamic dimension, for it insists on one branch
@@ -92,4 +93,6 @@ def _optimize(model: Any, weights: set[str]) -> None:
 
 
 def _symbol(name: str) -> Any:
+    if name == "chunks":
+        return Dim(name, min=1, max=MAX_CHUNKS)
     return Dim(name, max=MAX_BATCH) if name == "batch" else Dim(name, min=MIN_SIDE, max=MAX_SIDE)

@@ -59,6 +59,7 @@ class PlanTarget:
     refit: bool = False
     strip: bool = False
     tile_px: int = 0  # decoders of larger sizes take tiles of it; 0: whole latents
+    max_chunks: int = 1  # windows of text that a prompt may fill
     gpu: str = ""  # the name of the one it is built on, where its plans run on no other
 
     @classmethod
@@ -120,7 +121,8 @@ def import_tensorrt(engine: str) -> Any:
 def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[Profile]:
     """The shapes a part's plan takes.
 
-    `tensorrt`: one fixed shape for each size and batch, which its tactics are then timed for.
+    `tensorrt`: one fixed shape for each size, batch and length of text, which its tactics are then
+    timed for.
     `tensorrt-rtx` specialises kernels when it runs and wants one wide profile.
     """
     latents = [(h // pixels_per_latent, w // pixels_per_latent) for w, h in target.sizes_px]
@@ -128,14 +130,15 @@ def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[
         latents = _decoded(latents, target, pixels_per_latent)
     if target.engine == "tensorrt":
         fixed = [
-            {name: (shape, shape, shape) for name, shape in _shapes(part, batch, *size).items()}
+            {name: (shape,) * 3 for name, shape in _shapes(part, batch, *size, chunks).items()}
+            for chunks in range(1, target.max_chunks + 1)
             for size, batch in itertools.product(latents, target.batches)
         ]
         return [profile for i, profile in enumerate(fixed) if profile not in fixed[:i]]
     rows, columns = zip(*latents, strict=True)
     low = _shapes(part, 1, min(rows), min(columns))
     best = _shapes(part, target.max_batch, *latents[0])
-    high = _shapes(part, target.max_batch, max(rows), max(columns))
+    high = _shapes(part, target.max_batch, max(rows), max(columns), target.max_chunks)
     return [{name: (low[name], best[name], high[name]) for name in low}]
 
 
@@ -156,8 +159,8 @@ def _decoded(
     return [*dict.fromkeys(found), *[(1, 1)] * wide]
 
 
-def _shapes(part: Part, batch: int, rows: int, columns: int) -> dict[str, Shape]:
-    sizes = {"batch": batch, "rows": rows, "columns": columns}
+def _shapes(part: Part, batch: int, rows: int, columns: int, chunks: int = 1) -> dict[str, Shape]:
+    sizes = {"batch": batch, "rows": rows, "columns": columns, "chunks": chunks}
     return {
         name: tuple(
             int(fixed) if dim is None else dim[1] * sizes[dim[0]]

@@ -1,4 +1,4 @@
-"""Where a model, a component of one or a LoRA is: a path, a shipped name, or on the hub.
+"""Where a model, a component, an embedding or a LoRA is: a path, a shipped name, or on the hub.
 
 Knows names, files and folders, and nothing of what is in them. From the hub come safetensors and
 configurations alone, into its own cache.
@@ -40,6 +40,8 @@ WEIGHTS = (
     ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*[0-9].safetensors"),
     ("diffusion_pytorch_model.fp16*.safetensors", "diffusion_pytorch_model-*.fp16.safetensors"),
 )
+USUAL_EMBEDDINGS = ("learned_embeds.safetensors", "learned_embeds.bin")  # as diffusers has them
+PICKLED_EMBEDDINGS = (".bin", ".pt")  # read as tensors and plain values alone
 CONFIGURATIONS = ("config.json", "diffusion_pytorch_model.*index*.json")
 
 
@@ -50,6 +52,7 @@ class Overrides:
     components: Mapping[str, Path] = field(default_factory=dict)  # by name; of `COMPONENTS`
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # options, by name
     architecture: Path | None = None  # diffusers folder of configurations that fit a single file
+    embeddings: Mapping[str, Path] = field(default_factory=dict)  # by word, besides its own
 
 
 NO_OVERRIDES = Overrides()
@@ -73,7 +76,9 @@ def find(order: Order) -> Sources:
     """
     model = find_model(order.model)
     tiny_vae = order.tiny_vae or (None if order.vae else shipped_tiny_vae(model))
-    overrides = find_overrides(order.unet, order.vae, order.architecture, order.scheduler, tiny_vae)
+    overrides = find_overrides(
+        order.unet, order.vae, order.architecture, order.scheduler, tiny_vae, order.embeddings
+    )
     return Sources(model, overrides, find_loras(order))
 
 
@@ -117,8 +122,9 @@ def find_overrides(
     architecture: str | None,
     scheduler: Mapping[str, Any] | None = None,
     tiny_vae: str | None = None,
+    embeddings: Mapping[str, str | Path] | None = None,
 ) -> Overrides:
-    """Where the components are that stand in for a checkpoint's own, and scheduler options that do;
+    """Where the components and embeddings are that change a checkpoint, and scheduler options too;
     ``tiny_vae`` stands beside the VAE.
 
     Raises:
@@ -134,7 +140,8 @@ def find_overrides(
         if text
     }
     found = _find_architecture(architecture) if architecture else None
-    return Overrides(components, dict(scheduler or {}), found)
+    words = {word: _find_embedding(word, str(text)) for word, text in (embeddings or {}).items()}
+    return Overrides(components, dict(scheduler or {}), found, words)
 
 
 def shipped_tiny_vae(model: Path) -> str | None:
@@ -149,6 +156,30 @@ def find_lora(text: str) -> Path:
 
 def find_loras(order: Order) -> dict[str, Path]:
     return {name: find_lora(str(lora)) for name, lora in order.loras.items()}
+
+
+def _find_embedding(word: str, text: str) -> Path:
+    """The file of a textual inversion, which alone may be a pickle too."""
+    if not word or len(word.split()) != 1 or word.strip() != word:
+        raise CheckpointError(
+            f"embedding {text!r} has the name {word!r}; it is what prompts say, one word without "
+            "spaces"
+        )
+    path = Path(text).expanduser()
+    if path.suffix in PICKLED_EMBEDDINGS:
+        if path.is_file():
+            return path
+        raise CheckpointError(f"embedding {word!r} ({text}) is not there; give its file")
+    found = _find(f"embedding {word}", text, functools.partial(_hub_embedding, word))
+    if found.is_file():
+        return found
+    usual = [found / name for name in USUAL_EMBEDDINGS if (found / name).is_file()]
+    if not usual:
+        raise CheckpointError(
+            f"embedding {word!r} ({found}) has no {' or '.join(USUAL_EMBEDDINGS)}: name the file "
+            "itself"
+        )
+    return usual[0]
 
 
 def _find(what: str, text: str, fetch_of: Callable[[str], str]) -> Path:
@@ -260,6 +291,19 @@ def _hub_lora(hub_id: str) -> str:
     return snapshot
 
 
+def _hub_embedding(word: str, hub_id: str) -> str:
+    """A snapshot with the embedding of the usual name."""
+    from huggingface_hub import snapshot_download
+
+    snapshot = snapshot_download(hub_id, allow_patterns=[USUAL_EMBEDDINGS[0]])
+    if not (Path(snapshot) / USUAL_EMBEDDINGS[0]).is_file():
+        raise CheckpointError(
+            f"embedding {word!r}: {hub_id!r} has no {USUAL_EMBEDDINGS[0]} on the hub; name the "
+            f"file itself: {hub_id}/FILE{SINGLE_FILE}"
+        )
+    return snapshot
+
+
 def name_of(source: Path) -> str:
     """What users call it: the name of a folder or file, or ``owner/name`` of a hub snapshot.
 
@@ -276,8 +320,9 @@ def name_of(source: Path) -> str:
 def fingerprint(source: Path) -> str:
     """SHA-256 over names and contents of every file that loading can read of a folder or file."""
     digest = hashlib.sha256()
+    readable = (".json", ".safetensors", ".txt", ".model")
     for path in [source] if source.is_file() else sorted(source.rglob("*")):
-        if path.suffix in (".json", ".safetensors", ".txt", ".model") and path.is_file():
+        if path == source or (path.suffix in readable and path.is_file()):
             digest.update(f"{path.relative_to(source)}\0".encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

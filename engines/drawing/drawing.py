@@ -13,8 +13,8 @@ from engines.backends.adapters import AdapterSet
 from engines.drawing.canvas import Canvas
 from engines.drawing.decoding import Decoding
 from engines.drawing.inpainting import Kept
-from engines.drawing.prompts import Tokens
 from engines.drawing.stage import Stage
+from engines.drawing.texts import Texts
 from engines.families.family import Lanewise
 from engines.families.recipe import Recipe
 from engines.families.tiles import Grid
@@ -27,6 +27,7 @@ class Group(NamedTuple):
     latents: tuple[int, ...]  # shape of a row's
     loras: AdapterSet
     conditioning: Hashable = ()  # shapes of it, where not all rows have the same
+    num_chunks: int = 1  # of the texts, on which the length of their embeddings depends
 
 
 @dataclass(slots=True, eq=False)
@@ -37,11 +38,9 @@ class Drawing:
     schedule: Schedule
     group: Group
     generator: Generator  # the row's own, on the CPU: results ignore neighbours and devices
-    texts: tuple[Tokens | None, ...]  # of each lane: the prompt, then what guidance leads away from
+    texts: Texts
     tables: Mapping[str, np.ndarray]  # float32 [num_steps, ...]: the denoiser's, a line a step
     conditioning: dict[str, Lanewise]  # the denoiser's too; what texts say, by encode_text
-    blends: tuple[tuple[Tokens, float], ...] = ()  # what the prompt moves towards, and how far
-    num_truncated_tokens: tuple[int, ...] = ()  # of each text: what its window has no room for
     text_encoded: bool = False
     latents: Tensor | None = None  # float32 [C, h, w], by start or encode_image
     denoised: Tensor | None = None  # float32 [C, h, w], by denoise: the current guess
@@ -60,13 +59,12 @@ class Drawing:
     @property
     def num_lanes(self) -> int:
         """2 where classifier-free guidance needs an unconditional row."""
-        return len(self.texts)
+        return len(self.texts.lanes)
 
     @property
-    def all_texts(self) -> tuple[Tokens, ...]:
-        """What the text encoder must have seen before this row can step."""
-        lanes = tuple(tokens for tokens in self.texts if tokens is not None)
-        return lanes + tuple(tokens for tokens, _ in self.blends)
+    def num_truncated_tokens(self) -> tuple[int, ...]:
+        """Of each lane's text: for how many there is no room."""
+        return tuple(0 if text is None else text.num_truncated for text in self.texts.lanes)
 
     @property
     def num_steps(self) -> int:
@@ -109,7 +107,7 @@ class Drawing:
     def condition(self, name: str) -> Lanewise:
         """What an input of the denoiser's is to be, for each lane."""
         values = self.conditioning[name]
-        return values if len(values) == len(self.texts) else values * len(self.texts)
+        return values if len(values) == self.num_lanes else values * self.num_lanes
 
 
 def spread_previews(num_previews: int, num_steps: int) -> frozenset[int]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from engines.drawing.batching import decode_rows
 from engines.drawing.model import Model
+from engines.drawing.weighting import runs_of
 from engines.errors import InvalidInput
 from engines.families.recipe import Recipe
 from engines.samplers import NoiseSchedule, default_sampler, samplers_of
@@ -30,7 +31,8 @@ class ModelInfo:
     size_multiple: int
     min_size_px: int
     max_size_px: int
-    max_tokens: int
+    max_tokens: int  # of one window of the text encoder, marks of begin and end included
+    max_chunks: int  # windows that a prompt may fill
     guidance_embedding: bool
     size_conditioning: bool  # SDXL's
     scheduler: str | None  # diffusers' class that the checkpoint names, where that is known
@@ -47,6 +49,7 @@ class ModelInfo:
     components: Mapping[str, str]  # names of what stands in for the checkpoint's own, or beside
     decoders: tuple[str, ...]
     default_decoder: str
+    embeddings: Mapping[str, str]  # names of files that words of a prompt stand for, by word
 
     def timesteps_for(self, sampler: str, num_steps: int) -> tuple[int, ...] | None:
         """Where a row draws that names no timesteps; None: as the sampler spaces them."""
@@ -72,6 +75,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         min_size_px=facts.min_size_px,
         max_size_px=facts.max_size_px,
         max_tokens=facts.max_tokens,
+        max_chunks=model.max_chunks,
         guidance_embedding=facts.time_cond_dim > 0,
         size_conditioning=model.family.SIZE_CONDITIONING,
         scheduler=facts.scheduler_class,
@@ -88,6 +92,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         components=facts.components,
         decoders=facts.decoders,
         default_decoder=facts.default_decoder,
+        embeddings=facts.embeddings,
     )
 
 
@@ -128,6 +133,8 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
         except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
             message = f"{name} is {text!a:.80}, which is no Unicode text; write it in UTF-8"
             raise InvalidInput(name, text, message) from error
+        if recipe.prompt_weighting:
+            runs_of(text or "", name)
     shape = (recipe.height_px, recipe.width_px, 3)
     if recipe.image is not None and (recipe.image.shape != shape or recipe.image.dtype != np.uint8):
         found = f"{recipe.image.dtype} {recipe.image.shape}"

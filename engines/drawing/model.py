@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from engines.backends.adapters import Adapters
@@ -27,14 +26,15 @@ from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of, wh
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.build.source import NO_OVERRIDES, Sources, find, find_loras, find_model
 from engines.drawing.batching import FULL_BATCH, denoise_rows
-from engines.drawing.prompts import Tokens
-from engines.drawing.textual_inversion import expand
+from engines.drawing.texts import Text, cut
+from engines.drawing.weighting import runs_of
 from engines.errors import BackendUnavailable, BuildError, BundleError
-from engines.facts import Facts
+from engines.facts import MAX_CHUNKS, Facts
 from engines.families import family_named
 from engines.families.family import Family
 from engines.families.tiles import check_tile
 from engines.loras.file import read_lora
+from engines.loras.fusing import without
 from engines.order import Order
 from engines.samplers.defaults import with_defaults
 
@@ -59,6 +59,7 @@ class Model:
     target: PlanTarget | None = None  # what its plans take, where it runs on plans
     tile_px: int = 0  # images of a longer side are decoded in tiles of it; 0: none are
     max_calls: int = 1  # engine calls that run side by side; on a GPU of different parts
+    max_chunks: int = 1  # windows of the text encoder that a prompt may fill
 
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
@@ -70,23 +71,13 @@ class Model:
     def family(self) -> Family:
         return family_named(self.facts.family)
 
-    def tokenize(self, text: str | None) -> tuple[Tokens | None, int]:
-        """A text as the text encoder takes it, and how many tokens found no room there.
+    def tokenize(self, text: str, *, weighted: bool = False) -> Text:
+        """A text as the text encoder takes it; what finds no room there is counted.
 
-        None is no text at all: neither tokens nor any that are lost.
+        ``weighted``: brackets in it are weights.
         """
-        if text is None:
-            return None, 0
-        tokens, num_lost = {}, 0
-        for window in self.facts.windows:
-            tokenizer = self.tokenizers[window.tokenizer]
-            ids = tokenizer.encode(expand(tokenizer, text)).ids
-            if len(ids) > window.max_tokens:
-                num_lost = max(num_lost, len(ids) - window.max_tokens)
-                ids = [*ids[: window.max_tokens - 1], window.eos_token_id]
-            padding = [window.pad_token_id] * (window.max_tokens - len(ids))
-            tokens[window.input] = np.asarray(ids + padding, np.int64)
-        return tokens, num_lost
+        runs = runs_of(text) if weighted else [(text, 1.0)]
+        return cut(runs, self.facts.windows, self.tokenizers, self.max_chunks)
 
     def close(self) -> None:
         """Free the engines."""
@@ -112,7 +103,8 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
             f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --tiny-vae, "
-            "--scheduler and --architecture to fourstep build, or serve the checkpoint itself"
+            "--embedding, --scheduler and --architecture to fourstep build, or serve the "
+            "checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
         raise BundleError(
@@ -146,6 +138,7 @@ def _target(order: Order, backend: str) -> PlanTarget:
         max_batch=order.max_batch or FULL_BATCH,
         refit=bool(order.loras),
         tile_px=order.vae_tiling_px,
+        max_chunks=MAX_CHUNKS if order.long_prompts else 1,
     )
     return Machine.here().aim(target)
 
@@ -179,6 +172,21 @@ def check_plans(bundle: Bundle, backend: str, machine: Machine, tile_px: int = 0
         raise BundleError(
             f"{bundle.folder} has plans built on {target.gpu}, which run there alone; this GPU is "
             f"{machine.gpu}; {way_out}"
+        )
+
+
+def check_lengths(bundle: Bundle, choice: Choice) -> None:
+    """Raise BundleError where prompts of several windows are too long for what was built."""
+    built_for, way_out = bundle.facts.max_chunks, "fourstep build MODEL"
+    if choice.backend in MODULES:
+        target = PlanTarget.from_json(bundle.manifest["plans"]["target"])
+        built_for = min(built_for, target.max_chunks)
+        way_out += f" --engine {choice.backend} --long-prompts"
+    if built_for < MAX_CHUNKS:
+        raise BundleError(
+            f"{bundle.folder} was built for prompts that fit the text encoder's window, "
+            f"long_prompt 'chunk' wants {MAX_CHUNKS} of them; {way_out} --out {bundle.folder} "
+            "builds it anew, long_prompt 'truncate' serves it as it is"
         )
 
 
@@ -218,6 +226,8 @@ def load_interim(order: Order) -> Model:
 def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     """Load the order's bundle, built where it is not yet, on the backend chosen."""
     bundle = prepare(order, progress)
+    if order.long_prompts:
+        check_lengths(bundle, choice)
     engines: dict[str, Engine] = {}
     target, max_calls, parts = None, GPU_CALLS, parts_of(bundle.facts)
     if choice.backend in MODULES:
@@ -239,13 +249,14 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     names = [window.tokenizer for window in bundle.facts.windows]
     tokenizers = {name: whole(Tokenizer.from_file(str(bundle.tokenizer(name)))) for name in names}
     device = "cuda" if choice.backend in MODULES else "cpu"
-    adapters = _load_adapters(find_loras(order), engines)
     facts = with_defaults(bundle.facts, order.defaults)
+    adapters = _load_adapters(find_loras(order), engines, facts)
     precision, tile_px = bundle.precision, target.tile_px if target else order.vae_tiling_px
     _check_tiles(tile_px, facts)
     return Model(
-        facts, tokenizers, engines, adapters, choice, precision, device, target, tile_px, max_calls
-    )
+        facts, tokenizers, engines, adapters, choice, precision, device, target, tile_px, max_calls,
+        max_chunks=facts.max_chunks if order.long_prompts else 1,
+    )  # fmt: skip
 
 
 def _check_tiles(tile_px: int, facts: Facts) -> None:
@@ -257,8 +268,11 @@ def _check_tiles(tile_px: int, facts: Facts) -> None:
         )
 
 
-def _load_adapters(loras: Mapping[str, Path], engines: Mapping[str, Engine]) -> Adapters:
-    return Adapters({name: read_lora(path) for name, path in loras.items()}, engines)
+def _load_adapters(
+    loras: Mapping[str, Path], engines: Mapping[str, Engine], facts: Facts
+) -> Adapters:
+    read = {name: without(read_lora(path), facts.idle_weights) for name, path in loras.items()}
+    return Adapters(read, engines, loras, facts.name)
 
 
 def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
@@ -284,10 +298,11 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     engines = {part.name: TorchEngine(part, device) for part in parts}
     names = [window.tokenizer for window in facts.windows]
     tokenizers = {name: tokenizer_of(pipeline, name) for name in names}
-    adapters = _load_adapters(sources.loras, engines)
+    adapters = _load_adapters(sources.loras, engines, facts)
     max_calls = 1 if device == "cpu" else GPU_CALLS
     _check_tiles(order.vae_tiling_px, facts)
     return Model(
         facts, tokenizers, engines, adapters, choice, precision, device,
         tile_px=order.vae_tiling_px, max_calls=max_calls,
+        max_chunks=facts.max_chunks if order.long_prompts else 1,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -37,9 +37,10 @@ from engines.drawing.noise import (
     begin_with_mask,
     draw_ahead,
 )
-from engines.drawing.prompts import Encoded, Prompts, key_of, slerp
+from engines.drawing.prompts import Encoded, Prompts, key_of
 from engines.drawing.stage import Stage
 from engines.drawing.succession import Succession
+from engines.drawing.texts import Texts
 from engines.drawing.warming import draw_every_batch
 from engines.errors import EngineError, InvalidInput
 from engines.facts import Facts
@@ -141,30 +142,32 @@ class Runner:
         conditions = model.family.conditions(facts, recipe, schedule)
         _, rows, columns = conditions.latents
         loras = model.adapters.settle(recipe.loras)
-        texts = [model.tokenize(text) for text in conditions.texts]
-        blends = [(model.tokenize(blend.prompt)[0], blend.share) for blend in recipe.blends]
+        tokenize = functools.partial(model.tokenize, weighted=recipe.prompt_weighting)
+        texts = Texts.of(
+            tuple(None if text is None else tokenize(text) for text in conditions.texts),
+            tuple((tokenize(blend.prompt), blend.share) for blend in recipe.blends),
+            lambda: tokenize(""),
+        )
         drawing = Drawing(
             recipe=recipe,
             schedule=schedule,
-            group=Group(conditions.latents, loras, _shapes(conditions.tensors)),
+            group=Group(conditions.latents, loras, _shapes(conditions.tensors), texts.num_chunks),
             generator=torch.Generator().manual_seed(recipe.seed),
-            texts=tuple(tokens for tokens, _ in texts),
+            texts=texts,
             tables={
                 "coefficients": _coefficients(schedule, recipe, facts),
                 "timestep": schedule.timesteps,
                 **conditions.tables,
             },
             conditioning=dict(conditions.tensors),
-            blends=tuple((tokens, share) for tokens, share in blends if tokens is not None),
-            num_truncated_tokens=tuple(num_lost for _, num_lost in texts),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
             preview_decoder=facts.decoders[-1],
             grid=grid_of(rows, columns, model.tile_px, facts.vae_scale_factor),
         )
-        keys = map(key_of, drawing.all_texts)
-        known = {key: self._prompts.find(loras, key) for key in keys}
-        if all(encoded is not None for encoded in known.values()):
-            _take_texts(drawing, known)
+        keys = {key_of(tokens) for tokens in texts.tokens}
+        known = self._known(loras, keys)
+        if len(known) == len(keys):
+            self._take_texts(drawing, known)
         if recipe.image is None and not facts.takes_mask:
             begin_from_text(drawing)
         return drawing
@@ -178,10 +181,10 @@ class Runner:
             self._encode_alike(loras, [each for each in drawings if each.group.loras == loras])
 
     def _encode_alike(self, loras: AdapterSet, drawings: list[Drawing]) -> None:
-        texts = {key_of(each): each for drawing in drawings for each in drawing.all_texts}
-        known = {key: self._prompts.find(loras, key) for key in texts}
-        unknown = [key for key, encoded in known.items() if encoded is None]
-        for start in range(0, len(unknown), self.info.max_batch):  # a row may have two texts
+        texts = {key_of(each): each for drawing in drawings for each in drawing.texts.tokens}
+        known = self._known(loras, texts)
+        unknown = [key for key in texts if key not in known]
+        for start in range(0, len(unknown), self.info.max_batch):  # a row may have several texts
             keys = unknown[start : start + self.info.max_batch]
             inputs = {
                 name: torch.from_numpy(np.stack([texts[key][name] for key in keys]))  # [B, L]
@@ -194,7 +197,16 @@ class Runner:
                 self._prompts.add(loras, key, encoded)
                 known[key] = encoded
         for drawing in drawings:
-            _take_texts(drawing, known)
+            self._take_texts(drawing, known)
+
+    def _known(self, loras: AdapterSet, keys: Iterable[bytes]) -> dict[bytes, Encoded]:
+        found = ((key, self._prompts.find(loras, key)) for key in keys)
+        return {key: encoded for key, encoded in found if encoded is not None}
+
+    def _take_texts(self, drawing: Drawing, known: Mapping[bytes, Encoded]) -> None:
+        tokenwise = self._model.family.TOKENWISE
+        drawing.conditioning |= drawing.texts.conditioning(known, tokenwise)
+        drawing.text_encoded = True
 
     @engine_call("vae_encoder")
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
@@ -364,19 +376,3 @@ def _pixels(drawings: Sequence[Drawing]) -> Tensor:
 
 def _shapes(tensors: Mapping[str, Lanewise]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(values[0].shape)) for name, values in tensors.items())
-
-
-def _take_texts(drawing: Drawing, known: Mapping[bytes, Encoded | None]) -> None:
-    """What the text encoder said of each lane's text; zeros for a lane that is to have none."""
-    found = [None if tokens is None else known[key_of(tokens)] for tokens in drawing.texts]
-    for tokens, share in drawing.blends:  # of the prompt alone: what guidance leads away from stays
-        start, end = found[0], known[key_of(tokens)]
-        assert start is not None, "a prompt is a text"
-        assert end is not None, "all texts are known"
-        found[0] = {name: slerp(value, end[name], share) for name, value in start.items()}
-    sample = next(encoded for encoded in found if encoded is not None)
-    for name, like in sample.items():
-        drawing.conditioning[name] = tuple(
-            torch.zeros_like(like) if encoded is None else encoded[name] for encoded in found
-        )
-    drawing.text_encoded = True

@@ -62,6 +62,12 @@ class Family(Protocol):
     def SIZE_CONDITIONING(self) -> bool:  # noqa: N802
         """Whether its models are told sizes: `Recipe.original_size` and the two beside it."""
 
+    @property
+    def TOKENWISE(self) -> tuple[str, ...]:  # noqa: N802
+        """Outputs of the part ``text_encoder`` that speak of each token, ``[B, L, ...]``; others
+        speak of a text as a whole. The denoiser takes those of several windows side by side.
+        """
+
     def facts(self, name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         """What serving must know of a loaded diffusers pipeline; ``scheduler`` are options that
         count instead of its own, as with diffusers' ``from_config(config, **options)``.

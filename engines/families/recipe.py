@@ -44,4 +44,5 @@ class Recipe:
     original_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    prompt_weighting: bool = False  # brackets in its texts are weights: engines.drawing.weighting
     blends: tuple[Blend, ...] = ()  # what the prompt's embeddings move towards, one by one

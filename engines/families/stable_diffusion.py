@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import CheckpointError
-from engines.facts import Facts, Window
+from engines.facts import MAX_CHUNKS, Facts, Window
 from engines.families import vae
 from engines.families.family import Conditions, Lanewise
 from engines.families.guidance import guidance_embedding
@@ -32,6 +32,7 @@ PIPELINES = (
     "StableDiffusionInpaintPipeline",
 )
 SIZE_CONDITIONING = False
+TOKENWISE = ("prompt_embeds",)
 # What StableDiffusionPipeline does to any scheduler that it is given.
 SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 COMPONENTS = {  # of a pipeline → the classes that the parts below can be made of
@@ -176,6 +177,7 @@ def facts_of_unet(
         default_guidance_scale=1.0 if few and not embedding else guidance_scale,
         scheduler=scheduler,
         takes_mask=takes_mask(unet),
+        max_chunks=MAX_CHUNKS,
         **own,
     )
 
@@ -209,12 +211,14 @@ def conditions(facts: Facts, recipe: Recipe, schedule: Schedule) -> Conditions:
 def parts(pipeline: Any, known: Facts) -> list[Part]:
     """The graphs of a pipeline, the largest last."""
     width = pipeline.unet.config.cross_attention_dim
-    conditioning = {"prompt_embeds": torch.randn(2, known.max_tokens, width)}
+    conditioning = {"prompt_embeds": torch.randn(2, 2 * known.max_tokens, width)}
     conditioning |= optional_conditioning(known)
     return [
         text_part(TextEncoder(pipeline.text_encoder), known, ("prompt_embeds",)),
         *vae_parts(pipeline, known),
-        denoiser_part(Denoiser(pipeline.unet), known, example_latents(known), conditioning),
+        denoiser_part(
+            Denoiser(pipeline.unet), known, example_latents(known), conditioning, TOKENWISE
+        ),
     ]
 
 

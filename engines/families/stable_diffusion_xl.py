@@ -37,6 +37,7 @@ COMPONENTS = {  # of a pipeline → the classes that the parts below can be made
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 SIZE_CONDITIONING = True
+TOKENWISE = ("prompt_embeds",)
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -89,6 +90,7 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         sd.window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),
         sd.window_of(pipeline.tokenizer_2, pipeline.text_encoder_2, "tokenizer_2", "input_ids_2"),
     )
+    last = pipeline.text_encoder.config.num_hidden_layers - 1  # what it says is not read
     return sd.facts_of_unet(
         name,
         pipeline,
@@ -97,6 +99,7 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         scheduler=given_options(pipeline.scheduler) | dict(scheduler),
         guidance_scale=5.0,
         zeros_for_no_negative=bool(pipeline.config.force_zeros_for_empty_prompt),
+        idle_weights=(f"text_encoder.encoder.layers.{last}.",),
     )
 
 
@@ -122,7 +125,7 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
         vae.to(torch.float32)
     width = unet.config.cross_attention_dim
     conditioning = {
-        "prompt_embeds": torch.randn(2, known.max_tokens, width),
+        "prompt_embeds": torch.randn(2, 2 * known.max_tokens, width),
         "pooled_embeds": torch.randn(2, encoder_2.config.projection_dim),
         "time_ids": torch.full((2, NUM_TIME_IDS), float(known.default_size_px)),
     }
@@ -131,5 +134,5 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     return [
         sd.text_part(encoders, known, ("prompt_embeds", "pooled_embeds")),
         *vae_parts(pipeline, known),
-        denoiser_part(Denoiser(unet), known, example_latents(known), conditioning),
+        denoiser_part(Denoiser(unet), known, example_latents(known), conditioning, TOKENWISE),
     ]

@@ -10,13 +10,13 @@ uncond_index        int64 [B]         for each row the row that holds its uncond
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from engines.facts import Facts
-from engines.families.part import DynamicShapes, Part
+from engines.families.part import Part
 
 Dims = tuple[tuple[str, int] | None, ...]
 BATCH = ("batch", 1)
@@ -46,11 +46,13 @@ def guided_step(
 
 
 def denoiser_part(
-    module: torch.nn.Module, known: Facts, latents: Tensor, conditioning: Mapping[str, Tensor]
-) -> Part:
+    module: torch.nn.Module, known: Facts, latents: Tensor, conditioning: Mapping[str, Tensor],
+    tokenwise: Sequence[str] = (),
+) -> Part:  # fmt: skip
     """The part ``denoiser``: ``module.forward`` takes the step's own inputs in the order of
     `guided_step`, with ``timestep`` after ``sample``, and then ``conditioning``, examples of two
-    rows, of which the batch varies, and the sides of those that have the latents'.
+    rows, of which the batch varies, and the sides of those that have the latents'. Those of
+    ``tokenwise``, ``[B, L, ...]``, are of a text in two windows, and may be of more or of one.
     """
     example = {
         "sample": latents,
@@ -62,10 +64,11 @@ def denoiser_part(
         "uncond_index": torch.arange(2),
         **conditioning,
     }
-    dynamic: DynamicShapes = {
+    dynamic: dict[str, Dims] = {
         name: LATENTS
         if value.shape[2:] == latents.shape[2:]
         else (BATCH, *(None,) * (value.dim() - 1))
         for name, value in example.items()
     }
+    dynamic |= dict.fromkeys(tokenwise, (BATCH, ("chunks", known.max_tokens), None))
     return Part("denoiser", module, example, dynamic, ("next_sample", "denoised"))

@@ -26,8 +26,20 @@ def fused(built: Tensor, pairs: Iterable[tuple[float, LowRank]]) -> Tensor:
     return total.to(built.dtype)
 
 
-def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
+def without(lora: Lora, idle: tuple[str, ...]) -> Lora:
+    """A LoRA but for what it adds to weights whose names begin so: a compiled part has none."""
+    return {
+        part: {name: pair for name, pair in pairs.items() if not name.startswith(idle)}
+        for part, pairs in lora.items()
+    }
+
+
+def fuse(
+    parts: Sequence[Part], loras: Sequence[tuple[Path, float]], base: str = "this model"
+) -> None:
     """Add LoRAs, each with its λ, to the weights of a model's modules, for good.
+
+    ``base`` is what messages call the model.
 
     Raises:
         CheckpointError: a file is no LoRA, or was made for another architecture.
@@ -36,7 +48,7 @@ def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
     pairs: dict[tuple[str, str], list[tuple[float, LowRank]]] = {}
     for path, strength in loras:
         lora = read_lora(path)
-        check_fit(str(path), lora, lambda part, name: weights[part][name].detach())
+        check_fit(repr(str(path)), lora, lambda part, name: weights[part][name].detach(), base)
         for part, own in lora.items():
             for name, pair in own.items():
                 pairs.setdefault((part, name), []).append((strength, pair))
@@ -45,8 +57,8 @@ def fuse(parts: Sequence[Part], loras: Sequence[tuple[Path, float]]) -> None:
         weight.copy_(fused(weight, found))
 
 
-def check_fit(name: str, lora: Lora, weight_of: WeightOf) -> None:
-    """Raise CheckpointError where a LoRA was made for another architecture."""
+def check_fit(name: str, lora: Lora, weight_of: WeightOf, base: str) -> None:
+    """Raise CheckpointError where a LoRA was made for another architecture than ``base`` has."""
     strange = []
     for part, pairs in lora.items():
         for weight, pair in pairs.items():
@@ -58,13 +70,13 @@ def check_fit(name: str, lora: Lora, weight_of: WeightOf) -> None:
             changed = (pair.up.shape[0], *pair.down.shape[1:])
             if math.prod(changed) != math.prod(shape):  # a 1 x 1 convolution's may be a matrix
                 raise CheckpointError(
-                    f"LoRA {name!r} changes {weight} as {changed}, here it is {shape}: it was made "
-                    "for another model"
+                    f"LoRA {name} changes {weight} as {changed}, in {base} it is {shape}: it was "
+                    "made for another model"
                 )
     if strange:
         count = sum(len(pairs) for pairs in lora.values())
         listed = ", ".join(strange[:3]) + (", …" if len(strange) > 3 else "")
         raise CheckpointError(
-            f"LoRA {name!r} changes {listed}, which this model has not ({len(strange)} of its "
-            f"{count} weights): it was made for another"
+            f"LoRA {name} changes {listed}, which {base} has not ({len(strange)} of its {count} "
+            "weights): it was made for another model"
         )

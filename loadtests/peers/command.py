@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from engines.cli import CacheOption
+from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests.peers import BY_NAME, PEERS, Peer
 from loadtests.peers.environment import ensure_python

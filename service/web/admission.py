@@ -101,6 +101,7 @@ def admit(
         recipe = Recipe(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt,
+            prompt_weighting=params.prompt_weighting,
             width_px=width,
             height_px=height,
             seed=seed + index,
@@ -259,10 +260,10 @@ def _warnings(
     for name, num_lost in texts:  # a prompt that is drawn without guidance stands alone
         if not num_lost:
             continue
-        message = (
-            f"{name} is {num_lost} tokens longer than the text encoder's window of "
-            f"{info.max_tokens}"
-        )
+        room = f"the text encoder's window of {info.max_tokens}"
+        if info.max_chunks > 1:
+            room = f"{info.max_chunks} of the text encoder's windows of {info.max_tokens}"
+        message = f"{name} is {num_lost} tokens longer than {room}"
         if settings.long_prompt == "refuse":
             raise BadRequest(f"{message}; shorten it", param=name, code="prompt_too_long")
         found.append(f"{message}; the end was left out")

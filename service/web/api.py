@@ -132,6 +132,7 @@ def _model_object(replica: Replica) -> ModelObject:
         "engine_reason": info.backend_reason,
         "precision": info.precision,
         "components": dict(info.components),
+        "embeddings": dict(info.embeddings),
         "aliases": list(settings.aliases),
         "default_size": f"{info.default_width}x{info.default_height}",
         "size_multiple_px": info.size_multiple,
@@ -151,7 +152,7 @@ def _model_object(replica: Replica) -> ModelObject:
         "decoders": list(info.decoders),
         "loras": list(info.loras),
         "default_loras": settings.default_loras,
-        "max_prompt_tokens": info.max_tokens,
+        "max_prompt_tokens": info.max_chunks * info.max_tokens,
         "max_images": settings.max_images,
     }
     return ModelObject(id=info.model_id, created=replica.created, details=details)

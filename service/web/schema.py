@@ -136,6 +136,11 @@ class ImageParams(Input):
     )
     guidance_scale: float | None = Field(None, ge=0, le=50, description="Guidance weight.")
     negative_prompt: str | None = Field(None, description="What to keep out of the picture.")
+    prompt_weighting: bool = Field(
+        False,
+        description="Whether `(word)`, `(word:1.3)` and `[word]` in prompt and negative_prompt are "
+        "weights; `\\(` is the character then. Otherwise brackets are text as any other.",
+    )
     original_size: ToldSize | None = Field(
         None,
         description="`WIDTHxHEIGHT` in pixels that the picture is said to have had. This and the "

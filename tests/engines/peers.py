@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,15 @@ def recipe(**changes: Any) -> Recipe:
 class Peer:
     """The diffusers pipelines over one checkpoint folder."""
 
-    def __init__(self, folder: Path, *, loras: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        loras: Mapping[str, Path] | None = None,
+        encode: Callable[[Any, Recipe], dict[str, Any]] | None = None,
+    ) -> None:
+        """``encode``: a pipeline and a recipe to arguments that stand in for its prompts."""
+        self._encode = encode
         own = json.loads((folder / "model_index.json").read_text())["_class_name"]
         self._text_class, self._image_class, self._mask_class = PIPELINES[own]
         self._pipeline = self._text_class.from_pretrained(folder, use_safetensors=True)
@@ -175,6 +183,8 @@ class Peer:
                 "original_size": wanted.original_size, "target_size": wanted.target_size,
                 "crops_coords_top_left": wanted.crops_coords_top_left or (0, 0),
             }  # fmt: skip
+        if self._encode is not None:
+            arguments |= self._encode(self._pipeline, wanted)
         if wanted.image is None:
             kind = self._text_class
             arguments |= {"width": wanted.width_px, "height": wanted.height_px}

@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 
 from engines.build.bundle import Blueprint, ensure_bundle, open_bundle
-from engines.cli import parse_loras, parse_timesteps
+from engines.options import parse_loras, parse_timesteps
 
 PROGRAM = "from engines.cli import app, run; run(app)"
 # Runs a command and then says which heavy packages it has imported, on the last line of stdout.

@@ -17,7 +17,7 @@ from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
 from engines.build.bundle import Bundle
 from engines.build.plan import PlanTarget
-from engines.drawing.model import Model, check_plans
+from engines.drawing.model import Model, check_lengths, check_plans
 from engines.errors import BackendUnavailable, BundleError
 from engines.facts import Facts, Window
 
@@ -121,6 +121,21 @@ def test_plans_for_another_gpu_or_version_are_refused() -> None:
     ):
         with pytest.raises(BundleError, match=rf"{message}.*fourstep build"):
             check_plans(bundle, "tensorrt-rtx", machine)
+
+
+def test_long_prompts_want_plans_that_take_them() -> None:
+    plain = PlanTarget("tensorrt-rtx", ((64, 64),), 4, (89,))
+    for target, graph, taken in ((plain, 3, 1), (plain, 3, 3), (plain, 1, 3)):
+        bundle = _bundle(dataclasses.replace(target, max_chunks=taken), "")
+        bundle = dataclasses.replace(
+            bundle, facts=dataclasses.replace(bundle.facts, max_chunks=graph)
+        )
+        if min(graph, taken) == 3:
+            check_lengths(bundle, Choice("tensorrt-rtx", "asked for"))
+            continue
+        way_out = "--engine tensorrt-rtx --long-prompts --out bundle builds it anew"
+        with pytest.raises(BundleError, match=way_out):
+            check_lengths(bundle, Choice("tensorrt-rtx", "asked for"))
 
 
 def test_plans_that_one_gpu_runs_alone_are_refused_on_another(

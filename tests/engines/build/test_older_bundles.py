@@ -66,7 +66,7 @@ def bundle(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_bundle(Blueprint(checkpoints / "tiny-lcm"), folder, lambda *_: None)
     manifest = json.loads((folder / MANIFEST).read_text())
     facts: dict[str, Any] = manifest["facts"]
-    del facts["num_coefficients"], facts["gives_image"]
+    del facts["num_coefficients"], facts["gives_image"], facts["max_chunks"]
     (window,) = facts.pop("windows")
     facts |= {name: window[name] for name in ("max_tokens", "pad_token_id", "eos_token_id")}
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -108,6 +108,16 @@ def test_it_refuses_a_sampler_that_looks_back(
 def test_it_decodes_in_no_tiles(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"which the bundle of tiny-lcm was built too early for"):
         Runner.open(Order(str(bundle), "onnxruntime", vae_tiling_px=64))
+
+
+def test_long_prompts_want_another_build(bundle: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Runner.open(Order(str(bundle), "onnxruntime", long_prompts=True))
+    assert str(caught.value) == (
+        f"{bundle} was built for prompts that fit the text encoder's window, long_prompt 'chunk' "
+        f"wants 3 of them; fourstep build MODEL --out {bundle} builds it anew, long_prompt "
+        "'truncate' serves it as it is"
+    )
 
 
 def test_facts_go_through_json(bundle: Path) -> None:

@@ -33,7 +33,8 @@ from engines.order import Order
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
 
-TARGET = PlanTarget("tensorrt-rtx", ((128, 128), (96, 160)), 4, compute_capabilities=(80, 89))
+SIZES = ((128, 128), (96, 160))
+TARGET = PlanTarget("tensorrt-rtx", SIZES, 4, compute_capabilities=(80, 89), max_chunks=3)
 DEMO = Path("engines/demo/demo-lcm")
 TYPES = {  # ONNX element types to TensorRT's
     onnx.TensorProto.FLOAT: trt.DataType.FLOAT,
@@ -130,6 +131,14 @@ def test_profiles(parts: dict[str, Part]) -> None:
     assert [low[0] for low, _, _ in shapes] == [1, 2, 3, 1, 2, 3]
     assert all(low == best == high for low, best, high in shapes)
     assert len(profiles_of(parts["text_encoder"], fixed, 8)) == 3  # sizes are nothing to it
+    window = parts["text_encoder"].example["input_ids"].shape[1]
+    for target, lengths in ((TARGET, [(1, 1, 3)]), (fixed, [(n, n, n) for n in (1, 2, 3)])):
+        profiles = profiles_of(parts["denoiser"], target, 8)
+        found = [tuple(shape[1] for shape in profile["prompt_embeds"]) for profile in profiles]
+        expected = [tuple(n * window for n in each) for each in lengths]
+        assert found == [each for each in expected for _ in range(len(profiles) // len(lengths))]
+    plain = dataclasses.replace(fixed, max_chunks=1)
+    assert len(profiles_of(parts["denoiser"], plain, 8)) == len(SIZES) * 3
 
 
 def test_profiles_of_tiles(parts: dict[str, Part]) -> None:

@@ -17,13 +17,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from engines.build.bundle import Blueprint, build_bundle
 from engines.build.checkpoint import load_pipeline
 from engines.drawing.runner import Runner
 from engines.errors import CheckpointError
 from engines.families import stable_diffusion_xl
 from engines.families.recipe import Recipe
 from engines.order import Order
-from tests.engines.checkpoints import make_xl_checkpoint, with_scheduler
+from tests.engines.checkpoints import make_lora, make_xl_checkpoint, with_scheduler
 from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -61,10 +62,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_runner(checkpoint: Path, backend: str, cache_dir: Path) -> Runner:
-    return Runner.open(
-        Order(str(checkpoint), backend=backend, cache_dir=cache_dir, max_batch=8, num_threads=1)
+def open_runner(checkpoint: Path, backend: str, cache_dir: Path, **more: Any) -> Runner:
+    order = Order(
+        str(checkpoint), backend=backend, cache_dir=cache_dir, max_batch=8, num_threads=1, **more
     )
+    return Runner.open(order)
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +269,16 @@ def test_loras_of_the_unet_and_both_encoders(
         assert_agree(ours, others.draw(wanted), wanted)
     (plain,) = draw_together(kin, [recipe(sampler="euler", guidance_scale=3.0)])
     assert psnr_db(plain.pixels, ours.pixels) < 40  # it does something
+
+
+def test_a_lora_of_stable_diffusion_is_refused_and_the_other_way_round(
+    folder: Path, lora: Path, checkpoints: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    other = make_lora(checkpoints / "tiny-sd", tmp_path / "lora", ["to_q", "to_v"])
+    for base, file in ((folder / "tiny-xl", other), (checkpoints / "tiny-sd", lora)):
+        why = rf"(in|which) {base.name} (it is|has not) .*it was made for another model$"
+        with pytest.raises(CheckpointError, match=rf"^LoRA 'it' \({file}\) changes .*{why}"):
+            open_runner(base, "torch", cache_dir, loras={"it": file})
+        blueprint = Blueprint(base, loras=((file, 1.0),))
+        with pytest.raises(CheckpointError, match=rf"^LoRA '{file}' changes .*{why}"):
+            build_bundle(blueprint, tmp_path / "bundle", lambda *_: None)

@@ -101,6 +101,10 @@ JSON_FIELDS: dict[str, list[tuple[Any, str]]] = {
         ("x" * 501, "prompt is 501 characters; at most 500 characters are accepted"),
         ("🎨" * 501, "prompt is 501 characters; at most 500 characters are accepted"),
     ],
+    "prompt_weighting": [
+        ("yes", f'prompt_weighting is "yes": {BOOLEAN}'),
+        (1, f"prompt_weighting is 1: {BOOLEAN}"),
+    ],
     "model": [
         (5, f"model is 5: {STRING}"),
         ("m" * 257, f'model is "{"m" * 76}...: string should have at most 256 characters'),
@@ -425,6 +429,7 @@ FORM_FIELDS: dict[str, list[tuple[str, str]]] = {
         ("far", f'strength is "far": {AS_NUMBER}'),
     ],
     "paste_back": [("perhaps", f'paste_back is "perhaps": {AS_BOOLEAN}')],
+    "prompt_weighting": [("perhaps", f'prompt_weighting is "perhaps": {AS_BOOLEAN}')],
     "padding_mask_crop": [
         ("-1", 'padding_mask_crop is "-1": input should be greater than or equal to 0'),
     ],

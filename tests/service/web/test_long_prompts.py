@@ -1,4 +1,4 @@
-"""Prompts longer than the text encoder's window: said, or refused, for both of them."""
+"""Prompts longer than the text encoder's window: said, refused or drawn, for both of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from service.web.app import build_app
 from tests.engines.checkpoints import make_checkpoint
 
 LONG = "x" * 40
+LONGER = "x" * 45
 
 
-@pytest.fixture(params=["truncate", "refuse"])
+@pytest.fixture(params=["truncate", "refuse", "chunk"])
 def http(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, TestClient]]:
     """A model that takes negative prompts."""
     model = make_checkpoint(tmp_path / "tiny-sd", lcm=False)
@@ -38,7 +39,13 @@ def test_what_does_not_fit_is_said_of_the_prompt_that_it_is(http: tuple[str, Tes
     for name in ("prompt", "negative_prompt"):
         status, body = _ask(client, **{name: LONG})
         said = f"{name} is 26 tokens longer than the text encoder's window of 16"
-        if setting == "truncate":
+        if setting == "chunk":
+            assert (status, body["warnings"]) == (200, [])
+            status, body = _ask(client, **{name: LONGER})
+            room = "3 of the text encoder's windows of 16"
+            message = f"{name} is 3 tokens longer than {room}; the end was left out"
+            assert (status, body["warnings"]) == (200, [message])
+        elif setting == "truncate":
             assert status == 200
             assert body["warnings"] == [f"{said}; the end was left out"]
         else:
