@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,15 +81,15 @@ def test_a_tokenizer_saved_after_use_still_says_what_was_lost(
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(length=16)
     tokenizer.save(str(file))
-    used = Order(str(tmp_path / "used"), cache_dir=tmp_path)
-    for model in (
-        load_model(dataclasses.replace(used, backend="torch"), lambda *_: None),
-        load_model(dataclasses.replace(used, backend="onnxruntime"), lambda *_: None),
-    ):
-        plain = load_model(Order(str(checkpoints / "tiny-lcm"), "torch"), lambda *_: None)
-        for text in ("a", "word " * 50):
-            found, expected = model.tokenize(text), plain.tokenize(text)
-            (chunk,), (plainly,) = found.chunks, expected.chunks
-            assert chunk.tokens["input_ids"].tolist() == plainly.tokens["input_ids"].tolist()
-            assert found.num_truncated == expected.num_truncated
-        assert found.num_truncated > 100
+    used, plain = (
+        load_model(Order(str(folder), "torch"), lambda *_: None)
+        for folder in (tmp_path / "used", checkpoints / "tiny-lcm")
+    )
+    for text in ("a", "word " * 50):
+        found, expected = used.tokenize(text), plain.tokenize(text)
+        (chunk,), (plainly,) = found.chunks, expected.chunks
+        assert chunk.tokens["input_ids"].tolist() == plainly.tokens["input_ids"].tolist()
+        assert found.num_truncated == expected.num_truncated
+    assert found.num_truncated > 100
+    kept = [model.tokenizers["tokenizer"].to_str() for model in (used, plain)]
+    assert kept[0] == kept[1], "as a bundle has it"
