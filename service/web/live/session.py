@@ -51,8 +51,9 @@ logger = logging.getLogger("fourstep.live")
 SILENT, REFUSED, UNFORESEEN, RESTARTING = 1000, 1008, 1011, 1012  # of RFC 6455's registry
 FIELDS = (
     "prompt", "model", "negative_prompt", "strength", "seed", "num_inference_steps", "timesteps",
-    "guidance_scale", "sampler", "decoder", "eta", "loras", "size", "output_format",
-    "output_compression", "paste_back", "mask_feather", "priority", *messages.SESSION_FIELDS,
+    "guidance_scale", "sampler", "decoder", "prompt_weighting", "eta", "loras", "size",
+    "output_format", "output_compression", "paste_back", "mask_feather", "priority",
+    *messages.SESSION_FIELDS,
 )  # fmt: skip
 ONLY_EDITS = ("strength", "paste_back", "mask_feather")
 MAX_WAIT_S = 1.0  # after a frame that was shed

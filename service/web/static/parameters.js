@@ -9,8 +9,10 @@ const FIELDS = {
   guidance_scale: "guidance",
   size: "size",
   sampler: "sampler",
+  decoder: "decoder",
   strength: "strength",
 };
+const CHOICES = { sampler: ["samplers", "default_sampler"], decoder: ["decoders", "default_decoder"] };
 const MAX_RANDOM_SEED = 2 ** 32; // as the service draws them: what other tools can read back
 const LIVE = { steps: 2, strength: 0.6 }; // at once, and near to what the hand draws
 
@@ -29,9 +31,11 @@ export function fitTo(served) {
   $("guidance").value = details.default_guidance_scale;
   $("size").placeholder = details.default_size;
   $("sizes").replaceChildren(...sizes(details).map((size) => new Option(size)));
-  const names = details.samplers;
-  const isDefault = (name) => name === details.default_sampler;
-  $("sampler").replaceChildren(...names.map((name) => new Option(name, name, false, isDefault(name))));
+  for (const [id, [names, usual]] of Object.entries(CHOICES)) {
+    const options = details[names].map((name) => new Option(name, name, false, name === details[usual]));
+    $(id).replaceChildren(...options);
+    $(id).closest("label").hidden = options.length < 2;
+  }
   $("loras").hidden = details.loras.length === 0;
   $("loras").replaceChildren($("loras").firstElementChild, ...details.loras.map(slider));
   recall(chosen("mode"));
@@ -82,6 +86,7 @@ export function values() {
     guidance_scale: $("guidance").value === "" ? null : Number($("guidance").value),
     size: $("size").value || $("size").placeholder,
     sampler: $("sampler").value,
+    decoder: $("decoder").value,
     strength: Number($("strength").value),
   };
   const sliders = [...$("loras").querySelectorAll("input")];
@@ -113,8 +118,8 @@ export function restore(given) {
   const unknown = [];
   for (const [name, id] of Object.entries(FIELDS)) {
     if (!(name in given)) continue;
-    const lacks = name === "sampler" && !model.details.samplers.includes(given.sampler);
-    if (lacks) unknown.push(`sampler ${given.sampler}`);
+    const lacks = name in CHOICES && !model.details[CHOICES[name][0]].includes(given[name]);
+    if (lacks) unknown.push(`${name} ${given[name]}`);
     else $(id).value = given[name] ?? "";
   }
   if ("seed" in given) {

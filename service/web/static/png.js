@@ -44,6 +44,7 @@ export function parseParameters(text) {
     seed: found.Seed,
     size: found.Size,
     sampler: found.Sampler,
+    decoder: found.Decoder ?? "full",
     loras: found.LoRAs?.split(", ").map((each) => {
       const [, name, weight] = each.match(/^(.*): (.*)$/);
       return { name, weight: Number(weight) };

@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from engines.distill.captions import WORDS
-from tests.engines.checkpoints import make_lora
+from tests.engines.checkpoints import make_lora, make_tiny_vae
 from tests.monitoring import wait_for
 from tests.service.web.test_api import png
 from tests.service.web.test_studio import NEEDS_CHROMIUM, serving, studio
@@ -27,19 +27,19 @@ RED = (215, 35, 40)  # the brush's first colour
 
 
 @pytest.fixture(scope="module")
-def url(
-    lcm_checkpoint: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    lora = make_lora(lcm_checkpoint, tmp_path_factory.mktemp("loras") / "ink", ["to_q", "to_v"])
-    values = {"model": str(lcm_checkpoint), "cache_dir": cache_dir, "loras": {"ink": lora}}
-    with serving(**values) as url:
+def url(lcm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("beside")
+    lora = make_lora(lcm_checkpoint, folder / "ink", ["to_q", "to_v"])
+    tiny_vae = str(make_tiny_vae(folder / "tiny-vae"))
+    values = {"model": str(lcm_checkpoint), "loras": {"ink": lora}, "tiny_vae": tiny_vae}
+    with serving(engine="torch", **values) as url:
         yield url
 
 
 @pytest.fixture
 def page(url: str) -> Iterator[Page]:
     with studio(url) as page:
-        expect(page.locator("#model")).to_contain_text("onnxruntime")
+        expect(page.locator("#model")).to_contain_text("torch")
         yield page
 
 
@@ -229,7 +229,7 @@ def test_several_pictures_are_kept_with_what_made_them(page: Page) -> None:
     page.locator("#forget").click()
     expect(page.locator("#history")).to_be_hidden()
     page.reload()
-    expect(page.locator("#model")).to_contain_text("onnxruntime")
+    expect(page.locator("#model")).to_contain_text("torch")
     expect(kept).to_have_count(0)
 
 
@@ -239,7 +239,7 @@ def test_several_pictures_are_kept_with_what_made_them(page: Page) -> None:
 def test_a_dropped_png_brings_its_settings_back(page: Page, url: str, prompt: str) -> None:
     asked = {
         "prompt": prompt, "negative_prompt": "grey", "seed": 12345, "num_inference_steps": 5,
-        "guidance_scale": 3.5, "sampler": "ddim", "size": "64x96",
+        "guidance_scale": 3.5, "sampler": "ddim", "size": "64x96", "decoder": "tiny",
         "loras": [{"name": "ink", "weight": 0.75}],
     }  # fmt: skip
     headers = {"accept": "image/png"}
