@@ -30,6 +30,11 @@ class Window:
     max_tokens: int  # begin and end marks included
     pad_token_id: int
     eos_token_id: int
+    lowered: bool = False  # reads texts in small letters, without spaces around them
+
+    def written(self, text: str) -> str:
+        """A text as it is given to the tokenizer."""
+        return text.lower().strip() if self.lowered else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,21 @@ class Facts:
     zeros_for_no_negative: bool = False  # guided rows without negative prompt have no text at all
     takes_mask: bool = False  # its UNet sees what is to stay, see `engines.drawing.inpainting`
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
+    told_size: bool = False  # its denoiser is told the size that is drawn
+    # Height and width by their ratio: what it draws from text at, see `drawn_size`.
+    aspect_bins: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def drawn_size(self, width_px: int, height_px: int, has_image: bool = False) -> tuple[int, int]:
+        """Width and height of what is drawn for a size that is asked for: of the nearest bin in
+        ratio, as ``PixArtImageProcessor.classify_height_width_bin`` of diffusers; from an image,
+        or where there are no bins, the size itself.
+        """
+        if not self.aspect_bins or has_image:
+            return width_px, height_px
+        wanted = height_px / width_px
+        nearest = min(self.aspect_bins, key=lambda ratio: abs(float(ratio) - wanted))
+        height, width = self.aspect_bins[nearest]
+        return width, height
 
     @property
     def max_tokens(self) -> int:
@@ -84,6 +104,8 @@ class Facts:
             values["scheduler"] = {"clip_sample": False} | values["scheduler"]
         values.setdefault("strength_drops_steps", not values["time_cond_dim"])
         values["windows"] = tuple(Window(**window) for window in values["windows"])
+        bins = values.get("aspect_bins", {})
+        values["aspect_bins"] = {ratio: tuple(size) for ratio, size in bins.items()}
         if values.get("default_timesteps") is not None:
             values["default_timesteps"] = tuple(values["default_timesteps"])
         return cls(**values)

@@ -97,6 +97,15 @@ def check_target(target: PlanTarget, facts: Facts) -> None:
                 f"--size is {text}; {facts.name} draws sides in multiples of {multiple} from {low} "
                 f"to {high}",
             )
+        drawn = facts.drawn_size(*size)
+        if drawn != size:
+            at = "{}x{}".format(*drawn)
+            raise InvalidInput(
+                "size",
+                text,
+                f"--size is {text}, which {facts.name} draws at {at} and resizes; build for "
+                f"--size {at}",
+            )
 
 
 def import_tensorrt(engine: str) -> Any:
@@ -135,7 +144,7 @@ def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[
 
 
 def _shapes(part: Part, batch: int, rows: int, columns: int) -> dict[str, Shape]:
-    sizes = {"batch": batch, "rows": rows, "columns": columns}
+    sizes = {"batch": batch, "rows": rows // part.patch, "columns": columns // part.patch}
     return {
         name: tuple(
             int(fixed) if dim is None else dim[1] * sizes[dim[0]]

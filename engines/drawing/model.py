@@ -78,7 +78,7 @@ class Model:
         tokens, num_lost = {}, 0
         for window in self.facts.windows:
             tokenizer = self.tokenizers[window.tokenizer]
-            ids = tokenizer.encode(expand(tokenizer, text)).ids
+            ids = tokenizer.encode(expand(tokenizer, window.written(text))).ids
             if len(ids) > window.max_tokens:
                 num_lost = max(num_lost, len(ids) - window.max_tokens)
                 ids = [*ids[: window.max_tokens - 1], window.eos_token_id]

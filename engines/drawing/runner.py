@@ -25,6 +25,7 @@ from engines.drawing import transfers
 from engines.drawing.batching import rows_that_fit
 from engines.drawing.drawing import Drawing, Group, spread_previews
 from engines.drawing.faults import engine_call
+from engines.drawing.fitting import fit
 from engines.drawing.info import ModelInfo, check_recipe, describe
 from engines.drawing.inpainting import begins_from_noise, marked, pixels_of
 from engines.drawing.lanes import Lanes
@@ -289,10 +290,10 @@ class Runner:
                     f"{drawing.step_index}; this checkpoint's needs bf16 or fp32"
                 )
             elif done:
-                drawing.pixels = pixels[index]
+                drawing.pixels = fit(pixels[index], drawing.recipe)
                 drawing.latents = drawing.denoised = None
             else:
-                drawing.previews.append(pixels[index])
+                drawing.previews.append(fit(pixels[index], drawing.recipe))
 
     def _run(self, part: str, **inputs: Tensor) -> dict[str, Tensor]:
         return self._model.engines[part].run(inputs)

@@ -50,8 +50,9 @@ def denoiser_part(
 ) -> Part:
     """The part ``denoiser``: ``module.forward`` takes the step's own inputs in the order of
     `guided_step`, with ``timestep`` after ``sample``, and then ``conditioning``, examples of two
-    rows, of which the batch varies, and the sides of those that have the latents'.
+    rows, of which the batch varies, and the sides of those that have the latents', by patches.
     """
+    patch = known.size_multiple_px // known.vae_scale_factor
     example = {
         "sample": latents,
         "timestep": torch.tensor([999.0, 499.0]),
@@ -63,9 +64,9 @@ def denoiser_part(
         **conditioning,
     }
     dynamic: DynamicShapes = {
-        name: LATENTS
+        name: (BATCH, None, ("rows", patch), ("columns", patch))
         if value.shape[2:] == latents.shape[2:]
         else (BATCH, *(None,) * (value.dim() - 1))
         for name, value in example.items()
     }
-    return Part("denoiser", module, example, dynamic, ("next_sample", "denoised"))
+    return Part("denoiser", module, example, dynamic, ("next_sample", "denoised"), patch)
