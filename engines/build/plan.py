@@ -89,8 +89,8 @@ def check_target(target: PlanTarget, facts: Facts) -> None:
     """Raise InvalidInput for a size that the model does not draw."""
     multiple, low, high = facts.size_multiple_px, facts.min_size_px, facts.max_size_px
     for size in target.sizes_px:
+        text = f"{size[0]}x{size[1]}"
         if any(side % multiple or not low <= side <= high for side in size):
-            text = f"{size[0]}x{size[1]}"
             raise InvalidInput(
                 "size",
                 text,
