@@ -37,6 +37,11 @@ class Window:
     max_tokens: int  # begin and end marks included
     pad_token_id: int
     eos_token_id: int
+    lowered: bool = False  # reads texts in small letters, without spaces around them
+
+    def written(self, text: str) -> str:
+        """A text as it is given to the tokenizer."""
+        return text.lower().strip() if self.lowered else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,21 @@ class Facts:
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
     default_decoder: str = "full"  # one of `decoders`
     gives_image: bool = True  # its decoders do, before it is rounded: what tiles need
+    told_size: bool = False  # its denoiser is told the size that is drawn
+    # Height and width by their ratio: what it draws from text at, see `drawn_size`.
+    aspect_bins: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def drawn_size(self, width_px: int, height_px: int, has_image: bool = False) -> tuple[int, int]:
+        """Width and height of what is drawn for a size that is asked for: of the nearest bin in
+        ratio, as ``PixArtImageProcessor.classify_height_width_bin`` of diffusers; from an image,
+        or where there are no bins, the size itself.
+        """
+        if not self.aspect_bins or has_image:
+            return width_px, height_px
+        wanted = height_px / width_px
+        nearest = min(self.aspect_bins, key=lambda ratio: abs(float(ratio) - wanted))
+        height, width = self.aspect_bins[nearest]
+        return width, height
 
     @property
     def max_tokens(self) -> int:
@@ -103,6 +123,8 @@ class Facts:
         values.setdefault("strength_drops_steps", not values["time_cond_dim"])
         values["idle_weights"] = tuple(values.get("idle_weights", ()))
         values["windows"] = tuple(Window(**window) for window in values["windows"])
+        bins = values.get("aspect_bins", {})
+        values["aspect_bins"] = {ratio: tuple(size) for ratio, size in bins.items()}
         if values.get("default_timesteps") is not None:
             values["default_timesteps"] = tuple(values["default_timesteps"])
         return cls(**values)

@@ -77,6 +77,12 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     folder, dtype = described_in(source, overrides), getattr(torch, DTYPES[precision])
     name = pipeline_class(folder)
     known = family_of(name).COMPONENTS
+    for each in overrides.components:
+        if each not in known:
+            raise CheckpointError(
+                f"{source} is a {name}, which has no {each} but {', '.join(known)}: leave --{each} "
+                "out"
+            )
     own = {each: known[each] for each in known if each not in overrides.components}
     known = {**known, TINY_VAE: (TINY_CLASS,)}
     _check_components(folder, own)
@@ -94,11 +100,12 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     if TINY_VAE in put:
         check_tiny_vae(pipeline, overrides.components[TINY_VAE])
     load_embeddings(pipeline, overrides.embeddings)
-    channels, latents = (pipeline.unet.config[f"{way}_channels"] for way in ("in", "out"))
-    if channels not in (latents, 2 * latents + 1):  # the latter: with a mask, see families
-        raise CheckpointError(
-            f"{overrides.components.get('unet', source)} {strange_input(channels)}"
-        )
+    if "unet" in known:
+        channels, latents = (pipeline.unet.config[f"{way}_channels"] for way in ("in", "out"))
+        if channels not in (latents, 2 * latents + 1):  # the latter: with a mask, see families
+            raise CheckpointError(
+                f"{overrides.components.get('unet', source)} {strange_input(channels)}"
+            )
     return pipeline
 
 

@@ -93,13 +93,22 @@ def check_target(target: PlanTarget, facts: Facts) -> None:
     check_tile(target.tile_px, facts.vae_scale_factor)
     multiple, low, high = facts.size_multiple_px, facts.min_size_px, facts.max_size_px
     for size in target.sizes_px:
+        text = f"{size[0]}x{size[1]}"
         if any(side % multiple or not low <= side <= high for side in size):
-            text = f"{size[0]}x{size[1]}"
             raise InvalidInput(
                 "size",
                 text,
                 f"--size is {text}; {facts.name} draws sides in multiples of {multiple} from {low} "
                 f"to {high}",
+            )
+        drawn = facts.drawn_size(*size)
+        if drawn != size:
+            at = "{}x{}".format(*drawn)
+            raise InvalidInput(
+                "size",
+                text,
+                f"--size is {text}, which {facts.name} draws at {at} and resizes; build for "
+                f"--size {at}",
             )
 
 
@@ -160,7 +169,10 @@ def _decoded(
 
 
 def _shapes(part: Part, batch: int, rows: int, columns: int, chunks: int = 1) -> dict[str, Shape]:
-    sizes = {"batch": batch, "rows": rows, "columns": columns, "chunks": chunks}
+    sizes = {
+        "batch": batch, "rows": rows // part.patch, "columns": columns // part.patch,
+        "chunks": chunks,
+    }  # fmt: skip
     return {
         name: tuple(
             int(fixed) if dim is None else dim[1] * sizes[dim[0]]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engines.drawing import transfers
 from engines.drawing.canvas import Canvas
+from engines.drawing.fitting import fit
 from engines.drawing.stage import Stage
 
 if TYPE_CHECKING:
@@ -83,10 +84,10 @@ def take_pixels(
                 drawing.canvas = canvas
                 continue
         if drawing.stage is Stage.DECODE:
-            drawing.pixels = picture
+            drawing.pixels = fit(picture, drawing.recipe)
             drawing.latents = drawing.denoised = None
         else:
-            drawing.previews.append(picture)
+            drawing.previews.append(fit(picture, drawing.recipe))
 
 
 def _canvas_of(drawing: Drawing) -> Canvas | None:

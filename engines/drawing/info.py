@@ -108,11 +108,14 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
                 f"{name} is {side}; it must be a multiple of {step} from "
                 f"{facts.min_size_px} to {facts.max_size_px}",
             )
-    if target and not target.takes(recipe.width_px, recipe.height_px):
+    drawn = facts.drawn_size(recipe.width_px, recipe.height_px, recipe.image is not None)
+    if target and not target.takes(*drawn):
         size = f"{recipe.width_px}x{recipe.height_px}"
+        width, height = drawn
+        at = "" if f"{width}x{height}" == size else f", which is drawn at {width}x{height}"
         built = ", ".join(f"{width}x{height}" for width, height in target.sizes_px)
         raise InvalidInput(
-            "width_px", size, f"size is {size}; this model's plans were built for {built}"
+            "width_px", size, f"size is {size}{at}; this model's plans were built for {built}"
         )
     check_decoder(recipe.decoder, facts)
     if not 0 <= recipe.seed < 2**64:

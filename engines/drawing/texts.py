@@ -25,7 +25,6 @@ from engines.facts import Window
 from engines.families.family import Lanewise
 
 Word = tuple[int, float]  # a token and its weight
-NUM_MARKS = 2  # begin and end, of a window
 
 
 class Chunk(NamedTuple):
@@ -59,8 +58,9 @@ def cut(
     Where there are several windows, their tokenizers have the same words in the same places, as
     SDXL's have: weights are those of the first.
     """
-    room = windows[0].max_tokens - NUM_MARKS
-    words = [list(_words(tokenizers[window.tokenizer], runs)) for window in windows]
+    begin, end = _marks(tokenizers[windows[0].tokenizer])
+    room = windows[0].max_tokens - len(begin) - len(end)
+    words = [list(_words(window, tokenizers[window.tokenizer], runs)) for window in windows]
     longest = max(map(len, words))
     chunks = [
         Chunk(
@@ -68,38 +68,43 @@ def cut(
                 window.input: _fill(window, tokenizers[window.tokenizer], own[at : at + room])
                 for window, own in zip(windows, words, strict=True)
             },
-            _weights(windows[0], words[0][at : at + room]),
+            _weights(windows[0].max_tokens, len(begin), words[0][at : at + room]),
         )
         for at in range(0, max(1, longest), room)[:max_chunks]
     ]
     return Text(tuple(chunks), max(0, longest - room * max_chunks))
 
 
-def _words(tokenizer: Tokenizer, runs: Sequence[tuple[str, float]]) -> Iterator[Word]:
+def _words(
+    window: Window, tokenizer: Tokenizer, runs: Sequence[tuple[str, float]]
+) -> Iterator[Word]:
     for run, weight in runs:
-        for token in tokenizer.encode(expand(tokenizer, run), add_special_tokens=False).ids:
+        text = expand(tokenizer, window.written(run))
+        for token in tokenizer.encode(text, add_special_tokens=False).ids:
             yield token, weight
 
 
 def _fill(window: Window, tokenizer: Tokenizer, words: Sequence[Word]) -> np.ndarray:
     """int64 ``[L]``: ids between marks."""
     begin, end = _marks(tokenizer)
-    padding = [window.pad_token_id] * (window.max_tokens - len(words) - NUM_MARKS)
-    return np.asarray([begin, *(token for token, _ in words), end, *padding], np.int64)
+    ids = [*begin, *(token for token, _ in words), *end]
+    padding = [window.pad_token_id] * (window.max_tokens - len(ids))
+    return np.asarray(ids + padding, np.int64)
 
 
 @functools.lru_cache(maxsize=16)  # a tokenizer is not added to once it is loaded
-def _marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    begin, end = tokenizer.encode("").ids
-    return begin, end
+def _marks(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before a text, if anything does, and after it."""
+    ids = tokenizer.encode("").ids
+    return ids[:-1], ids[-1:]
 
 
-def _weights(window: Window, words: Sequence[Word]) -> Tensor | None:
+def _weights(max_tokens: int, first: int, words: Sequence[Word]) -> Tensor | None:
     weights = [weight for _, weight in words]
     if all(weight == 1 for weight in weights):
         return None
-    found = torch.ones(window.max_tokens, 1)
-    found[1 : 1 + len(weights), 0] = torch.tensor(weights)
+    found = torch.ones(max_tokens, 1)
+    found[first : first + len(weights), 0] = torch.tensor(weights)
     return found
 
 

@@ -13,10 +13,13 @@ DynamicShapes = Mapping[str, Sequence[tuple[str, int] | None]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """``example`` gives every input in the order of ``module.forward``."""
+    """``example`` gives every input in the order of ``module.forward``. The symbols ``rows`` and
+    ``columns`` count latents, or ``patch`` of them each.
+    """
 
     name: str
     module: torch.nn.Module
     example: Mapping[str, torch.Tensor]
     dynamic: DynamicShapes
     outputs: tuple[str, ...]
+    patch: int = 1

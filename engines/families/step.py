@@ -51,9 +51,11 @@ def denoiser_part(
 ) -> Part:  # fmt: skip
     """The part ``denoiser``: ``module.forward`` takes the step's own inputs in the order of
     `guided_step`, with ``timestep`` after ``sample``, and then ``conditioning``, examples of two
-    rows, of which the batch varies, and the sides of those that have the latents'. Those of
-    ``tokenwise``, ``[B, L, ...]``, are of a text in two windows, and may be of more or of one.
+    rows, of which the batch varies, and the sides of those that have the latents', by patches.
+    Those of ``tokenwise``, ``[B, L, ...]``, are of a text in two windows, and may be of more or of
+    one.
     """
+    patch = known.size_multiple_px // known.vae_scale_factor
     example = {
         "sample": latents,
         "timestep": torch.tensor([999.0, 499.0]),
@@ -65,10 +67,10 @@ def denoiser_part(
         **conditioning,
     }
     dynamic: dict[str, Dims] = {
-        name: LATENTS
+        name: (BATCH, None, ("rows", patch), ("columns", patch))
         if value.shape[2:] == latents.shape[2:]
         else (BATCH, *(None,) * (value.dim() - 1))
         for name, value in example.items()
     }
     dynamic |= dict.fromkeys(tokenwise, (BATCH, ("chunks", known.max_tokens), None))
-    return Part("denoiser", module, example, dynamic, ("next_sample", "denoised"))
+    return Part("denoiser", module, example, dynamic, ("next_sample", "denoised"), patch)

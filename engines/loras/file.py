@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PREFIXES = {  # part → prefixes of its weights; where there is no second encoder, none has them
-    "denoiser": ("unet",),
+PREFIXES = {  # part → prefixes of its weights, of which a model may lack some
+    "denoiser": ("unet", "transformer"),
     "text_encoder": ("text_encoder", "text_encoder_2"),
 }
 # What diffusers' conversion of the original's block names reads of a UNet's configuration.
@@ -30,7 +30,11 @@ USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"  # peft's, beside a file that it saved itself
 UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # of files for a UNet and nothing else
 PEFT_PREFIX = "base_model.model."
-PEFT_CLASSES = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
+PEFT_CLASSES = {
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "PixArtTransformer2DModel": "transformer",
+}
 # Of peft's `init_lora_weights`: those by which it also takes something from the model's weights.
 TAKEN_FROM_MODEL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's names, which all layouts are brought to
@@ -188,7 +192,7 @@ def _layers(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils import state_dict_utils as names
 
     layers = {k[len(prefix) + 1 :]: v for k, v in state.items() if k.startswith(f"{prefix}.")}
-    if prefix == "unet":
+    if prefix in PREFIXES["denoiser"]:
         return dict(names.convert_unet_state_dict_to_peft(layers))
     # At once, where diffusers guesses at one of the two, or at neither, from the layers there are.
     both = names.DIFFUSERS_TO_PEFT | names.DIFFUSERS_OLD_TO_PEFT

@@ -17,6 +17,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -29,6 +32,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 MAX_TOKENS = 16
@@ -164,6 +170,43 @@ def make_xl_checkpoint(
     file = folder / "scheduler" / "scheduler_config.json"  # SDXL's names what other classes take
     others = {"clip_sample": False, "set_alpha_to_one": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | others))
+    return folder
+
+
+def make_pixart_checkpoint(
+    folder: Path, *, sample_size: int = 32, sigma: bool = False, learned_variance: bool = True
+) -> Path:
+    """Write a tiny PixArt-δ checkpoint (``sigma``: PixArt-Σ). Of a ``sample_size`` of 128 it is
+    told the size that is drawn, but in Σ.
+    """
+    torch.manual_seed(2)
+    letters = [(chr(code), -3.0) for code in range(33, 127)]
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    tokenizer = T5Tokenizer(vocab=[*marks, *letters], extra_ids=0, additional_special_tokens=[])
+    text = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4,
+        out_channels=8 if learned_variance else 4, num_layers=2, cross_attention_dim=24,
+        sample_size=sample_size, caption_channels=32,
+        use_additional_conditions=False if sigma else None,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64, latent_channels=4,
+    )  # fmt: skip
+    betas = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    pipeline = kind(
+        tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=transformer,
+        scheduler=LCMScheduler(**betas, clip_sample=False),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
     return folder
 
 

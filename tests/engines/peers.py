@@ -20,6 +20,8 @@ from diffusers import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -60,6 +62,8 @@ PIPELINES = {  # of a checkpoint's own class → from text, from an image, with 
     ),
     "StableDiffusionInpaintPipeline": (StableDiffusionInpaintPipeline,) * 3,
     "StableDiffusionXLInpaintPipeline": (StableDiffusionXLInpaintPipeline,) * 3,
+    "PixArtAlphaPipeline": (PixArtAlphaPipeline, None, None),
+    "PixArtSigmaPipeline": (PixArtSigmaPipeline, None, None),
 }  # fmt: skip
 ALGORITHMS = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}
 MAX_LATENT_ERROR = 1e-3
@@ -185,6 +189,9 @@ class Peer:
             }  # fmt: skip
         if self._encode is not None:
             arguments |= self._encode(self._pipeline, wanted)
+        pixart = self._text_class in (PixArtAlphaPipeline, PixArtSigmaPipeline)
+        if pixart:  # an absent negative prompt is no text to it
+            arguments |= {"negative_prompt": wanted.negative_prompt or "", "clean_caption": False}
         if wanted.image is None:
             kind = self._text_class
             arguments |= {"width": wanted.width_px, "height": wanted.height_px}
@@ -202,6 +209,10 @@ class Peer:
         with torch.inference_mode():
             latents = pipeline(**arguments).images  # [1, C, h, w]
             decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
+            if pixart:
+                decoded = pipeline.image_processor.resize_and_crop_tensor(
+                    decoded, wanted.width_px, wanted.height_px
+                )
             pixels = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return Result(latents[0].numpy(), np.asarray(pixels))
 

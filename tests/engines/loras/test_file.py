@@ -199,7 +199,7 @@ def test_a_half_without_the_other_is_named(both: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        "transformer.layers.0.ff",
+        "prior.layers.0.ff",
         "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",  # is there already
     ],
 )
