@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from engines.order import Order
 
@@ -36,17 +37,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def lcm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random LCM with a guidance embedding, 64 px."""
-    from tests.engines.checkpoints import make_checkpoint
-
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny-lcm", lcm=True)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, the same for all of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's bundles are built, once."""
-    return tmp_path_factory.mktemp("cache")
+def lcm_checkpoint(shared: Path) -> Path:
+    """A tiny random LCM with a guidance embedding, 64 px."""
+    from tests.engines.checkpoints import make_checkpoint
+
+    with FileLock(shared / "tiny-lcm.lock"):
+        folder = shared / "models" / "tiny-lcm"
+        return folder if folder.exists() else make_checkpoint(folder, lcm=True)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(shared: Path) -> Path:
+    """Where the run's bundles are built, once."""
+    folder = shared / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

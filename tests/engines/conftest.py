@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from engines.drawing.runner import Runner
 from engines.order import Order
@@ -24,20 +25,23 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(shared: Path) -> Path:
     """A folder with ``tiny-lcm`` (guidance embedding), ``tiny-sd`` and ``tiny-v`` (none).
 
     ``tiny-demo`` is built as the demo model is: three levels, guidance embedding, v prediction.
     """
     from tests.engines.checkpoints import make_checkpoint
 
-    folder = tmp_path_factory.mktemp("checkpoints")
-    make_checkpoint(folder / "tiny-lcm", lcm=True)
-    make_checkpoint(folder / "tiny-sd", lcm=False)
-    make_checkpoint(folder / "tiny-v", lcm=False, prediction_type="v_prediction")
-    make_checkpoint(
-        folder / "tiny-demo", lcm=True, prediction_type="v_prediction", three_levels=True
-    )
+    folder = shared / "checkpoints"
+    with FileLock(shared / "checkpoints.lock"):
+        if folder.exists():
+            return folder
+        make_checkpoint(folder / "tiny-lcm", lcm=True)
+        make_checkpoint(folder / "tiny-sd", lcm=False)
+        make_checkpoint(folder / "tiny-v", lcm=False, prediction_type="v_prediction")
+        make_checkpoint(
+            folder / "tiny-demo", lcm=True, prediction_type="v_prediction", three_levels=True
+        )
     return folder
 
 

@@ -21,6 +21,7 @@ from engines.drawing.runner import Runner
 from engines.errors import BundleError, CheckpointError
 from engines.order import Order
 from tests.engines.ldm import checkpoint_state, unet_state, vae_state
+from tests.engines.peers import Peer, assert_agree, draw_together, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -126,22 +127,18 @@ def test_a_tiny_vae_as_a_file(checkpoints: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_pictures_are_those_of_a_folder_with_these_weights(
-    backend: str, other: Path, checkpoints: Path, cache_dir: Path
+    backend: str, other: Path, checkpoints: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     base, unet = checkpoints / "tiny-sd", other / "unet" / WEIGHTS
     order = Order(str(base), backend, cache_dir=cache_dir, unet=str(unet), num_threads=1)
     runner = Runner.open(order)
-    recipe = runner.default_recipe(3, "a red circle", 3)
-    (ours,) = runner.draw([recipe])
+    wanted = recipe(num_steps=3, guidance_scale=3.0)
+    (ours,) = draw_together(runner, [wanted])
     assert runner.info.components == {"unet": "unet"}
     runner.close()
-    whole = Path(shutil.copytree(base, cache_dir / f"whole-{backend}"))
+    whole = Path(shutil.copytree(base, tmp_path / "whole"))
     shutil.copy(unet, whole / "unet" / WEIGHTS)
-    peer = Runner.open(Order(str(whole), backend, cache_dir=cache_dir, num_threads=1))
-    (theirs,) = peer.draw([recipe])
-    peer.close()
-    assert ours.pixels is not None
-    assert (ours.pixels == theirs.pixels).all()
+    assert_agree(ours, Peer(whole).draw(wanted), wanted)
 
 
 def test_a_bundle_says_what_is_in_it(other: Path, checkpoints: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,17 +81,17 @@ def test_a_tokenizer_saved_after_use_still_says_what_was_lost(
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(length=16)
     tokenizer.save(str(file))
-    used = Order(str(tmp_path / "used"), cache_dir=tmp_path)
-    for model in (
-        load_model(dataclasses.replace(used, backend="torch"), lambda *_: None),
-        load_model(dataclasses.replace(used, backend="onnxruntime"), lambda *_: None),
-    ):
-        plain = load_model(Order(str(checkpoints / "tiny-lcm"), "torch"), lambda *_: None)
-        for text in ("a", "word " * 50):
-            ids, num_lost = model.tokenize(text)
-            expected, expected_lost = plain.tokenize(text)
-            assert ids is not None
-            assert expected is not None
-            assert ids["input_ids"].tolist() == expected["input_ids"].tolist()
-            assert num_lost == expected_lost
-        assert num_lost > 100
+    used, plain = (
+        load_model(Order(str(folder), "torch"), lambda *_: None)
+        for folder in (tmp_path / "used", checkpoints / "tiny-lcm")
+    )
+    for text in ("a", "word " * 50):
+        ids, num_lost = used.tokenize(text)
+        expected, expected_lost = plain.tokenize(text)
+        assert ids is not None
+        assert expected is not None
+        assert ids["input_ids"].tolist() == expected["input_ids"].tolist()
+        assert num_lost == expected_lost
+    assert num_lost > 100
+    kept = [model.tokenizers["tokenizer"].to_str() for model in (used, plain)]
+    assert kept[0] == kept[1], "as a bundle has it"

@@ -17,14 +17,13 @@ from engines.build.source import Overrides
 from engines.drawing.runner import Runner
 from engines.order import Order
 from tests.engines.checkpoints import make_checkpoint, make_xl_checkpoint
-from tests.engines.conftest import BACKENDS
 from tests.engines.drawing.test_agreement import _image
 from tests.engines.drawing.test_inpainting import WAYS, _mask, masked
 from tests.engines.ldm import checkpoint_state
 from tests.engines.peers import Peer, assert_agree, draw_together, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-NAMES = ("sd", "sdxl")
+KINDS = [("sd", "torch"), ("sd", "onnxruntime"), ("sdxl", "torch")]
 SAMPLERS = ("ddim", "lcm", "euler", "euler_ancestral", "tcd", "dpmpp_2m")
 MASKED = [masked(*WAYS[k % 4], sampler=sampler) for k, sampler in enumerate(SAMPLERS)]
 OTHERS = [
@@ -53,8 +52,7 @@ def runners(folders: dict[str, Path], cache_dir: Path) -> Iterator[dict[tuple[st
                 num_threads=1,
             )
         )
-        for name in NAMES
-        for backend in BACKENDS
+        for name, backend in KINDS
     }  # fmt: skip
     yield opened
     for runner in opened.values():
@@ -66,8 +64,7 @@ def peers(folders: dict[str, Path]) -> dict[str, Peer]:
     return {name: Peer(folder) for name, folder in folders.items()}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "backend"), KINDS)
 def test_alone(
     name: str, backend: str, runners: dict[tuple[str, str], Runner], peers: dict[str, Peer]
 ) -> None:
@@ -77,8 +74,7 @@ def test_alone(
         assert_agree(ours, peers[name].draw(wanted), wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "backend"), KINDS)
 def test_among_others(
     name: str, backend: str, runners: dict[tuple[str, str], Runner], peers: dict[str, Peer]
 ) -> None:
