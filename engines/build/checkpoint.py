@@ -77,14 +77,14 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     folder, dtype = described_in(source, overrides), getattr(torch, DTYPES[precision])
     name = pipeline_class(folder)
     known = family_of(name).COMPONENTS
+    own = {each: known[each] for each in known if each not in overrides.components}
+    known = {**known, TINY_VAE: (TINY_CLASS,)}  # beside those that the pipeline has
     for each in overrides.components:
         if each not in known:
             raise CheckpointError(
                 f"{source} is a {name}, which has no {each} but {', '.join(known)}: leave --{each} "
                 "out"
             )
-    own = {each: known[each] for each in known if each not in overrides.components}
-    known = {**known, TINY_VAE: (TINY_CLASS,)}
     _check_components(folder, own)
     put = {
         each: load_component(each, path, known[each], folder, dtype)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 from engines.build.source import ARCHITECTURES
-from tests.engines.checkpoints import SCHEDULE, make_tokenizer
+from tests.engines.checkpoints import SCHEDULE, make_t5_tokenizer, make_tokenizer
 
-# Of the published UNets, to 0.1 %: LCM Dreamshaper v7 with its guidance embedding, SDXL base 1.0.
+# Of the published denoisers, to 0.1 %: LCM Dreamshaper v7 with its guidance embedding, SDXL base
+# 1.0, PixArt-XL-2-1024-MS.
 SD15_LCM_PARAMETERS = 859_600_000
 SDXL_PARAMETERS = 2_567_000_000
+PIXART_PARAMETERS = 611_300_000
 
 
 def make_sd15_lcm(folder: Path) -> None:
@@ -83,4 +85,33 @@ def make_sdxl(folder: Path) -> None:
         text_encoder_2=CLIPTextModelWithProjection(text_config("text_encoder_2")),
         tokenizer=first, tokenizer_2=second, unet=unet,
         scheduler=LCMScheduler(**SCHEDULE), force_zeros_for_empty_prompt=True,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def make_pixart(folder: Path) -> None:
+    """Write a random checkpoint with the configs of PixArt-LCM-XL-2-1024-MS, but for its T5-XXL: of
+    that one layer of 24, for its 4.8 billion parameters fit no small machine.
+    """
+    import torch
+    from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    text = T5EncoderModel(
+        T5Config(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    transformer = PixArtTransformer2DModel(
+        sample_size=128, cross_attention_dim=1152, caption_channels=4096
+    )
+    count = sum(weight.numel() for weight in transformer.parameters())
+    assert abs(count - PIXART_PARAMETERS) < 1e-3 * PIXART_PARAMETERS, count
+    base = ARCHITECTURES / "stable-diffusion-v1-5"  # its VAE is Stable Diffusion's
+    PixArtAlphaPipeline(
+        tokenizer=make_t5_tokenizer(), text_encoder=text, transformer=transformer,
+        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(base / "vae")),
+        scheduler=LCMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     ).save_pretrained(folder)  # fmt: skip

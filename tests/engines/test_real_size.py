@@ -2,7 +2,7 @@
 
 By hand, with the figures as a Markdown table on stdout:
 
-    python -m tests.engines.test_real_size sd15-lcm|sdxl [FOLDER]
+    python -m tests.engines.test_real_size sd15-lcm|sdxl|pixart [FOLDER]
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Architecture:
     drawn_from: str  # the folder of a bundle, or of the checkpoint itself
     plans: Sequence[str]  # options of `fourstep build`
     max_peak_gb: float
+    denoiser: str = "unet"  # of the pipeline
 
 
 ARCHITECTURES = {
@@ -56,6 +57,16 @@ ARCHITECTURES = {
         drawn_from="sdxl-random",
         plans=("--max-batch", "1"),
         max_peak_gb=22.0,
+    ),
+    "pixart": Architecture(
+        maker="make_pixart",
+        size="1024x1024",
+        precisions=("fp16",),
+        draw=("--engine", "torch", "--precision", "bf16"),
+        drawn_from="pixart-random",
+        plans=("--max-batch", "1"),
+        max_peak_gb=12.0,
+        denoiser="transformer",
     ),
 }
 
@@ -130,7 +141,7 @@ def test_real_size(name: str, tmp_path: Path) -> None:
     results = run_all(name, tmp_path)
     print(as_table(results))
     assert all(result.peak_gb < wanted.max_peak_gb for result in results)
-    weights = unet_weights(tmp_path / f"{name}-random" / "unet")
+    weights = weights_of(tmp_path / f"{name}-random", wanted.denoiser)
     for bundle in (*wanted.precisions, "plans"):
         graph = onnx.load(tmp_path / bundle / "denoiser.onnx", load_external_data=False).graph
         assert weights <= {weight.name for weight in graph.initializer}, bundle
@@ -141,12 +152,12 @@ def test_real_size(name: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-def unet_weights(folder: Path) -> set[str]:
+def weights_of(folder: Path, component: str) -> set[str]:
     """The names of a diffusers folder's, as an exported denoiser has them."""
     names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in (folder / component).glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            names |= {f"unet.{name}" for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            names |= {f"{component}.{name}" for name in opened.keys()}  # noqa: SIM118 (no mapping)
     return names
 
 

@@ -28,7 +28,7 @@ from engines.facts import Facts
 from engines.families import pixart
 from engines.families.recipe import Blend, Recipe
 from engines.order import Order
-from tests.engines.checkpoints import make_lora, make_pixart_checkpoint
+from tests.engines.checkpoints import make_lora, make_pixart_checkpoint, with_scheduler
 from tests.engines.peers import Peer, Result, assert_agree, draw_together, psnr_db
 from tests.engines.peers import recipe as plain_recipe
 
@@ -117,6 +117,24 @@ def test_a_model_that_is_told_the_size(cache_dir: Path, tmp_path: Path) -> None:
     ]
     for each, ours in zip(wanted, draw_together(kin, wanted), strict=True):
         assert_agree(ours, others.draw(each), each)
+
+
+ALPHA = {  # of PixArt-XL-2-1024-MS
+    "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++",
+    "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "solver_order": 2,
+    "solver_type": "midpoint", "lower_order_final": True, "prediction_type": "epsilon",
+    "timestep_spacing": "linspace", "variance_type": None, "thresholding": False,
+}  # fmt: skip
+
+
+def test_alpha_with_its_own_scheduler(folder: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """Of many steps, with guidance."""
+    checkpoint = with_scheduler(ALPHA, folder, tmp_path / "alpha")
+    kin = open_runner(checkpoint, "torch", cache_dir)
+    own = kin.default_recipe(seed=3, prompt="a red cube", num_steps=kin.info.default_num_steps)
+    assert (own.sampler, own.num_steps, own.guidance_scale) == ("dpmpp_2m", 20, 4.5)
+    (ours,) = draw_together(kin, [own])
+    assert_agree(ours, Peer(checkpoint).draw(own), own)
 
 
 def test_sigma(cache_dir: Path, tmp_path: Path) -> None:
@@ -222,7 +240,7 @@ def test_a_lora_of_another_family_is_refused(
     folder: Path, checkpoints: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     make_lora(checkpoints / "tiny-sd", tmp_path, ["to_q"])
-    with pytest.raises(CheckpointError, match=r"which this model has not .*made for another"):
+    with pytest.raises(CheckpointError, match=r"which tiny-pixart has not .*made for another"):
         open_runner(folder, "torch", cache_dir, loras={"it": tmp_path})
 
 
