@@ -30,6 +30,7 @@ def count_flops(path: Path, sizes: Mapping[str, int]) -> int:
     Raises:
         ValueError: a shape that the file does not tell, or a symbol without a value.
     """
+    sizes = {"chunks": 1, **sizes}  # of texts that fill one window
     graph = _concrete(onnx.load(path, load_external_data=False), sizes).graph
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):

@@ -51,10 +51,9 @@ def app(
 # Beyond what a document says of each field: rules that join fields, or come from the model. Each
 # of them stands word for word in test_bad_input.
 JOINED = {
-    "background", "crops_coords_top_left", "guidance_scale", "image", "images", "loras", "mask",
-    "num_inference_steps", "original_size",
-    "output_compression", "partial_images", "prompt", "seed", "size", "strength",
-    "target_size", "timesteps",
+    "background", "crops_coords_top_left", "decoder", "guidance_scale", "image", "images", "loras",
+    "mask", "num_inference_steps", "original_size", "output_compression", "partial_images",
+    "prompt", "seed", "size", "strength", "target_size", "timesteps",
 }  # fmt: skip
 
 
