@@ -19,7 +19,9 @@ from engines.order import Order
 
 OUTPUTS = {
     "text_encoder.prompt_embeds", "denoiser.next_sample", "denoiser.denoised",
-    "vae_decoder.pixels", "vae_decoder.pixel_sums", "vae_encoder.mean", "vae_encoder.std",
+    "vae_decoder.pixels", "vae_decoder.pixel_sums", "vae_decoder.image",
+    "tiny_vae_decoder.pixels", "tiny_vae_decoder.pixel_sums", "tiny_vae_decoder.image",
+    "vae_encoder.mean", "vae_encoder.std",
 }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_mixed_in_one_batch(runner: Runner, peer: Peer) -> None:
 
 def test_a_model_that_is_told_the_size(cache_dir: Path, tmp_path: Path) -> None:
     checkpoint = make_pixart_checkpoint(tmp_path / "told", sample_size=128)
-    kin, others = open_runner(checkpoint, "onnxruntime", cache_dir), Peer(checkpoint)
+    kin, others = open_runner(checkpoint, "torch", cache_dir), Peer(checkpoint)
     wanted = [
         recipe(width_px=1024, height_px=1024, num_steps=2),
         recipe(width_px=1536, height_px=528, num_steps=1),  # drawn at 1728 x 576

@@ -40,7 +40,7 @@ def http(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[TestClient]:
 
 
 @pytest.fixture(scope="module")
-def shared(
+def service(
     lcm_checkpoint: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestClient]:
     """A service with keys that pages of SHOP may use."""
@@ -132,20 +132,20 @@ def test_other_origins_are_told_nothing_by_default(http: TestClient) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_pages_of_a_named_origin_may_draw(shared: TestClient) -> None:
+def test_pages_of_a_named_origin_may_draw(service: TestClient) -> None:
     asked = "authorization,content-type,x-request-timeout,x-stainless-lang"
     preflight = {
         "origin": SHOP,
         "access-control-request-method": "POST",
         "access-control-request-headers": asked,
     }
-    answer = shared.options("/v1/images/generations", headers=preflight)  # browsers send no key
+    answer = service.options("/v1/images/generations", headers=preflight)  # browsers send no key
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == SHOP
     assert "POST" in answer.headers["access-control-allow-methods"]
     assert answer.headers["access-control-allow-headers"] == asked
     headers = {"origin": SHOP, "authorization": f"Bearer {KEY}"}
-    answer = shared.post("/v1/images/generations", json=IMAGE, headers=headers)
+    answer = service.post("/v1/images/generations", json=IMAGE, headers=headers)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == SHOP
     assert answer.headers["access-control-expose-headers"] == ", ".join(EXPOSED)
@@ -158,20 +158,20 @@ def test_pages_of_a_named_origin_may_draw(shared: TestClient) -> None:
     ids=["key", "size"],
 )
 def test_a_page_can_read_why_it_was_refused(
-    shared: TestClient, key: str, size: int, status: int
+    service: TestClient, key: str, size: int, status: int
 ) -> None:
     headers = {"origin": SHOP, "authorization": f"Bearer {key}"}
-    answer = shared.post("/v1/images/generations", content=b"x" * size, headers=headers)
+    answer = service.post("/v1/images/generations", content=b"x" * size, headers=headers)
     assert answer.status_code == status
     assert answer.headers["access-control-allow-origin"] == SHOP
 
 
-def test_pages_of_other_origins_may_not(shared: TestClient) -> None:
+def test_pages_of_other_origins_may_not(service: TestClient) -> None:
     preflight = {"origin": "https://evil.example", "access-control-request-method": "POST"}
-    answer = shared.options("/v1/images/generations", headers=preflight)
+    answer = service.options("/v1/images/generations", headers=preflight)
     assert answer.status_code == 400
     assert "access-control-allow-origin" not in answer.headers
-    answer = shared.get("/v1/models", headers={"origin": "https://evil.example"})
+    answer = service.get("/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
 
 
