@@ -177,7 +177,7 @@ def test_what_is_no_tiny_vae_of_this_model_is_refused(checkpoints: Path, tmp_pat
 
 
 def test_a_bundle_keeps_it_and_the_default(
-    checkpoints: Path, tiny_vae: Path, tmp_path: Path
+    checkpoints: Path, cache_dir: Path, tiny_vae: Path, tmp_path: Path
 ) -> None:
     overrides = Overrides({"tiny_vae": tiny_vae})
     base, defaults = checkpoints / "tiny-sd", Defaults(decoder="tiny")
@@ -185,7 +185,7 @@ def test_a_bundle_keeps_it_and_the_default(
     with pytest.raises(InvalidInput, match="decoder is 'tiny'; tiny-sd is loaded with full"):
         build_bundle(Blueprint(base, defaults=defaults), tmp_path / "none", lambda *_: None)
     blueprint = Blueprint(base, defaults=defaults, overrides=overrides)
-    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None)
+    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None, cache_dir)
     runner = Runner.open(Order(str(bundle.folder), num_threads=1))
     assert runner.info.decoders == ("full", "tiny")
     assert runner.default_recipe(0).decoder == "tiny"
