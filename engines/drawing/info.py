@@ -50,6 +50,9 @@ class ModelInfo:
     decoders: tuple[str, ...]
     default_decoder: str
     embeddings: Mapping[str, str]  # names of files that words of a prompt stand for, by word
+    default_num_frames: int = 1  # of a clip
+    max_num_frames: int = 1
+    frames_per_second: int = 0  # at which its clips are shown; 0: it draws pictures
 
     def timesteps_for(self, sampler: str, num_steps: int) -> tuple[int, ...] | None:
         """Where a row draws that names no timesteps; None: as the sampler spaces them."""

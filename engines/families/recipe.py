@@ -21,7 +21,8 @@ class Recipe:
     """``image`` (uint8 ``[H, W, 3]``) makes it image-to-image.
 
     With a ``mask`` (bool ``[H, W]``, of an image) only what is True there is drawn anew.
-    ``timesteps`` are ``num_steps`` long; None leaves them to the sampler.
+    ``timesteps`` are ``num_steps`` long; None leaves them to the sampler. ``num_frames`` is 1 but
+    for models that draw clips.
     """
 
     prompt: str
@@ -38,6 +39,7 @@ class Recipe:
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     num_previews: int = 0
+    num_frames: int = 1
     loras: Mapping[str, float] = field(default_factory=dict)  # name → λ, of those allowed
     decoder: str = "full"  # of `Facts.decoders`
     # SDXL's size conditioning in pixels, height before width; None: the size drawn, and no crop.

@@ -20,7 +20,7 @@ from service.web.events import EventStream
 from service.web.image_cache import CachedRows, ImageCache, image_keys
 from service.web.image_files import ImageFiles
 from service.web.images import MEDIA_TYPES, to_base64
-from service.web.job import EncodedImage, Job, flags, withheld_warnings
+from service.web.job import EncodedAs, EncodedImage, Job, flags, withheld_warnings
 from service.web.schema import ImageParams
 
 T = TypeVar("T")
@@ -68,8 +68,8 @@ class Answers:
             await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
         job = Job(
             self._replica,
-            params,
             admitted,
+            EncodedAs(params, admitted, self._replica),
             request_id=exchange.request_id,
             tenant=exchange.tenant,
             deadline=deadline,

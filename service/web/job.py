@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
+
+import numpy as np
 
 from service.access.quota import Tenant
 from service.access.safety import PolicyViolation
@@ -23,6 +25,7 @@ from service.web.image_cache import CachedRows
 from service.web.images import encode_image
 from service.web.schema import ImageParams
 
+Encode = Callable[[np.ndarray, int, bool], bytes]
 DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
 
 
@@ -44,7 +47,9 @@ class EncodedImage:
 class Job:
     """One accepted request as its handler sees it. Use as an async context manager.
 
-    What ``cached_rows`` has is not drawn; with all of them nothing is submitted to the engine.
+    ``encode`` makes a file of pixels (uint8 ``[H, W, 3]``, of a clip ``[F, H, W, 3]``), a row's
+    index, and whether they are final; it is called in workers. What ``cached_rows`` has is not
+    drawn; with all of them nothing is submitted to the engine.
 
     ``deadline`` is on the engine loop's clock; a ``live`` job gives way to others. Raises on entry
     what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
@@ -53,8 +58,8 @@ class Job:
     def __init__(
         self,
         replica: Replica,
-        params: ImageParams,
         admitted: Admitted,
+        encode: Encode,
         *,
         request_id: str,
         tenant: Tenant,
@@ -63,8 +68,8 @@ class Job:
         live: bool = False,
     ) -> None:
         self._replica = replica
-        self._params = params
         self._admitted = admitted
+        self._encode_file = encode
         self._tenant = tenant
         self._mailbox = replica.mailbox()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
@@ -92,7 +97,7 @@ class Job:
         ]
 
     async def __aenter__(self) -> Job:
-        quotas, num_images = self._replica.quotas, len(self._admitted.drawings)
+        quotas, num_images = self._replica.quotas, self._admitted.num_images
         quotas.take(self._tenant, num_images)  # cached images count: what a key gets is bounded
         try:
             if self.request.rows:
@@ -109,7 +114,7 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         self._replica.loop.cancel(self.request)  # no effect once it is resolved
-        self._replica.quotas.give_back(self._tenant, len(self._admitted.drawings))
+        self._replica.quotas.give_back(self._tenant, self._admitted.num_images)
 
     async def items(self) -> AsyncIterator[EncodedImage]:
         """Previews and images, each as soon as it is encoded.
@@ -124,7 +129,7 @@ class Job:
         withheld: list[EncodedImage] = []
         any_passed, any_previewed = bool(self._cached), False
         for image in self._cached:
-            self._replica.metrics.image(self._admitted.width, self._admitted.height, None)
+            self._count(None)
             yield image
         while not isinstance(item := await self._next(), Resolved):
             image = await asyncio.wrap_future(item)
@@ -187,24 +192,38 @@ class Job:
         if self._replica.safety is not None:
             pixels, filtered = self._replica.safety.screen(pixels, "image" if final else "preview")
         begun = self._replica.loop.clock()
-        text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
-        data = encode_image(
-            pixels,
-            self._params.output_format,
-            self._replica.settings,
-            quality=self._params.output_compression,
-            text=text if final else None,
-        )
+        data = self._encode_file(pixels, event.row_index, final)
         seconds = self._replica.loop.clock() - begun
         self.request.timings.image_encode_s += seconds
         if self.request.records is not None:
             self.request.records.append(StageRecord("image_encode", begun, seconds))
         if final and not filtered:
-            self._replica.metrics.image(self._admitted.width, self._admitted.height, seconds)
+            self._count(seconds)
             if self._cached_rows is not None:
                 self._cached_rows.put(event.row_index, data)
         preview_index = event.preview_index if isinstance(event, Preview) else None
         return EncodedImage(event.row_index, preview_index, data, filtered)
+
+    def _count(self, encode_s: float | None) -> None:
+        admitted = self._admitted
+        self._replica.metrics.image(admitted.width, admitted.height, encode_s)
+
+
+class EncodedAs:
+    """How the images of a request become files: an `Encode`."""
+
+    def __init__(self, params: ImageParams, admitted: Admitted, replica: Replica) -> None:
+        self._params, self._admitted, self._replica = params, admitted, replica
+
+    def __call__(self, pixels: np.ndarray, row_index: int, final: bool) -> bytes:
+        text = parameters_text(self._params, self._admitted, row_index, self._replica)
+        return encode_image(
+            pixels[0] if pixels.ndim == 4 else pixels,  # a clip of one frame is an image
+            self._params.output_format,
+            self._replica.settings,
+            quality=self._params.output_compression,
+            text=text if final else None,
+        )
 
 
 def flags(image: EncodedImage) -> dict[str, bool]:
