@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from service.web.image_cache import CachedRows
 from service.web.images import encode_image
 from service.web.schema import ImageParams
 
-Encode = Callable[[np.ndarray, int, bool], bytes]
 DEADLINE_GRACE_S = 1.0  # the engine loop itself is first to say that a deadline has passed
 
 
@@ -44,12 +44,20 @@ class EncodedImage:
     cached: bool = False
 
 
+class Encoding(Protocol):
+    """How what is drawn for a request becomes files. Called in workers."""
+
+    def encode(self, pixels: np.ndarray, row_index: int, *, final: bool) -> bytes:
+        """A file of uint8 ``[H, W, 3]``, of a model of clips ``[F, H, W, 3]``."""
+
+    def count(self, encode_s: float | None) -> None:
+        """One has been made for delivery; None: for an earlier request."""
+
+
 class Job:
     """One accepted request as its handler sees it. Use as an async context manager.
 
-    ``encode`` makes a file of pixels (uint8 ``[H, W, 3]``, of a clip ``[F, H, W, 3]``), a row's
-    index, and whether they are final; it is called in workers. What ``cached_rows`` has is not
-    drawn; with all of them nothing is submitted to the engine.
+    What ``cached_rows`` has is not drawn; with all of them nothing is submitted to the engine.
 
     ``deadline`` is on the engine loop's clock; a ``live`` job gives way to others. Raises on entry
     what `Quotas.take` and `EngineLoop.submit` raise: nothing was accepted then.
@@ -59,7 +67,7 @@ class Job:
         self,
         replica: Replica,
         admitted: Admitted,
-        encode: Encode,
+        encoding: Encoding,
         *,
         request_id: str,
         tenant: Tenant,
@@ -69,7 +77,7 @@ class Job:
     ) -> None:
         self._replica = replica
         self._admitted = admitted
-        self._encode_file = encode
+        self._encoding = encoding
         self._tenant = tenant
         self._mailbox = replica.mailbox()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
@@ -129,7 +137,7 @@ class Job:
         withheld: list[EncodedImage] = []
         any_passed, any_previewed = bool(self._cached), False
         for image in self._cached:
-            self._count(None)
+            self._encoding.count(None)
             yield image
         while not isinstance(item := await self._next(), Resolved):
             image = await asyncio.wrap_future(item)
@@ -192,30 +200,26 @@ class Job:
         if self._replica.safety is not None:
             pixels, filtered = self._replica.safety.screen(pixels, "image" if final else "preview")
         begun = self._replica.loop.clock()
-        data = self._encode_file(pixels, event.row_index, final)
+        data = self._encoding.encode(pixels, event.row_index, final=final)
         seconds = self._replica.loop.clock() - begun
         self.request.timings.image_encode_s += seconds
         if self.request.records is not None:
             self.request.records.append(StageRecord("image_encode", begun, seconds))
         if final and not filtered:
-            self._count(seconds)
+            self._encoding.count(seconds)
             if self._cached_rows is not None:
                 self._cached_rows.put(event.row_index, data)
         preview_index = event.preview_index if isinstance(event, Preview) else None
         return EncodedImage(event.row_index, preview_index, data, filtered)
 
-    def _count(self, encode_s: float | None) -> None:
-        admitted = self._admitted
-        self._replica.metrics.image(admitted.width, admitted.height, encode_s)
 
-
-class EncodedAs:
-    """How the images of a request become files: an `Encode`."""
+class AsImages:
+    """The `Encoding` of a request for images."""
 
     def __init__(self, params: ImageParams, admitted: Admitted, replica: Replica) -> None:
         self._params, self._admitted, self._replica = params, admitted, replica
 
-    def __call__(self, pixels: np.ndarray, row_index: int, final: bool) -> bytes:
+    def encode(self, pixels: np.ndarray, row_index: int, *, final: bool) -> bytes:
         text = parameters_text(self._params, self._admitted, row_index, self._replica)
         return encode_image(
             pixels[0] if pixels.ndim == 4 else pixels,  # a clip of one frame is an image
@@ -224,6 +228,9 @@ class EncodedAs:
             quality=self._params.output_compression,
             text=text if final else None,
         )
+
+    def count(self, encode_s: float | None) -> None:
+        self._replica.metrics.image(self._admitted.width, self._admitted.height, encode_s)
 
 
 def flags(image: EncodedImage) -> dict[str, bool]:

@@ -65,7 +65,7 @@ async def parse_generation(request: Request, settings: Settings) -> GenerationRe
     check_plain(request)
     media_type, options = content_type(request, default=JSON)
     if media_type != JSON:
-        raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be {JSON}")
+        raise BadRequest(f"the Content-Type is {shown(media_type)}; it must be {JSON}")
     check_charset(options)
     body = await read_body(request, max_json_bytes(settings.max_prompt_chars))
     return from_json(body, GenerationRequest, settings)
@@ -95,7 +95,7 @@ def check_charset(options: dict[bytes, bytes]) -> None:
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
         raise BadRequest(
-            f"the Content-Type says that the body is {_shown(charset)}; JSON is read as UTF-8, "
+            f"the Content-Type says that the body is {shown(charset)}; JSON is read as UTF-8, "
             "send it as that"
         )
 
@@ -105,7 +105,7 @@ def check_plain(request: Request) -> None:
     coding = request.headers.get("content-encoding", "identity").strip()
     if coding.lower() not in ("", "identity"):
         raise BadRequest(
-            f"the Content-Encoding is {_shown(coding)}; compressed bodies are not read, send it "
+            f"the Content-Encoding is {shown(coding)}; compressed bodies are not read, send it "
             "uncompressed and without that header"
         )
 
@@ -199,12 +199,12 @@ def _check_values(body: bytes) -> None:
 def _decoded(text: str, field: str) -> bytes:
     """The bytes of base64 text, bare or in a ``data:`` URL; its media type is not believed."""
     head, comma, payload = text.partition(",")
-    shown = _shown(text[:MAX_SHOWN_CHARS])
+    head_of_it = shown(text[:MAX_SHOWN_CHARS])
     if not comma and ":" not in head:
         payload = head
     elif not re.match(r"data:.*;base64$", head, re.IGNORECASE):
         raise BadRequest(
-            f"{field} is {shown}; this service fetches no URL, send the image itself in "
+            f"{field} is {head_of_it}; this service fetches no URL, send the image itself in "
             "base64 or as data:image/png;base64,...",
             param=field,
         )
@@ -212,7 +212,7 @@ def _decoded(text: str, field: str) -> bytes:
         return base64.b64decode("".join(payload.split()), validate=True)  # some wrap their lines
     except ValueError as error:
         raise BadRequest(
-            f"{field} is {shown}, which is not base64; send the whole file, encoded with padding",
+            f"{field} is {head_of_it}, which is not base64; send the whole file, encoded with padding",
             param=field,
         ) from error
 
@@ -274,7 +274,7 @@ async def read_form(request: Request, whose: str = "") -> FormData:
     media_type, options = content_type(request)
     if media_type != "multipart/form-data":
         raise BadRequest(
-            f"the Content-Type is {_shown(media_type)}; it must be multipart/form-data{whose}, or "
+            f"the Content-Type is {shown(media_type)}; it must be multipart/form-data{whose}, or "
             f"{JSON}"
         )
     boundary = options.get(b"boundary", b"").decode("latin-1")
@@ -323,7 +323,7 @@ def bad_request(error: ValidationError, model: type[Input]) -> BadRequest:
         return BadRequest(f"{where} is required", param=where, code="missing_required_parameter")
     if not where:
         return BadRequest(f"the body is not a JSON object of parameters: {first['msg']}")
-    return BadRequest(f"{where} is {_shown(first['input'])}: {_plain(first['msg'])}", param=where)
+    return BadRequest(f"{where} is {shown(first['input'])}: {plain(first['msg'])}", param=where)
 
 
 def cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
@@ -331,11 +331,11 @@ def cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
     return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     return cut(json.dumps(value, ensure_ascii=False, default=str), MAX_SHOWN_CHARS)
 
 
-def _plain(message: str) -> str:
+def plain(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 

@@ -44,8 +44,7 @@ async def parse_video(request: Request, settings: Settings) -> VideoParams:
         return params
     form = await read_form(request)
     try:
-        form = _without_reference(form)
-        fields, _ = sort_parts(form, settings, VideoForm, {})
+        fields, _ = sort_parts(_without_reference(form), settings, VideoForm, {})
     finally:
         await form.close()
     try:
