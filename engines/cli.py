@@ -23,6 +23,7 @@ from engines.options import (
     GuidanceOption,
     LoraOption,
     ModelArgument,
+    MotionOption,
     PrecisionOption,
     SamplerOption,
     SchedulerOption,
@@ -95,6 +96,7 @@ def build(
     unet: UnetOption = "",
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
+    motion_adapter: MotionOption = "",
     vae_tiling_px: TilingOption = 0,
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
@@ -143,6 +145,7 @@ def build(
         Order(
             model, unet=unet, vae=vae, tiny_vae=tiny_vae, scheduler=parse_options(scheduler),
             architecture=architecture, embeddings=parse_embeddings(embedding),
+            motion_adapter=motion_adapter,
         )
     )  # fmt: skip
     blueprint = Blueprint(sources.model, precision, target, fused, defaults, sources.overrides)
@@ -201,6 +204,7 @@ def verify(
     unet: UnetOption = "",
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
+    motion_adapter: MotionOption = "",
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
@@ -213,7 +217,7 @@ def verify(
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
         tiny_vae=tiny_vae, scheduler=parse_options(scheduler), architecture=architecture,
-        embeddings=parse_embeddings(embedding),
+        embeddings=parse_embeddings(embedding), motion_adapter=motion_adapter,
     )  # fmt: skip
     exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
     truth, built = load_model(exact, show_progress), load_model(order, show_progress)
@@ -242,12 +246,15 @@ def verify(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="PNG file to write; of a clip .webp or .gif.")
+    ],
     model: Annotated[str, typer.Option(help="As of `build`.")] = "demo-lcm",
     engine: EngineOption = "auto",
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT; default: the model's.")] = "",
+    num_frames: Annotated[int, typer.Option(help="Of a clip; 0: the model's default.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoise calls; 0: the model's default.")] = 0,
     timesteps: Annotated[str, typer.Option(help="As of `build`.")] = "",
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
@@ -262,16 +269,16 @@ def generate(
     unet: UnetOption = "",
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
+    motion_adapter: MotionOption = "",
     vae_tiling_px: TilingOption = 0,
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
-    """Draw one image without a server."""
-    from PIL import Image
-
+    """Draw one image or clip without a server."""
     from engines.drawing.runner import Runner
+    from engines.drawing.saving import check_name, save
 
     begun = time.monotonic()
     paths, weights = parse_loras(lora)
@@ -280,9 +287,11 @@ def generate(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
         tiny_vae=tiny_vae, vae_tiling_px=vae_tiling_px, scheduler=parse_options(scheduler),
         architecture=architecture, embeddings=parse_embeddings(embedding),
+        motion_adapter=motion_adapter,
     )  # fmt: skip
     runner = Runner.open(order, progress=show_progress)
     loaded = time.monotonic()
+    check_name(out, runner.info.frames_per_second)
     num_steps = steps or len(named or ()) or runner.info.default_num_steps
     recipe = runner.default_recipe(seed, prompt, num_steps)
     sampler = sampler or recipe.sampler
@@ -296,14 +305,14 @@ def generate(
     }
     if size:
         changes["width_px"], changes["height_px"] = parse_size(size)
+    if num_frames:
+        changes["num_frames"] = num_frames
     if guidance is not None:
         changes["guidance_scale"] = guidance
     drawing = runner.draw([dataclasses.replace(recipe, **changes)])[0]
     assert drawing.pixels is not None, "draw() finishes what it starts"
     drawn = time.monotonic()
-    partial = out.with_name(f".{out.name}.partial")
-    Image.fromarray(drawing.pixels).save(partial, "PNG")
-    partial.replace(out)
+    save(drawing.pixels, out, runner.info.frames_per_second)
     typer.echo(f"{out}: loaded in {loaded - begun:.1f} s, drawn in {drawn - loaded:.2f} s")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 DECODERS = ("full", "tiny")  # a model's own VAE, and a tiny one beside it
 TINY_VAE = "tiny_vae"  # name of the component that decodes beside the model's own VAE
+MOTION_ADAPTER = "motion_adapter"  # of the one that makes a UNet of pictures one of clips
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,9 @@ class Facts:
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
     default_decoder: str = "full"  # one of `decoders`
     gives_image: bool = True  # its decoders do, before it is rounded: what tiles need
+    default_num_frames: int = 1  # of a clip
+    max_num_frames: int = 1
+    frames_per_second: int = 0  # at which its clips are shown; 0: it draws pictures
     told_size: bool = False  # its denoiser is told the size that is drawn
     # Height and width by their ratio: what it draws from text at, see `drawn_size`.
     aspect_bins: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -90,6 +94,11 @@ class Facts:
         nearest = min(self.aspect_bins, key=lambda ratio: abs(float(ratio) - wanted))
         height, width = self.aspect_bins[nearest]
         return width, height
+
+    @property
+    def draws_clips(self) -> bool:
+        """Whether its latents have an axis of frames, and what it draws as well."""
+        return self.frames_per_second > 0
 
     @property
     def max_tokens(self) -> int:

@@ -62,6 +62,14 @@ TinyVaeOption = Annotated[
         envvar="FOURSTEP_TINY_VAE",
     ),
 ]
+MotionOption = Annotated[
+    str,
+    typer.Option(
+        help="Motion adapter (AnimateDiff, AnimateLCM) that makes Stable Diffusion draw clips: "
+        "folder, file or hub id.",
+        envvar="FOURSTEP_MOTION_ADAPTER",
+    ),
+]
 TilingOption = Annotated[
     int,
     typer.Option(

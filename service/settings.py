@@ -56,6 +56,11 @@ class Settings(BaseSettings):
         description="folder, file or hub id of a tiny VAE beside the model's: the decoder `tiny`, "
         "by which previews are made too; the demo models bring theirs",
     )
+    motion_adapter: str | None = Field(
+        None,
+        description="folder, file or hub id of a motion adapter (AnimateDiff, AnimateLCM): "
+        "Stable Diffusion draws clips",
+    )
     vae_tiling_px: int = Field(
         0,
         ge=0,
@@ -248,6 +253,7 @@ class Settings(BaseSettings):
             unet=self.unet,
             vae=self.vae,
             tiny_vae=self.tiny_vae,
+            motion_adapter=self.motion_adapter,
             vae_tiling_px=self.vae_tiling_px,
             scheduler=self.scheduler,
             architecture=self.architecture,

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.build import motion
 from engines.build.component import TINY_CLASS, check_tiny_vae, load_component
 from engines.build.embeddings import load_embeddings
 from engines.build.folder import read_json, variant_of
 from engines.build.single_file import architecture_of, load_checkpoint, read_header, strange_input
-from engines.build.source import NO_OVERRIDES, Overrides, name_of
+from engines.build.source import COMPONENTS, NO_OVERRIDES, Overrides, name_of
 from engines.errors import CheckpointError, reason_of
-from engines.facts import TINY_VAE, Facts
+from engines.facts import MOTION_ADAPTER, TINY_VAE, Facts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,32 +71,43 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from engines.families import family_of
+    from engines.families import animatediff, family_of
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     folder, dtype = described_in(source, overrides), getattr(torch, DTYPES[precision])
     name = pipeline_class(folder)
     known = family_of(name).COMPONENTS
+    described = read_json(folder / "model_index.json")
     own = {each: known[each] for each in known if each not in overrides.components}
+    if "unet" in own and motion.has_motion(described):
+        own.pop(MOTION_ADAPTER, None)  # its UNet has the weights of one
     known = {**known, TINY_VAE: (TINY_CLASS,)}  # beside those that the pipeline has
+    if motion.takes_adapter(name):
+        known[MOTION_ADAPTER] = animatediff.COMPONENTS[MOTION_ADAPTER]
     for each in overrides.components:
         if each not in known:
             raise CheckpointError(
-                f"{source} is a {name}, which has no {each} but {', '.join(known)}: leave --{each} "
-                "out"
+                f"{source} is a {name}, which has no {each} but {', '.join(known)}: leave "
+                f"--{each.replace('_', '-')} out"
             )
     _check_components(folder, own)
     put = {
         each: load_component(each, path, known[each], folder, dtype)
         for each, path in overrides.components.items()
     }
-    described = read_json(folder / "model_index.json")
-    absent = {each: None for each in (*UNUSED, *put) if each in described}
+    unread = [each for each in COMPONENTS if each not in own]
+    absent = {each: None for each in (*UNUSED, *unread) if each in described}
     if source.is_file():
         pipeline = load_checkpoint(source, name, folder, absent, dtype)
     else:
         pipeline = _of_folder(folder, name, own, absent, dtype)
+    adapter = put.pop(MOTION_ADAPTER, None)
+    if "unet" in put:
+        pipeline.register_modules(unet=put.pop("unet"))
+    pipeline = motion.with_motion(
+        pipeline, adapter, overrides.components.get(MOTION_ADAPTER, source)
+    )
     pipeline.register_modules(**put)
     if TINY_VAE in put:
         check_tiny_vae(pipeline, overrides.components[TINY_VAE])

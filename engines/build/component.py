@@ -1,4 +1,6 @@
-"""A UNet or VAE alone, in place of a checkpoint's own or beside it: of a folder or of one file."""
+"""A UNet, a VAE or a motion adapter alone, in place of a checkpoint's own or beside it: of a folder
+or of one file.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.build import motion
 from engines.build.folder import read_json, variant_of
 from engines.build.single_file import TINY_VAE_KEYS, Header, misplaced, read_header
 from engines.errors import CheckpointError, reason_of
-from engines.facts import TINY_VAE
+from engines.facts import MOTION_ADAPTER, TINY_VAE
 
 TINY_CLASS = "AutoencoderTiny"
-WANTED = {"unet": "a UNet", "vae": "a VAE", TINY_VAE: "a tiny VAE"}
+WANTED = {
+    "unet": "a UNet", "vae": "a VAE", TINY_VAE: "a tiny VAE", MOTION_ADAPTER: "a motion adapter",
+}  # fmt: skip
+OPTIONS = {"MotionAdapter": "--motion-adapter", "AutoencoderTiny": "--tiny-vae"}  # by class
 GUIDANCE_EMBEDDING = "time_embedding.cond_proj.weight"
 
 
@@ -67,8 +73,9 @@ def _of_folder(name: str, path: Path, classes: Sequence[str], dtype: Any) -> Any
         )
     found = read_json(places[0] / "config.json").get("_class_name")
     if found not in classes:
+        way_out = f": give it by {OPTIONS[found]}" if found in OPTIONS else ""
         raise CheckpointError(
-            f"{name} {places[0]} is of class {found!r}; known are {', '.join(classes)}"
+            f"{name} {places[0]} is of class {found!r}; known are {', '.join(classes)}{way_out}"
         )
     return getattr(diffusers, str(found)).from_pretrained(
         places[0],
@@ -84,6 +91,8 @@ def _of_file(name: str, header: Header, classes: Sequence[str], base: Path, dtyp
 
     if header.kind not in (_kind(name), "checkpoint"):
         raise CheckpointError(misplaced(header, WANTED[name], "--model BASE"))
+    if name == MOTION_ADAPTER:
+        return motion.of_file(header, dtype)
     if header.has(*TINY_VAE_KEYS) and TINY_CLASS in classes:
         return _tiny_vae(header.file, dtype)
     if name == TINY_VAE:

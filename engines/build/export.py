@@ -23,6 +23,7 @@ from engines.families.part import Part
 # where there are two; the graph itself has no limit. diffusers' Upsample2D branches at a batch of
 # 64, and a side in latents below 9 comes to 1 when it is halved three times, which broadcasts.
 MAX_BATCH, MIN_SIDE, MAX_SIDE = 63, 9, 8192
+CLIPS, FRAMES = 7, 9  # at most, of a batch whose pictures are the frames of all its clips
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
 
 
@@ -32,12 +33,10 @@ def export_onnx(part: Part, path: Path) -> None:
     Raises:
         BuildError: the exporter refused the module.
     """
-    symbols: dict[str, Any] = {}
+    names = {dim[0] for dims in part.dynamic.values() for dim in dims if dim}
+    symbols = {name: _symbol(name, "frames" in names) for name in names}
     shapes = {
-        name: tuple(
-            Dim.STATIC if dim is None else dim[1] * symbols.setdefault(dim[0], _symbol(dim[0]))
-            for dim in dims
-        )
+        name: tuple(Dim.STATIC if dim is None else dim[1] * symbols[dim[0]] for dim in dims)
         for name, dims in part.dynamic.items()
     }
     # The last one warns of each division that it cannot bound, which is the exporter's affair.
@@ -92,7 +91,10 @@ def _optimize(model: Any, weights: set[str]) -> None:
         node.metadata_props.clear()
 
 
-def _symbol(name: str) -> Any:
-    if name == "chunks":
-        return Dim(name, min=1, max=MAX_CHUNKS)
-    return Dim(name, max=MAX_BATCH) if name == "batch" else Dim(name, min=MIN_SIDE, max=MAX_SIDE)
+def _symbol(name: str, of_clips: bool) -> Any:
+    if name == "batch":
+        return Dim(name, max=CLIPS if of_clips else MAX_BATCH)
+    most = {"chunks": MAX_CHUNKS, "frames": FRAMES}
+    if name in most:
+        return Dim(name, min=1, max=most[name])
+    return Dim(name, min=MIN_SIDE, max=MAX_SIDE)

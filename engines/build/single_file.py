@@ -16,6 +16,7 @@ from typing import Any
 
 from engines.build.source import ARCHITECTURES, shipped_architectures
 from engines.errors import CheckpointError, reason_of
+from engines.facts import MOTION_ADAPTER
 
 MERGES = ARCHITECTURES / "clip_merges.txt"
 # How keys begin, or what is in them, by what a file then is. The first that fits counts.
@@ -31,7 +32,11 @@ INPAINTING = {  # by the repository that diffusers knows: whose configurations a
     "stable-diffusion-2-inpainting": "stable-diffusion-2-1-base",
     "stable-diffusion-xl-1.0-inpainting-0.1": "stable-diffusion-xl-base-1.0",
 }
-OPTIONS = {"lora": "--lora NAME=FILE", "unet": "--unet FILE", "vae": "--vae FILE"}
+MOTION_KEY = ".motion_modules."
+OPTIONS = {
+    "lora": "--lora NAME=FILE", "unet": "--unet FILE", "vae": "--vae FILE",
+    MOTION_ADAPTER: "--motion-adapter FILE",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,15 @@ class Header:
 
     @property
     def kind(self) -> str:
-        """``lora``, ``checkpoint``, ``unet``, ``vae``, or empty for what is none of them."""
+        """``lora``, ``checkpoint``, ``motion_adapter``, ``unet``, ``vae``, or empty for what is
+        none of them.
+        """
         if any(mark in key for key in self.shapes for mark in LORA_KEYS):
             return "lora"
         if self.has(LDM_UNET) and self.has(*LDM_VAE):
             return "checkpoint"
+        if any(MOTION_KEY in key for key in self.shapes) and not self.has("time_embedding."):
+            return MOTION_ADAPTER
         return "unet" if self.has(*UNET_KEYS) else "vae" if self.has(*VAE_KEYS) else ""
 
     @property
@@ -133,7 +142,10 @@ def _check_whole(header: Header) -> None:
 
 def misplaced(header: Header, wanted: str, base: str) -> str:
     """What is said of a file that is something else than ``wanted``."""
-    names = {"lora": "a LoRA", "unet": "a UNet alone", "vae": "a VAE alone"}
+    names = {
+        "lora": "a LoRA", "unet": "a UNet alone", "vae": "a VAE alone",
+        MOTION_ADAPTER: "a motion adapter",
+    }  # fmt: skip
     if header.kind in names:
         return (
             f"{header.file} is {names[header.kind]}, not {wanted}: give it by "

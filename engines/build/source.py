@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.build.folder import WEIGHTS as USUAL_WEIGHTS
 from engines.errors import CheckpointError, reason_of
-from engines.facts import TINY_VAE
+from engines.facts import MOTION_ADAPTER, TINY_VAE
 from engines.loras.file import ADAPTER_CONFIG, USUAL_FILES
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Overrides:
 
 
 NO_OVERRIDES = Overrides()
-COMPONENTS = ("unet", "vae", TINY_VAE)
+COMPONENTS = ("unet", "vae", TINY_VAE, MOTION_ADAPTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,9 @@ def find(order: Order) -> Sources:
     model = find_model(order.model)
     tiny_vae = order.tiny_vae or (None if order.vae else shipped_tiny_vae(model))
     overrides = find_overrides(
-        order.unet, order.vae, order.architecture, order.scheduler, tiny_vae, order.embeddings
-    )
+        order.unet, order.vae, order.architecture, order.scheduler, tiny_vae, order.embeddings,
+        order.motion_adapter,
+    )  # fmt: skip
     return Sources(model, overrides, find_loras(order))
 
 
@@ -123,6 +124,7 @@ def find_overrides(
     scheduler: Mapping[str, Any] | None = None,
     tiny_vae: str | None = None,
     embeddings: Mapping[str, str | Path] | None = None,
+    motion_adapter: str | None = None,
 ) -> Overrides:
     """Where the components and embeddings are that change a checkpoint, and scheduler options too;
     ``tiny_vae`` stands beside the VAE.
@@ -133,7 +135,7 @@ def find_overrides(
     from engines.samplers.options import check_options
 
     check_options(scheduler or {})
-    given = dict(zip(COMPONENTS, (unet, vae, tiny_vae), strict=True))
+    given = dict(zip(COMPONENTS, (unet, vae, tiny_vae, motion_adapter), strict=True))
     components = {
         name: _find(name, text, functools.partial(_hub_component, name))
         for name, text in given.items()

@@ -17,19 +17,22 @@ CALL_PIXELS = {"cpu": 512 * 512, "cuda": FULL_BATCH * 512 * 512}
 MAX_DECODE_PIXELS = FULL_BATCH * 512 * 512
 
 
-def denoise_rows(device: str, size_px: int) -> int:
-    """Lanes of a denoise call of images of ``size_px`` squared; at least the two of guidance."""
-    return max(2, _rows(device, size_px)) if device == "cpu" else FULL_BATCH
+def denoise_rows(device: str, size_px: int, num_frames: int = 1) -> int:
+    """Lanes of a denoise call of images of ``size_px`` squared, or of clips of ``num_frames`` such;
+    at least the two of guidance.
+    """
+    rows = _rows(device, size_px) if device == "cpu" else FULL_BATCH
+    return max(2, rows // num_frames)
 
 
 def decode_rows(device: str, size_px: int, max_batch: int) -> int:
-    """Rows of a decode call, and no more than those of a denoise call."""
+    """Pictures of a decode call, and no more than those of a denoise call."""
     at_most = CPU_DECODE_ROWS if device == "cpu" else CUDA_DECODE_ROWS
     return min(max_batch, at_most, _rows(device, size_px))
 
 
 def rows_that_fit(num_pixels: int) -> int:
-    """The most rows of ``num_pixels`` each that the VAE is given at a time, whatever is asked."""
+    """The most pictures of so many pixels that the VAE is given at a time, whatever is asked."""
     return max(1, MAX_DECODE_PIXELS // num_pixels)
 
 

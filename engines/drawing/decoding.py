@@ -23,22 +23,27 @@ class Decoding(NamedTuple):
     """What rows must have in common to share a decode."""
 
     decoder: str
-    latents: tuple[int, ...]  # shape of what is decoded of a row
+    latents: tuple[int, ...]  # [C, h, w] of what is decoded of a row
+    num_frames: int = 1  # of a clip, that one call decodes of a row
 
 
 def latents_of(drawings: Sequence[Drawing]) -> Tensor:
     """float32 ``[B, C, h, w]``: of finished rows what they are, of others what they may become;
-    of rows that are decoded in tiles, the next one.
+    of rows that are decoded in tiles, the next one; of clips the next frames, side by side.
     """
-    return torch.stack([_latents_of(drawing) for drawing in drawings])
+    return torch.cat([_latents_of(drawing) for drawing in drawings])
 
 
 def _latents_of(drawing: Drawing) -> Tensor:
+    """float32 ``[n, C, h, w]``"""
     latents = drawing.latents if drawing.stage is Stage.DECODE else drawing.denoised
     assert latents is not None, "there is something to decode"
-    if drawing.grid is None:
-        return latents
-    return latents[:, *drawing.grid.box(drawing.tile_index)]
+    grid, index = drawing.grid, drawing.tile_index
+    if grid is None:
+        return latents[None]
+    if not grid.frames:
+        return latents[None, :, *grid.box(index)]
+    return latents[:, grid.span(index), *grid.box(index)].transpose(0, 1)
 
 
 def take_pixels(
@@ -48,13 +53,15 @@ def take_pixels(
 
     A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
     """
-    sums = latents.flatten(1).sum(dim=1)  # finite where all of a row's latents are
-    sums_drawn = outputs.get("pixel_sums", sums)  # older bundles have none
+    rows = len(drawings)
+    sums = latents.reshape(rows, -1).sum(dim=1)  # finite where all of a row's are
+    # Older bundles have none.
+    sums_drawn = outputs["pixel_sums"].reshape(rows, -1).sum(1) if "pixel_sums" in outputs else sums
     # What may find no memory comes before any row changes: the call may be made again.
     canvases = [_canvas_of(drawing) for drawing in drawings]
     tiles = [
-        None if canvas is None else canvas.blend(outputs["image"][index])
-        for index, canvas in enumerate(canvases)
+        None if canvas is None else canvas.blend(_of_row(outputs["image"], index, drawing))
+        for index, (canvas, drawing) in enumerate(zip(canvases, drawings, strict=True))
     ]
     pixels = [
         outputs["pixels"][index] if tile is None else tile.pixels
@@ -63,7 +70,7 @@ def take_pixels(
     sums, sums_drawn, *fetched = transfers.fetch(sums, sums_drawn, *pixels)
     finite, drawn = torch.isfinite(sums).tolist(), torch.isfinite(sums_drawn).tolist()
     for index, (drawing, canvas, tile) in enumerate(zip(drawings, canvases, tiles, strict=True)):
-        picture = fetched[index].numpy()  # [H, W, 3]
+        picture = fetched[index].numpy()  # [H, W, 3], of a clip [n, H, W, 3]
         drawing.canvas = None
         if not finite[index]:
             drawing.failure = (
@@ -88,6 +95,14 @@ def take_pixels(
             drawing.latents = drawing.denoised = None
         else:
             drawing.previews.append(fit(picture, drawing.recipe))
+
+
+def _of_row(values: Tensor, index: int, drawing: Drawing) -> Tensor:
+    """A decoder's output for the row of that index: of a picture one, of a clip each frame's."""
+    if drawing.grid is None or not drawing.grid.frames:
+        return values[index]
+    count = drawing.decoding.num_frames
+    return values[index * count : (index + 1) * count]
 
 
 def _canvas_of(drawing: Drawing) -> Canvas | None:

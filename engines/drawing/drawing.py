@@ -42,16 +42,18 @@ class Drawing:
     tables: Mapping[str, np.ndarray]  # float32 [num_steps, ...]: the denoiser's, a line a step
     conditioning: dict[str, Lanewise]  # the denoiser's too; what texts say, by encode_text
     text_encoded: bool = False
-    latents: Tensor | None = None  # float32 [C, h, w], by start or encode_image
-    denoised: Tensor | None = None  # float32 [C, h, w], by denoise: the current guess
+    latents: Tensor | None = (
+        None  # float32 [C, h, w], of a clip [C, F, h, w], by start or encode_image
+    )
+    denoised: Tensor | None = None  # as `latents`, by denoise: the current guess
     kept: Kept | None = None  # by encode_image, where there is a mask that the UNet does not see
     step_index: int = 0  # by denoise
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
     preview_decoder: str = "full"
-    grid: Grid | None = None  # of the tiles it is decoded in; None: whole
+    grid: Grid | None = None  # of the tiles it is decoded in, and frames; None: whole
     canvas: Canvas | None = None  # by decode, between two tiles
-    previews: list[np.ndarray] = field(default_factory=list)  # uint8 [H, W, 3], by decode
-    pixels: np.ndarray | None = None  # uint8 [H, W, 3], by decode
+    previews: list[np.ndarray] = field(default_factory=list)  # as `pixels`, by decode
+    pixels: np.ndarray | None = None  # uint8 [H, W, 3], of a clip [F, H, W, 3], by decode
     # Drawn for the step that is next: a call that failed and is made again must draw no other.
     step_noise: Tensor | None = None
     failure: str | None = None  # by decode, where there is nothing to decode
@@ -89,10 +91,11 @@ class Drawing:
         """How this row is decoded next."""
         preview = self.stage is Stage.PREVIEW
         decoder = self.preview_decoder if preview else self.recipe.decoder
-        shape = self.group.latents
-        if self.grid is not None:
-            shape = (shape[0], *self.grid.shape(self.tile_index))
-        return Decoding(decoder, shape)
+        shape, index = self.group.latents, self.tile_index
+        if self.grid is None:
+            return Decoding(decoder, shape)
+        shape = (shape[0], *self.grid.shape(index))
+        return Decoding(decoder, shape, self.grid.num_frames(index))
 
     @property
     def tile_index(self) -> int:

@@ -14,7 +14,7 @@ def fit(pixels: np.ndarray, recipe: Recipe) -> np.ndarray:
     were rounded before.
     """
     width, height = recipe.width_px, recipe.height_px
-    drawn_height, drawn_width, _ = pixels.shape
+    *_, drawn_height, drawn_width, _ = pixels.shape
     if (drawn_height, drawn_width) == (height, width):
         return pixels
     ratio = max(height / drawn_height, width / drawn_width)

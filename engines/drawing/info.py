@@ -12,6 +12,7 @@ from engines.drawing.batching import decode_rows
 from engines.drawing.model import Model
 from engines.drawing.weighting import runs_of
 from engines.errors import InvalidInput
+from engines.facts import Facts
 from engines.families.recipe import Recipe
 from engines.samplers import NoiseSchedule, default_sampler, samplers_of
 from engines.samplers.defaults import check_decoder
@@ -50,9 +51,14 @@ class ModelInfo:
     decoders: tuple[str, ...]
     default_decoder: str
     embeddings: Mapping[str, str]  # names of files that words of a prompt stand for, by word
-    default_num_frames: int = 1  # of a clip
-    max_num_frames: int = 1
-    frames_per_second: int = 0  # at which its clips are shown; 0: it draws pictures
+    default_num_frames: int  # of a clip; 1 where pictures are drawn, as the most is
+    max_num_frames: int
+    frames_per_second: int  # at which clips are shown; 0: it draws pictures
+
+    @property
+    def draws_clips(self) -> bool:
+        """Whether what it draws has an axis of frames, be they one."""
+        return self.frames_per_second > 0
 
     def timesteps_for(self, sampler: str, num_steps: int) -> tuple[int, ...] | None:
         """Where a row draws that names no timesteps; None: as the sampler spaces them."""
@@ -90,12 +96,17 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         samplers=samplers_of(noise),
         loras=model.adapters.names,
         max_batch=lanes,
-        max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
+        max_decode_batch=decode_rows(
+            model.device, facts.default_size_px, lanes * facts.default_num_frames
+        ),
         max_calls=model.max_calls,
         components=facts.components,
         decoders=facts.decoders,
         default_decoder=facts.default_decoder,
         embeddings=facts.embeddings,
+        default_num_frames=facts.default_num_frames,
+        max_num_frames=facts.max_num_frames,
+        frames_per_second=facts.frames_per_second,
     )
 
 
@@ -121,6 +132,7 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
             "width_px", size, f"size is {size}{at}; this model's plans were built for {built}"
         )
     check_decoder(recipe.decoder, facts)
+    _check_frames(recipe, facts)
     if not 0 <= recipe.seed < 2**64:
         raise InvalidInput(
             "seed", recipe.seed, f"seed is {recipe.seed}; it must be from 0 to 2**64 - 1"
@@ -152,6 +164,21 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
     if recipe.mask.shape != shape[:2] or recipe.mask.dtype != np.bool_:
         found = f"{recipe.mask.dtype} {recipe.mask.shape}"
         raise InvalidInput("mask", found, f"mask is {found}; it must be bool {shape[:2]}")
+
+
+def _check_frames(recipe: Recipe, facts: Facts) -> None:
+    """Raise `InvalidInput` for more frames than the model draws, and for a clip from an image."""
+    count, most = recipe.num_frames, facts.max_num_frames
+    if not 1 <= count <= most:
+        allowed = (
+            f"it must be from 1 to {most}"
+            if facts.draws_clips
+            else f"{facts.name} draws pictures, leave it out"
+        )
+        raise InvalidInput("num_frames", count, f"num_frames is {count}; {allowed}")
+    if facts.draws_clips and recipe.image is not None:
+        message = f"image is given; {facts.name} draws clips from text alone, leave it out"
+        raise InvalidInput("image", "given", message)
 
 
 def _check_no_size_told(recipe: Recipe) -> None:

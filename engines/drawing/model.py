@@ -42,7 +42,7 @@ logger = logging.getLogger("fourstep.model")
 # A decode beside a denoise call: they run one after the other, but the GPU has always one to go on
 # with while the host looks after the other.
 GPU_CALLS = 2
-PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")  # of every model
+PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")  # of all that draw pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ class Model:
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
         if self.target is None:
-            return wanted or denoise_rows(self.device, self.facts.default_size_px)
+            facts = self.facts
+            rows = denoise_rows(self.device, facts.default_size_px, facts.default_num_frames)
+            return wanted or rows
         return min(wanted or self.target.max_batch, self.target.max_batch)
 
     @property
@@ -87,7 +89,8 @@ class Model:
 
 def parts_of(facts: Facts) -> tuple[str, ...]:
     """Names of a model's parts."""
-    return (*PARTS, "tiny_vae_decoder") if "tiny" in facts.decoders else PARTS
+    parts = PARTS[:-1] if facts.draws_clips else PARTS
+    return (*parts, "tiny_vae_decoder") if "tiny" in facts.decoders else parts
 
 
 def prepare(order: Order, progress: Progress) -> Bundle:
@@ -103,8 +106,8 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
             f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --tiny-vae, "
-            "--embedding, --scheduler and --architecture to fourstep build, or serve the "
-            "checkpoint itself"
+            "--motion-adapter, --embedding, --scheduler and --architecture to fourstep build, or "
+            "serve the checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
         raise BundleError(

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -121,7 +120,13 @@ class Runner:
 
     def rows_that_fit(self, alike: Group | Decoding) -> int:
         """The most rows of such latents that one call of the VAE may have."""
-        return rows_that_fit(math.prod(alike.latents[1:]) * self._model.facts.vae_scale_factor**2)
+        fitting = self._pictures_that_fit(*alike.latents[-2:])
+        if isinstance(alike, Group) or alike.num_frames == 1:
+            return fitting
+        return max(1, min(fitting, self.info.max_decode_batch) // alike.num_frames)
+
+    def _pictures_that_fit(self, rows: int, columns: int) -> int:
+        return rows_that_fit(rows * columns * self._model.facts.vae_scale_factor**2)
 
     def start(self, recipe: Recipe) -> Drawing:
         """Validate a recipe and make its row. No engine call; about 0.1 ms.
@@ -140,7 +145,8 @@ class Runner:
             timesteps=recipe.timesteps,
         )
         conditions = model.family.conditions(facts, recipe, schedule)
-        _, rows, columns = conditions.latents
+        *_, rows, columns = conditions.latents
+        fitting = min(self.info.max_decode_batch, self._pictures_that_fit(rows, columns))
         loras = model.adapters.settle(recipe.loras)
         tokenize = functools.partial(model.tokenize, weighted=recipe.prompt_weighting)
         texts = Texts.of(
@@ -162,7 +168,14 @@ class Runner:
             conditioning=dict(conditions.tensors),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
             preview_decoder=facts.decoders[-1],
-            grid=grid_of(rows, columns, model.tile_px, facts.vae_scale_factor),
+            grid=grid_of(
+                rows,
+                columns,
+                model.tile_px,
+                facts.vae_scale_factor,
+                frames=recipe.num_frames if facts.draws_clips else 0,
+                at_once=fitting,
+            ),
         )
         keys = {key_of(tokens) for tokens in texts.tokens}
         known = self._known(loras, keys)
@@ -278,7 +291,7 @@ class Runner:
     @engine_call("vae_decoder")
     def decode(self, drawings: Sequence[Drawing]) -> None:
         """Rows of one `Decoding` to pixels: finished ones to their image, others to a preview. Of
-        those that are decoded in tiles, one tile.
+        those that are decoded in tiles, one tile; of clips some frames.
 
         A row whose latents or pixels are no numbers any more gets a ``failure`` instead.
         """
@@ -343,6 +356,7 @@ class Runner:
             sampler=info.default_sampler,
             timesteps=info.timesteps_for(info.default_sampler, num_steps),
             decoder=info.default_decoder,
+            num_frames=info.default_num_frames,
         )
 
     def padded_rows(self) -> dict[str, int]:

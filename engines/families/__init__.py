@@ -7,10 +7,10 @@ diffusers' modules and no engine, no file and no request.
 from __future__ import annotations
 
 from engines.errors import BundleError, CheckpointError
-from engines.families import pixart, stable_diffusion, stable_diffusion_xl
+from engines.families import animatediff, pixart, stable_diffusion, stable_diffusion_xl
 from engines.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (stable_diffusion, stable_diffusion_xl, pixart)
+FAMILIES: tuple[Family, ...] = (stable_diffusion, stable_diffusion_xl, pixart, animatediff)
 
 
 def family_of(pipeline_class: str) -> Family:

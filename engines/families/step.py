@@ -51,7 +51,8 @@ def denoiser_part(
 ) -> Part:  # fmt: skip
     """The part ``denoiser``: ``module.forward`` takes the step's own inputs in the order of
     `guided_step`, with ``timestep`` after ``sample``, and then ``conditioning``, examples of two
-    rows, of which the batch varies, and the sides of those that have the latents', by patches.
+    rows, of which the batch varies, and of those that have the latents' the sides, by patches, and
+    the frames.
     Those of ``tokenwise``, ``[B, L, ...]``, are of a text in two windows, and may be of more or of
     one.
     """
@@ -66,8 +67,9 @@ def denoiser_part(
         "uncond_index": torch.arange(2),
         **conditioning,
     }
+    frames = (("frames", 1),) * (latents.dim() - 4)
     dynamic: dict[str, Dims] = {
-        name: (BATCH, None, ("rows", patch), ("columns", patch))
+        name: (BATCH, None, *frames, ("rows", patch), ("columns", patch))
         if value.shape[2:] == latents.shape[2:]
         else (BATCH, *(None,) * (value.dim() - 1))
         for name, value in example.items()

@@ -105,8 +105,8 @@ def example_latents(known: Facts) -> Tensor:
 
 
 def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
-    """The parts ``vae_decoder`` and ``vae_encoder``, and ``tiny_vae_decoder`` where the pipeline
-    has a ``tiny_vae`` beside its own.
+    """The parts ``vae_decoder``, ``vae_encoder`` but for models that draw clips, from text alone,
+    and ``tiny_vae_decoder`` where the pipeline has a ``tiny_vae`` beside its own.
     """
     vae, scale = pipeline.vae, known.vae_scale_factor
     rows, columns = (scale * side for side in example_latents(known).shape[2:])
@@ -118,10 +118,9 @@ def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
     tiny = type(vae).__name__ == TINY
     encoder = TinyVaeEncoder(vae) if tiny else VaeEncoder(vae)
     outputs = ("mean",) if tiny else ("mean", "std")
-    parts = [
-        _decoder_part("vae_decoder", vae, known),
-        Part("vae_encoder", encoder, example, dynamic, outputs),
-    ]
+    parts = [_decoder_part("vae_decoder", vae, known)]
+    if not known.draws_clips:
+        parts.append(Part("vae_encoder", encoder, example, dynamic, outputs))
     if TINY_VAE in known.components:
         parts.append(_decoder_part("tiny_vae_decoder", pipeline.tiny_vae, known))
     return parts

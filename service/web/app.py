@@ -64,7 +64,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
             await asyncio.to_thread(replica.start)
         if files is not None:
             files.start()
-        if replica.runner.info.frames_per_second:
+        if replica.runner.info.draws_clips:
             jobs.start()
         yield
         intake.close()

@@ -199,12 +199,12 @@ def _check_values(body: bytes) -> None:
 def _decoded(text: str, field: str) -> bytes:
     """The bytes of base64 text, bare or in a ``data:`` URL; its media type is not believed."""
     head, comma, payload = text.partition(",")
-    head_of_it = shown(text[:MAX_SHOWN_CHARS])
+    begin = shown(text[:MAX_SHOWN_CHARS])
     if not comma and ":" not in head:
         payload = head
     elif not re.match(r"data:.*;base64$", head, re.IGNORECASE):
         raise BadRequest(
-            f"{field} is {head_of_it}; this service fetches no URL, send the image itself in "
+            f"{field} is {begin}; this service fetches no URL, send the image itself in "
             "base64 or as data:image/png;base64,...",
             param=field,
         )
@@ -212,7 +212,7 @@ def _decoded(text: str, field: str) -> bytes:
         return base64.b64decode("".join(payload.split()), validate=True)  # some wrap their lines
     except ValueError as error:
         raise BadRequest(
-            f"{field} is {head_of_it}, which is not base64; send the whole file, encoded with padding",
+            f"{field} is {begin}, which is not base64; send the whole file, encoded with padding",
             param=field,
         ) from error
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
@@ -17,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    MotionAdapter,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -170,6 +172,29 @@ def make_xl_checkpoint(
     file = folder / "scheduler" / "scheduler_config.json"  # SDXL's names what other classes take
     others = {"clip_sample": False, "set_alpha_to_one": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | others))
+    return folder
+
+
+def make_motion_adapter(folder: Path, channels: tuple[int, ...] = (32, 64), **more: Any) -> Path:
+    """Write a random motion adapter for `make_checkpoint`'s UNet, of up to eight frames."""
+    torch.manual_seed(3)
+    options = {"motion_layers_per_block": 1, "motion_max_seq_length": 8} | more
+    adapter = MotionAdapter(block_out_channels=channels, **options)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def make_animatediff_checkpoint(folder: Path, base: Path, adapter: Path) -> Path:
+    """Write AnimateDiff's pipeline of a Stable Diffusion checkpoint and a motion adapter, LCM on
+    linear betas, as AnimateLCM is used.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline = AnimateDiffPipeline(
+        vae=pipeline.vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer,
+        unet=pipeline.unet, motion_adapter=MotionAdapter.from_pretrained(adapter),
+        scheduler=LCMScheduler.from_config(pipeline.scheduler.config, beta_schedule="linear"),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
     return folder
 
 

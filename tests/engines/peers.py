@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -64,6 +65,7 @@ PIPELINES = {  # of a checkpoint's own class → from text, from an image, with 
     "StableDiffusionXLInpaintPipeline": (StableDiffusionXLInpaintPipeline,) * 3,
     "PixArtAlphaPipeline": (PixArtAlphaPipeline, None, None),
     "PixArtSigmaPipeline": (PixArtSigmaPipeline, None, None),
+    "AnimateDiffPipeline": (AnimateDiffPipeline, None, None),
 }  # fmt: skip
 ALGORITHMS = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}
 MAX_LATENT_ERROR = 1e-3
@@ -72,7 +74,9 @@ MIN_PSNR_DB = 50.0
 
 @dataclass(frozen=True)
 class Result:
-    """Final latents float32 ``[C, h, w]`` and pixels uint8 ``[H, W, 3]``."""
+    """Final latents float32 ``[C, h, w]`` and pixels uint8 ``[H, W, 3]``; of clips ``[C, F, h, w]``
+    and ``[F, H, W, 3]``.
+    """
 
     latents: np.ndarray
     pixels: np.ndarray
@@ -192,6 +196,8 @@ class Peer:
         pixart = self._text_class in (PixArtAlphaPipeline, PixArtSigmaPipeline)
         if pixart:  # an absent negative prompt is no text to it
             arguments |= {"negative_prompt": wanted.negative_prompt or "", "clean_caption": False}
+        if self._text_class is AnimateDiffPipeline:
+            arguments["num_frames"] = wanted.num_frames
         if wanted.image is None:
             kind = self._text_class
             arguments |= {"width": wanted.width_px, "height": wanted.height_px}
@@ -206,6 +212,8 @@ class Peer:
             arguments |= {"mask_image": Image.fromarray(wanted.mask), **size}
         pipeline = self._of(kind, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
+        if kind is AnimateDiffPipeline:
+            return _clip(pipeline, arguments)
         with torch.inference_mode():
             latents = pipeline(**arguments).images  # [1, C, h, w]
             decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
@@ -225,6 +233,15 @@ class Peer:
         for end, blend in zip(found[1:], wanted.blends, strict=True):
             embeds = AudioDiffusionPipeline.slerp(embeds, end, blend.share)
         return embeds
+
+
+def _clip(pipeline: AnimateDiffPipeline, arguments: Mapping[str, Any]) -> Result:
+    """Latents and frames as the pipeline itself decodes them."""
+    with torch.inference_mode():
+        latents = pipeline(**arguments).frames  # [1, C, F, h, w]
+        decoded = pipeline.decode_latents(latents)
+        frames = pipeline.video_processor.postprocess_video(decoded, output_type="pil")[0]
+    return Result(latents[0].numpy(), np.stack([np.asarray(frame) for frame in frames]))
 
 
 def _with_mask(wanted: Recipe) -> Recipe:

@@ -192,7 +192,7 @@ async def _clip(
 def _check_draws_clips(replica: Replica) -> None:
     """Raises `BadRequest` where the model draws pictures alone."""
     info = replica.runner.info
-    if not info.frames_per_second:
+    if not info.draws_clips:
         raise BadRequest(
             f"{info.model_id!r} draws images, and no clips: POST /v1/images/generations",
             param="model",
