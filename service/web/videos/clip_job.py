@@ -83,5 +83,8 @@ class ClipJob(Job):
         file. May be asked from any thread.
         """
         drawing = self.request.rows[0].drawing
-        num_done = drawing.step_index + (drawing.pixels is not None)
-        return min(99, round(100 * num_done / (drawing.num_steps + 1)))
+        canvas, grid = drawing.canvas, drawing.grid
+        decoded = float(drawing.pixels is not None)
+        if canvas is not None and grid is not None:
+            decoded = canvas.index / len(grid)
+        return min(99, int(100 * (drawing.step_index + decoded) / (drawing.num_steps + 1)))

@@ -22,7 +22,7 @@ import re
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,22 @@ class Content:
 class VideoStore:
     """The folder as one replica sees it. All methods block, and may be called from any thread.
 
-    ``max_bytes`` bounds the clips; what would not fit alone is refused.
+    ``max_bytes`` bounds the clips; what would not fit alone is refused. ``clock`` is Unix time.
     """
 
-    def __init__(self, folder: Path, *, life_s: float, max_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        life_s: float,
+        max_bytes: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.replica = secrets.token_hex(16)
         self._folder = folder
         self._life_s = life_s
         self._max_bytes = max_bytes
+        self._clock = clock
 
     # -- the replica that draws ---------------------------------------------------------------
 
@@ -87,7 +95,7 @@ class VideoStore:
         """
         video_id = f"video_{secrets.token_urlsafe(NUM_SECRET_BYTES)}"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        written = {"replica": self.replica, "written_at": time.time(), "video": job}
+        written = {"replica": self.replica, "written_at": self._clock(), "video": job}
         path = self._job(video_id, key)
         self._write(path, orjson.dumps(written), expires=give_up_at + self._life_s)
         return video_id
@@ -110,7 +118,7 @@ class VideoStore:
 
     def end(self, video_id: str, key: str, end: Object) -> bool:
         """Write how a job ended; a second time has no effect. False: it is not what was told."""
-        expires = time.time() + self._life_s
+        expires = self._clock() + self._life_s
         end = end | {"expires_at": int(expires)}
         path = self._folder / f"{video_id}.end"
         is_first = self._write(path, orjson.dumps(end), expires=expires, once=True)
@@ -128,7 +136,7 @@ class VideoStore:
         path = self._folder / f"{self.replica}.beat"
         if progress:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write(path, orjson.dumps({"at": time.time(), "jobs": progress}))
+            self._write(path, orjson.dumps({"at": self._clock(), "jobs": progress}))
         else:
             path.unlink(missing_ok=True)
 
@@ -139,6 +147,18 @@ class VideoStore:
 
     def read(self, video_id: str, key: str) -> Object | None:
         """The job as an answer tells it; None where this key has none of that id."""
+        found = self._read(video_id, key)
+        return None if found is None else found[1]
+
+    def all_of(self, key: str) -> list[Object]:
+        """This key's jobs, the oldest first."""
+        suffix = self._job("", key).name
+        ids = [name.removesuffix(suffix) for name in self._names() if name.endswith(suffix)]
+        found = [each for video_id in ids if (each := self._read(video_id, key)) is not None]
+        return [video for _, video in sorted(found, key=lambda each: (each[0], each[1]["id"]))]
+
+    def _read(self, video_id: str, key: str) -> tuple[float, Object] | None:
+        """When it was written, and what is told of it."""
         if not ID.fullmatch(video_id):
             return None
         path = self._job(video_id, key)
@@ -154,14 +174,7 @@ class VideoStore:
         else:
             beat = self._load(self._folder / f"{written['replica']}.beat") or {}
             video |= beat.get("jobs", {}).get(video_id, {})
-        return video if expires > time.time() else None
-
-    def all_of(self, key: str) -> list[Object]:
-        """This key's jobs, the oldest first."""
-        suffix = self._job("", key).name
-        ids = [name.removesuffix(suffix) for name in self._names() if name.endswith(suffix)]
-        found = [video for video_id in ids if (video := self.read(video_id, key)) is not None]
-        return sorted(found, key=lambda video: (video["created_at"], video["id"]))
+        return (written["written_at"], video) if expires > self._clock() else None
 
     def content(self, video_id: str, key: str, *, thumbnail: bool) -> Content | None:
         """Where the clip of a finished job is, or its picture."""
@@ -170,7 +183,7 @@ class VideoStore:
             return None
         name = f"{video_id}.thumbnail" if thumbnail else f"{video_id}.{end['suffix']}"
         media_type = "image/webp" if thumbnail else CLIP_MEDIA_TYPES[end["suffix"]]
-        left_s = self._expires(self._folder / f"{video_id}.end") - time.time()
+        left_s = self._expires(self._folder / f"{video_id}.end") - self._clock()
         path = self._folder / name
         return Content(path, media_type, left_s) if left_s > 0 and path.exists() else None
 
@@ -189,7 +202,7 @@ class VideoStore:
         """Remove what is expired, or belongs to no job; then of what is over whatever expires next,
         until it is `MAX_KEPT` and ``room_bytes`` more fit in. Number and bytes of what is left.
         """
-        now = time.time()
+        now = self._clock()
         files: dict[str, list[tuple[Path, os.stat_result]]] = defaultdict(list)
         for path, stat in self._files():
             match = FILE.fullmatch(path.name)
@@ -234,7 +247,7 @@ class VideoStore:
 
     def _end_if_lost(self, video_id: str, key: str, written: Object) -> Object | None:
         """The end of a job whose replica has been silent for too long, or knows nothing of it."""
-        now = time.time()
+        now = self._clock()
         beat = self._load(self._folder / f"{written['replica']}.beat") or {"at": 0, "jobs": {}}
         age_s = now - written["written_at"]
         if age_s < LOST_S or (video_id in beat["jobs"] and now - beat["at"] < LOST_S):
