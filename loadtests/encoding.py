@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,8 @@ def photograph_like(side: int, seed: int) -> np.ndarray:
     gray = planes[0]
     pixels = np.stack([0.85 * gray + 0.15 * plane for plane in planes], axis=-1)
     scaled = 128 + 48 * (pixels - pixels.mean()) / pixels.std()
-    return np.clip(scaled, 0, 255).astype(np.uint8)
+    clipped: np.ndarray = np.clip(scaled, 0, 255).astype(np.uint8)
+    return clipped
 
 
 def drawings(model: str, cache_dir: Path, count: int) -> list[np.ndarray]:
@@ -136,7 +138,7 @@ def _measure(way: Way, images: list[np.ndarray], repeats: int) -> tuple[float, f
 
 
 def _plot(
-    found: dict[str, tuple[float, ...]], defaults: tuple[str, ...], size: str, side: int
+    found: Mapping[str, tuple[float, ...]], defaults: tuple[str, ...], size: str, side: int
 ) -> Figure:
     figure, axes = panels(2)
     titles = (f"Drawings of {size} px", f"Photograph-like, {side}×{side} px")

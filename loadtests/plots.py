@@ -35,7 +35,7 @@ STYLE = {
 
 def panels(count: int = 1, *, height: float = 4.0, width: float = 6.4) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side."""
-    mpl.rcParams.update(STYLE)  # read again by every later call on the axes
+    mpl.rcParams.update(STYLE)  # type: ignore[arg-type]  # read again by every later call on the axes
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 

@@ -28,7 +28,7 @@ def switch(
 ) -> None:
     """Milliseconds from one LoRA set to the next and back to none, beside one denoise call's."""
     paths, _ = parse_loras(lora or SHIPPED)
-    rows = []
+    rows: list[tuple[str, str, float, float]] = []
     sets = [{name: 1.0} for name in paths] + [dict.fromkeys(paths, 1.0), {}]
     for backend in ("onnxruntime", "torch"):
         order = Order(model, backend, cache_dir=cache_dir, loras=paths)
@@ -48,13 +48,16 @@ def switch(
             call_ms = statistics.median(alike)
             switch_ms = statistics.median(switched) - call_ms
             name = " + ".join(chosen) or "none"
-            rows.append([backend, name, round(switch_ms, 2), round(call_ms, 2)])
+            rows.append((backend, name, round(switch_ms, 2), round(call_ms, 2)))
         runner.close()
     report = Report("switch", "What another set of LoRAs costs")
     report.data["rows"] = rows
     report.table(["engine", "to the set", "switch, ms", "denoise call, ms"], rows)
     figure, (panel,) = panels(height=1.2 + 0.4 * len(rows), width=7)
-    parts = {"denoise call": [row[3] for row in rows], "switch before it": [row[2] for row in rows]}
+    parts = {
+        "denoise call": [call_ms for *_, call_ms in rows],
+        "switch before it": [switch_ms for *_, switch_ms, _ in rows],
+    }
     stacked(panel, [f"{row[0]}: {row[1]}" for row in rows], parts)
     name_axes(panel, "A denoise call with a set that was not loaded", "ms", "")
     report.figure("cost", figure, "Milliseconds of a switch and of a denoise call, by set")

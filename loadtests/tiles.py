@@ -75,7 +75,8 @@ def decode(side: int, tile: int, num_tiles: int) -> None:
     latents = torch.randn(1, 4, side // SCALE, side // SCALE)
     outputs = ("pixels", "pixel_sums", "image")
     engine = TorchEngine(Part("vae_decoder", VaeDecoder(vae), {}, {}, outputs), "cpu")
-    grid = grid_of(*latents.shape[2:], tile, SCALE)
+    rows, columns = latents.shape[2:]
+    grid = grid_of(rows, columns, tile, SCALE)
     print("loaded", flush=True)
     if grid is None:
         seconds = [_timed(engine, latents)[1]]

@@ -55,9 +55,7 @@ def of_file(header: Header, dtype: Any) -> Any:
         channels += [shapes[norm][0] for norm in norms if norm in shapes]
         layers.append(sum(way == "down" and b == str(block) for way, b, _ in found))
     depths = {int(match[1]) for key in shapes if (match := LAYER.search(key))}
-    lengths = {
-        shape[-2] for key, shape in shapes.items() if key.endswith((".pe", "_embed.pe")) and shape
-    }
+    lengths = {shape[1] for key, shape in shapes.items() if key.endswith(".pe")}  # [1, F, C]
     if not depths or len(channels) != len(layers) or len(lengths) > 1:
         raise CheckpointError(
             f"{MOTION_ADAPTER} {header.file} has the shapes of no AnimateDiff adapter that "

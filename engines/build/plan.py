@@ -89,7 +89,14 @@ class PlanTarget:
 
 
 def check_target(target: PlanTarget, facts: Facts) -> None:
-    """Raise InvalidInput for a size that the model does not draw, or tiles that fit no latents."""
+    """Raise InvalidInput for a size that the model does not draw, or tiles that fit no latents, and
+    BuildError for a model that draws clips.
+    """
+    if facts.draws_clips:
+        raise BuildError(
+            f"{facts.name} draws clips, which no plan of {target.engine} is built for yet; torch "
+            "and onnxruntime draw them, choose one by --engine"
+        )
     check_tile(target.tile_px, facts.vae_scale_factor)
     multiple, low, high = facts.size_multiple_px, facts.min_size_px, facts.max_size_px
     for size in target.sizes_px:

@@ -17,6 +17,7 @@ from typing import Any
 from engines.build.source import ARCHITECTURES, shipped_architectures
 from engines.errors import CheckpointError, reason_of
 from engines.facts import MOTION_ADAPTER
+from engines.loras.file import MOTION_KEY
 
 MERGES = ARCHITECTURES / "clip_merges.txt"
 # How keys begin, or what is in them, by what a file then is. The first that fits counts.
@@ -32,7 +33,6 @@ INPAINTING = {  # by the repository that diffusers knows: whose configurations a
     "stable-diffusion-2-inpainting": "stable-diffusion-2-1-base",
     "stable-diffusion-xl-1.0-inpainting-0.1": "stable-diffusion-xl-base-1.0",
 }
-MOTION_KEY = ".motion_modules."
 OPTIONS = {
     "lora": "--lora NAME=FILE", "unet": "--unet FILE", "vae": "--vae FILE",
     MOTION_ADAPTER: "--motion-adapter FILE",

@@ -105,8 +105,8 @@ class _Both:
 
 
 def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Parity]:
-    """Draw the prompts, from text and again from the picture, by every decoder, and compare every
-    output met.
+    """Draw the prompts, from text and again by every decoder, from the picture where models take
+    one, and compare every output met.
     """
     parts = parts_of(reference.facts)
     engines = {part: _Both(part, reference.engines[part], other.engines[part]) for part in parts}
@@ -116,9 +116,10 @@ def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Pari
     ]
     drawn = runner.draw(recipes)
     for decoder in runner.info.decoders:
-        runner.draw([_from_picture(d.recipe, d.pixels, decoder) for d in drawn])
+        image = not runner.info.draws_clips
+        runner.draw([_again(d.recipe, d.pixels if image else None, decoder) for d in drawn])
     return [parity for part in parts for parity in engines[part].outputs.values()]
 
 
-def _from_picture(recipe: Recipe, pixels: np.ndarray | None, decoder: str) -> Recipe:
-    return dataclasses.replace(recipe, image=pixels, strength=0.5, decoder=decoder)
+def _again(recipe: Recipe, image: np.ndarray | None, decoder: str) -> Recipe:
+    return dataclasses.replace(recipe, image=image, strength=0.5, decoder=decoder)

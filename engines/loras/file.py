@@ -37,6 +37,7 @@ PEFT_CLASSES = {
 }
 # Of peft's `init_lora_weights`: those by which it also takes something from the model's weights.
 TAKEN_FROM_MODEL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+MOTION_KEY = ".motion_modules."  # in the names of what AnimateDiff adds to a UNet
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # peft's names, which all layouts are brought to
 # How a tensor of a plain pair ends in any layout, and how its other half does.
 DOWNS = {"lora_A.weight": "lora_B.weight", "down.weight": "up.weight"}
@@ -155,6 +156,11 @@ def _check_pairs(path: Path, raw: Mapping[str, Tensor]) -> None:
         if key.endswith(".alpha"):
             continue
         end = next((end for end in HALVES if key.endswith(end)), None)
+        if end is None and MOTION_KEY in key:
+            raise CheckpointError(
+                f"LoRA {path} holds {key}: it is a motion adapter, not a LoRA, give it by "
+                "--motion-adapter"
+            )
         if end is None:
             raise CheckpointError(
                 f"LoRA {path} holds {key}: only plain pairs of matrices can be fused (no DoRA, "

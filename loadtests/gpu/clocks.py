@@ -44,7 +44,7 @@ def device_ms(
         return wall_ms(call, device, seconds, least)
     call()
     torch.cuda.synchronize()
-    events = []
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     until = time.perf_counter() + seconds
     while len(events) < least or (len(events) < MAX_CALLS and time.perf_counter() < until):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -55,4 +55,4 @@ def device_ms(
         if len(events) % QUEUED == 0:
             torch.cuda.synchronize()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+    return statistics.median([float(begin.elapsed_time(end)) for begin, end in events])

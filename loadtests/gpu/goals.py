@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loadtests.gpu.findings import Chapter
@@ -15,7 +15,7 @@ FULL_BATCH = 8  # from which on a GPU should be full
 def verdicts(chapters: Mapping[str, Chapter]) -> list[list[object]]:
     """Goal, what was found, whether that is it; goals of which nothing was found are left out."""
 
-    def rows(section: str, table: str) -> list[Row]:
+    def rows(section: str, table: str) -> Sequence[Row]:
         return chapters[section].tables.get(table, []) if section in chapters else []
 
     own = [row for row in rows("speed", SD15.name) if row["engine"] == "product"]
@@ -34,11 +34,11 @@ def verdicts(chapters: Mapping[str, Chapter]) -> list[list[object]]:
     return [verdict for each in found for verdict in each]
 
 
-def _alone(rows: list[Row]) -> list[Row]:
+def _alone(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["batch"] == 1]
 
 
-def _of(rows: list[Row], name: str) -> list[float]:
+def _of(rows: Sequence[Row], name: str) -> list[float]:
     return [row[name] for row in rows]
 
 

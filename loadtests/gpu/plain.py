@@ -71,7 +71,8 @@ class Graph:
     """A call captured over inputs of its own; on a CPU the call itself."""
 
     def __init__(self, call: Callable[..., Tensor | Outputs], inputs: Mapping[str, Tensor]) -> None:
-        self._call, self._graph = call, None
+        self._call = call
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._values: Outputs = ()
         begun = time.perf_counter()
@@ -86,8 +87,8 @@ class Graph:
             for _ in range(EAGER_RUNS):
                 self._call(**self._inputs)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        self._graph = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._values = _tuple(self._call(**self._inputs))
         torch.cuda.synchronize()
 

@@ -92,7 +92,8 @@ def measure(section: Section) -> None:
         row = inputs(config, 1, dtype, "meta")
         flops = count_module_flops(make(config, dtype, "meta"), row)
         peak = matrix_peak(precision, device, None if device == "cuda" else 256)
-        unet = make(config, dtype, device).to(memory_format=torch.channels_last)
+        unet = make(config, dtype, device)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for form in ("diffusers, channels-last", "fused"):
             if form == "fused":
                 with torch.no_grad():

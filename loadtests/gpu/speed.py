@@ -12,6 +12,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ NUM_STEPS = 4
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1, 2)}
 FEW = {"cuda": (1, 8), "cpu": (2,)}  # of the baselines
 SECONDS = {"cuda": 0.3, "cpu": 0.02}  # of one measurement
-BASELINES: dict[str, dict[str, bool]] = {
+BASELINES: dict[str, dict[str, Any]] = {
     "eager, NCHW": {},
     "eager, channels-last": {"channels_last": True},
     "CUDA graphs, channels-last": {"channels_last": True, "graphs": True},

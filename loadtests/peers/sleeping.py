@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engines.backends.engine import Variant
 from engines.drawing.model import load_model
 from engines.drawing.runner import Runner
 from engines.order import Order
@@ -35,6 +36,12 @@ class SleepingEngine:
         if self._part == "denoiser":
             return {"next_sample": sample, "denoised": sample}
         return {"pixels": torch.zeros(rows, 8 * height, 8 * width, 3, dtype=torch.uint8)}
+
+    def weight(self, name: str) -> Tensor:
+        raise KeyError(name)  # it has none, so that LoRAs are refused
+
+    def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -26,7 +26,7 @@ def fuse(module: nn.Module) -> str:
     Returns:
         Why one was left as it is; empty where none was.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 
     from engines.backends.fused.unet import FusedUNet
     from engines.backends.fused.vae import FusedVae
@@ -36,6 +36,10 @@ def fuse(module: nn.Module) -> str:
         child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         form = forms.get(type(child))
         if form is None:
+            if isinstance(child, ModelMixin):  # of diffusers, such as PixArt's or AnimateDiff's
+                logger.info(
+                    "%s draws by its own forward: no %s is fused", name, type(child).__name__
+                )
             continue
         try:
             setattr(module, name, form(child))
