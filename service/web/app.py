@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,6 +39,7 @@ from service.web.live.routes import add_live_routes
 from service.web.openapi import complete_document
 from service.web.pages import add_pages
 from service.web.parsing import plain, shown
+from service.web.videos.document import describe_videos
 from service.web.videos.jobs import VideoJobs
 from service.web.videos.routes import build_video_router
 from service.web.videos.store import VideoStore
@@ -88,7 +90,7 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)
-    complete_document(app, settings)
+    complete_document(app, settings, functools.partial(describe_videos, replica=replica))
     # Each of these goes around those before it.
     if keys is not None:
         app.add_middleware(Authentication, keys=keys)

@@ -26,6 +26,7 @@ logger = logging.getLogger("fourstep.videos")
 
 Object = dict[str, Any]
 SWEEP_S = 60.0
+GIVE_UP_S = 5.0  # to write that what was not done is lost; without that it is found so
 SHUT_DOWN = LOST | {
     "message": "the replica that drew this was shut down before it was done; create the video again"
 }
@@ -95,7 +96,7 @@ class VideoJobs:
             for task in late:
                 task.cancel()
             if late:
-                await asyncio.wait(late)
+                await asyncio.wait(late, timeout=GIVE_UP_S)
         self._closed.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)

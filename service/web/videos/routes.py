@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
 
 from service.errors import BadRequest, NotFound
 from service.replica import Replica
@@ -34,6 +35,7 @@ PATH = "/v1/videos"
 MAX_PAGE = 100
 POLL_MS = "1000"  # what OpenAI's client waits between two looks
 NO_STORE = {"cache-control": "no-store"}  # a deleted clip is to be gone from browsers too
+METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 UNSUPPORTED = {  # what OpenAI has and no model here does
     "/edits": "edits of clips",
     "/extensions": "extensions of clips",
@@ -170,6 +172,9 @@ def build_video_router(replica: Replica, store: VideoStore, jobs: VideoJobs) -> 
 
     for path, what in UNSUPPORTED.items():
         router.add_api_route(path, _refusal_of(what), methods=["POST"], include_in_schema=False)
+    for path, allowed in (("", ("GET", "POST")), ("/{video_id}", ("DELETE", "GET"))):
+        others = sorted(METHODS - {*allowed})
+        router.add_api_route(path, _only(allowed), methods=others, include_in_schema=False)
     return router
 
 
@@ -251,14 +256,11 @@ def _unknown(video_id: str) -> NotFound:
 
 def _no_content(video: Object) -> BadRequest:
     if video["status"] == "failed":
-        return BadRequest(
-            f"{video['id']} has failed: {video['error']['message']}", code="video_failed"
-        )
-    return BadRequest(
-        f"{video['id']} is {video['status']}; ask GET /v1/videos/{video['id']} until it is "
-        "completed",
-        code="video_not_ready",
-    )
+        what, code = f"has failed: {video['error']['message']}", "video_failed"
+    else:
+        what = f"is {video['status']}; ask GET /v1/videos/{video['id']} until it is completed"
+        code = "video_not_ready"
+    return BadRequest(f"{video['id']} {what}", param="video_id", code=code)
 
 
 def _refusal_of(what: str) -> Any:
@@ -267,5 +269,14 @@ def _refusal_of(what: str) -> Any:
             f"there are no {what} here: clips are drawn from text alone, by POST /v1/videos",
             code="unsupported_endpoint",
         )
+
+    return refuse
+
+
+def _only(allowed: tuple[str, ...]) -> Any:
+    """Where a path has several routes Starlette would name the methods of the first alone."""
+
+    async def refuse() -> None:
+        raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
 
     return refuse

@@ -1,4 +1,4 @@
-"""A tiny random AnimateDiff checkpoint, and a service over it by torch."""
+"""A service over a tiny random AnimateDiff checkpoint, by torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from filelock import FileLock
 
 from service.access.keys import make_key
 from service.replica import Replica
@@ -17,24 +16,6 @@ from service.settings import load_settings
 from service.web.app import build_app
 
 KEYS = {name: make_key(name) for name in ("alice", "bob")}
-
-
-@pytest.fixture(scope="session")
-def clip_checkpoint(shared: Path) -> Path:
-    """It draws clips of 8 frames, 64 px, and at most that many."""
-    from tests.engines.checkpoints import (
-        make_animatediff_checkpoint,
-        make_checkpoint,
-        make_motion_adapter,
-    )
-
-    with FileLock(shared / "tiny-clips.lock"):
-        folder = shared / "models" / "tiny-clips"
-        if not folder.exists():
-            base = make_checkpoint(shared / "clips-base", lcm=False)
-            adapter = make_motion_adapter(shared / "clips-motion")
-            make_animatediff_checkpoint(folder, base, adapter)
-        return folder
 
 
 @pytest.fixture(scope="session")
