@@ -190,8 +190,8 @@ def test_a_picture_to_start_from_is_refused_as_openais_client_sends_it(http: Tes
         wrong(http.post(VIDEOS, files=form), NO_REFERENCE, "input_reference")
     for call in (
         lambda: client.videos.remix("video_x", prompt="x"),
-        lambda: client.videos.edit(prompt="x", video={"id": "video_x"}),
-        lambda: client.videos.extend(prompt="x", seconds="4", video={"id": "video_x"}),
+        lambda: client.videos.edit(prompt="x", video=b"a file"),
+        lambda: client.videos.extend(prompt="x", seconds="4", video=b"a file"),
         lambda: client.videos.create_character(name="x", video=b"x"),
     ):
         with pytest.raises(openai.BadRequestError, match="by POST /v1/videos") as caught:
