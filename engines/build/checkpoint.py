@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PUT_ONE = "put one of them in its place with diffusers' save_pretrained"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # their folders may be absent
 
 
@@ -186,8 +187,8 @@ def _check_components(folder: Path, known: Mapping[str, tuple[str, ...]]) -> Non
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in classes:
             raise CheckpointError(
-                f"{folder} has {found!r} as its {name}; known are {', '.join(classes)}: put one of "
-                "them in its place with diffusers' save_pretrained"
+                f"{folder} has {found!r} as its {name}; known are {', '.join(classes)}: "
+                + ("give one by --motion-adapter" if name == MOTION_ADAPTER else PUT_ONE)
             )
         config = folder / name / "config.json"
         saved = read_json(config).get("_class_name", found) if config.is_file() else found

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnxscript.optimizer
 import torch
+from onnxscript import opset18 as op
 from torch.export import Dim
 
 from engines.errors import BuildError
@@ -23,7 +24,7 @@ from engines.families.part import Part
 # where there are two; the graph itself has no limit. diffusers' Upsample2D branches at a batch of
 # 64, and a side in latents below 9 comes to 1 when it is halved three times, which broadcasts.
 MAX_BATCH, MIN_SIDE, MAX_SIDE = 63, 9, 8192
-CLIPS, FRAMES = 7, 9  # at most, of a batch whose pictures are the frames of all its clips
+CLIPS, FRAMES = 7, 8  # of a batch whose pictures are the frames of all its clips
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
 
 
@@ -62,6 +63,9 @@ def export_onnx(part: Part, path: Path) -> None:
                 opset_version=OPSET,
                 input_names=list(part.example),
                 output_names=list(part.outputs),
+                custom_translation_table={
+                    torch.ops.aten.repeat_interleave.self_int: _repeat_interleave
+                },
                 verbose=False,
             )
     except Exception as error:
@@ -69,6 +73,27 @@ def export_onnx(part: Part, path: Path) -> None:
     assert program is not None, "dynamo=True returns a program"
     _optimize(program.model, {name for name, _ in part.module.named_parameters()})
     program.save(str(path), external_data=True)
+
+
+def _repeat_interleave(values: Any, repeats: Any, dim: int = 0, output_size: Any = None) -> Any:
+    """Each entry along ``dim`` so many times in ONNX, ``repeats`` being a number of the graph's.
+
+    onnxscript's own (0.7) expands such a number along the dimension before the right one.
+    """
+    rank = len(values.shape)
+    dim %= rank
+    count = op.Reshape(repeats, op.Constant(value_ints=[-1]))
+    ones = [op.Constant(value_ints=[1] * n) for n in (dim + 1, rank - dim - 1) if n]
+    repeated = op.Expand(
+        op.Unsqueeze(values, op.Constant(value_ints=[dim + 1])),
+        op.Concat(ones[0], count, *ones[1:], axis=0),
+    )
+    shape = [op.Constant(value_ints=[-1])]
+    if dim:
+        shape.insert(0, op.Shape(values, start=0, end=dim))
+    if dim + 1 < rank:
+        shape.append(op.Shape(values, start=dim + 1))
+    return op.Reshape(repeated, op.Concat(*shape, axis=0))
 
 
 def _optimize(model: Any, weights: set[str]) -> None:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import CheckpointError
 from engines.facts import MOTION_ADAPTER
+from engines.loras.file import MOTION_KEY
 
 if TYPE_CHECKING:
     from engines.build.single_file import Header
 
 MODULE = re.compile(r"(down|up)_blocks\.(\d+)\.motion_modules\.(\d+)\.")
 LAYER = re.compile(r"motion_modules\.\d+\..*transformer_blocks\.(\d+)\.")
-NO_ADAPTER = "give one by --motion-adapter"
 
 
 def takes_adapter(pipeline_class: str) -> bool:
@@ -89,7 +89,7 @@ def with_motion(pipeline: Any, adapter: Any, source: Path) -> Any:
     came from.
 
     Raises:
-        CheckpointError: the adapter was made for another UNet, or the UNet has no motion modules.
+        CheckpointError: the adapter was made for another UNet.
     """
     from diffusers import AnimateDiffPipeline, UNetMotionModel
 
@@ -98,10 +98,9 @@ def with_motion(pipeline: Any, adapter: Any, source: Path) -> Any:
         if not of_clips or isinstance(pipeline.unet, UNetMotionModel):
             return pipeline
         adapter = pipeline.motion_adapter
-        if adapter is None:
-            raise CheckpointError(f"{source} has a UNet without motion modules; {NO_ADAPTER}")
+        assert adapter is not None, "a folder without one was refused, or its UNet has the modules"
     _check_fit(adapter, pipeline.unet, source)
-    unet = UNetMotionModel.from_unet2d(pipeline.unet, adapter).eval()
+    unet = _joined(pipeline.unet, adapter)
     if of_clips:
         pipeline.register_modules(unet=unet, motion_adapter=None)
         return pipeline
@@ -114,6 +113,20 @@ def with_motion(pipeline: Any, adapter: Any, source: Path) -> Any:
         motion_adapter=None,
         scheduler=pipeline.scheduler,
     )
+
+
+def _joined(unet: Any, adapter: Any) -> Any:
+    """What ``UNetMotionModel.from_unet2d`` makes of them, but of their own weights, not of copies:
+    a UNet's names and an adapter's are those of the whole.
+    """
+    import torch
+    from diffusers import UNetMotionModel
+
+    with torch.device("meta"):
+        whole = UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
+    weights = {key: value for key, value in unet.state_dict().items() if MOTION_KEY not in key}
+    whole.load_state_dict(weights | adapter.state_dict(), assign=True)
+    return whole.eval()
 
 
 def _check_fit(adapter: Any, unet: Any, source: Path) -> None:

@@ -21,7 +21,7 @@ from engines.loras.file import MOTION_KEY
 
 MERGES = ARCHITECTURES / "clip_merges.txt"
 # How keys begin, or what is in them, by what a file then is. The first that fits counts.
-LORA_KEYS = ("lora_", ".lora.", ".lora_", "hada_w", "lokr_w")
+LORA_KEYS = ("lora_", ".lora.", "_lora.", ".lora_", "hada_w", "lokr_w")
 LDM_UNET, LDM_VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
 UNET_KEYS = (LDM_UNET, "down_blocks.", "mid_block.", "up_blocks.")
 VAE_KEYS = (*LDM_VAE, "encoder.", "decoder.")

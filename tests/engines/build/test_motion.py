@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +130,17 @@ def test_another_unet_or_adapter_of_a_folder(
     adapter: Path, folder: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
     """Each in place of its own; the other stays."""
-    longer = make_motion_adapter(tmp_path / "longer", motion_max_seq_length=12)
+    longer = make_motion_adapter(  # and without a module in the middle, as AnimateLCM's
+        tmp_path / "longer", motion_max_seq_length=12, use_motion_mid_block=False
+    )
     before = load_pipeline(folder, "fp32").unet
     with_longer = load_pipeline(folder, "fp32", Overrides({"motion_adapter": longer})).unet
     assert with_longer.config.motion_max_seq_length == 12
+    assert not any(".motion" in key for key in with_longer.mid_block.state_dict())
+    as_file = load_pipeline(folder, "fp32", Overrides({"motion_adapter": longer / WEIGHTS})).unet
+    state = as_file.state_dict()
+    assert state.keys() == with_longer.state_dict().keys()
+    assert all(torch.equal(state[key], w) for key, w in with_longer.state_dict().items())
     with_unet = load_pipeline(folder, "fp32", Overrides({"unet": checkpoints / "tiny-v" / "unet"}))
     for found in (with_longer, with_unet.unet):
         assert type(found) is UNetMotionModel
@@ -203,3 +212,18 @@ def test_plans_are_refused(folder: Path) -> None:
     facts = load_facts(folder, load_pipeline(folder, "fp32"))
     with pytest.raises(BuildError, match="draws clips, which no plan of tensorrt-rtx is built for"):
         check_target(PlanTarget("tensorrt-rtx", ((64, 64),), 2), facts)
+
+
+def test_a_folder_without_an_adapter(folder: Path, checkpoints: Path, tmp_path: Path) -> None:
+    """As diffusers saves one whose UNet has the modules; with a UNet of pictures it lacks them."""
+    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
+    shutil.rmtree(alone / "motion_adapter")
+    index = json.loads((alone / "model_index.json").read_text())
+    index["motion_adapter"] = [None, None]
+    (alone / "model_index.json").write_text(json.dumps(index))
+    expected = load_pipeline(folder, "fp32").unet.state_dict()
+    found = load_pipeline(alone, "fp32").unet.state_dict()
+    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+    unet = Overrides({"unet": checkpoints / "tiny-v" / "unet"})
+    with pytest.raises(CheckpointError, match=r"MotionAdapter: give one by --motion-adapter"):
+        load_pipeline(alone, "fp32", unet)
