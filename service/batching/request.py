@@ -106,7 +106,7 @@ Event = Preview | Finished | Resolved
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One image in flight. From ``stage`` to ``num_lanes`` all is the drawing's own."""
+    """One image or clip in flight. From ``stage`` to ``num_steps_left`` all is the drawing's."""
 
     request: Request
     index: int
@@ -127,6 +127,11 @@ class Row:
     @property
     def num_lanes(self) -> int:
         return self.drawing.num_lanes
+
+    @property
+    def num_frames(self) -> int:
+        """1 but of clips."""
+        return self.drawing.recipe.num_frames
 
     @property
     def num_steps_left(self) -> int:
