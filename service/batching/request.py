@@ -180,3 +180,12 @@ class Request:
     num_finished: int = 0
     timings: Timings = field(default_factory=Timings)
     records: list[StageRecord] | None = None  # a list where the request is traced
+
+    @property
+    def num_images(self) -> int:
+        """What it counts for where room is counted: a clip as many as it has frames."""
+        return sum(row.num_frames for row in self.rows)
+
+    @property
+    def is_clip(self) -> bool:
+        return any(row.num_frames > 1 for row in self.rows)

@@ -65,7 +65,8 @@ def build_video_router(replica: Replica, store: VideoStore, jobs: VideoJobs) -> 
             longest_s = replica.settings.video_timeout_s
         timeout_s = given_timeout_s(request, longest_s)
         replica.quotas.check(tenant, length.num_frames, "num_frames")
-        replica.loop.check(1, tenant.name, priority_of(params, tenant), timeout_s)
+        priority, clip = priority_of(params, tenant), length.num_frames > 1
+        replica.loop.check(length.num_frames, tenant.name, priority, timeout_s, clip=clip)
         deadline = replica.loop.clock() + timeout_s
         admitted = admit(
             params, replica.runner, replica.settings, tenant, num_frames=length.num_frames
