@@ -100,13 +100,20 @@ def fourstep(
     *,
     replicas: int = 1,
     gpu_shaped: bool = False,
+    engine: str = "onnxruntime",
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Service]:
     """The product, as `fourstep serve` serves it; ``gpu_shaped`` puts a timing double under it."""
     port = free_port()
     command = [sys.executable, "-m", "loadtests.peers.fourstep"]
     command += ["--model", model, "--cache-dir", str(cache_dir), "--port", str(port)]
-    command += ["--workers", str(replicas), *(["--gpu-shaped"] if gpu_shaped else [])]
+    command += [
+        "--engine",
+        engine,
+        "--workers",
+        str(replicas),
+        *(["--gpu-shaped"] if gpu_shaped else []),
+    ]
     with running(command, port, "/readyz", environment) as service:
         yield service
 

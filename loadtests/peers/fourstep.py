@@ -18,7 +18,7 @@ MAX_WAITING = 10_000  # nothing is refused: what waits is what is measured
 
 def main(options: Options) -> int:
     """Serve until SIGINT or SIGTERM."""
-    args = {"model": options.model, "cache_dir": str(options.cache_dir), "engine": "onnxruntime"}
+    args = {"model": options.model, "cache_dir": str(options.cache_dir), "engine": options.engine}
     app = Application("fourstep", "/", args | {"num_replicas": options.workers})
     os.environ.setdefault("FOURSTEP_MAX_WAITING", str(MAX_WAITING))
     if options.num_threads:

@@ -37,7 +37,7 @@ from service.web.admission import MAX_RANDOM_SEED, Admitted, admit, check_limits
 from service.web.answers import in_worker
 from service.web.images import MEDIA_TYPES
 from service.web.intake import Intake
-from service.web.job import EncodedImage, Job
+from service.web.job import AsImages, EncodedImage, Job
 from service.web.live import messages
 from service.web.live.likeness import Look, Shown
 from service.web.live.messages import Frame, LiveOptions, SessionUpdate, Wire
@@ -253,8 +253,9 @@ class LiveSession:
             return None
         self._num_frames += 1
         job = Job(
-            self._replica, params, admitted, request_id=f"{self._id}-{self._num_frames}",
-            tenant=self.tenant, deadline=deadline, live=True,
+            self._replica, admitted, AsImages(params, admitted, self._replica),
+            request_id=f"{self._id}-{self._num_frames}", tenant=self.tenant, deadline=deadline,
+            live=True,
         )  # fmt: skip
         async with job:
             self._job = job

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from engines.cli import app
 from engines.drawing.decoding import Decoding
 from engines.drawing.drawing import Drawing
+from engines.drawing.model import load_model, prepare
+from engines.drawing.parity import compare
 from engines.drawing.runner import Runner
 from engines.drawing.stage import Stage
 from engines.errors import InvalidInput
@@ -250,3 +252,32 @@ def test_from_the_command_line(ending: str, folder: Path, tmp_path: Path) -> Non
     command[3] = str(tmp_path / "clip.png")
     with pytest.raises(InvalidInput, match=r"the model draws clips, name it \.webp or \.gif"):
         CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+def test_a_bundle_with_an_adapter(
+    adapter: Path, checkpoints: Path, peer: Peer, cache_dir: Path
+) -> None:
+    """One graph for every length, size and batch, of a checkpoint of pictures."""
+    order = Order(
+        str(checkpoints / "tiny-sd"), "onnxruntime", cache_dir=cache_dir, max_batch=8,
+        num_threads=1, motion_adapter=str(adapter),
+    )  # fmt: skip
+    bundle = prepare(order, lambda *_: None)
+    assert bundle.manifest["beside"]["motion_adapter"]["name"] == "tiny-motion"
+    assert not bundle.part("vae_encoder").exists()
+    built = Runner.open(order)
+    assert built.info.components == {"motion_adapter": "tiny-motion"}
+    assert built.info.max_num_frames == 8
+    for wanted, ours in zip(RECIPES, draw_together(built, RECIPES), strict=True):
+        assert_agree(ours, peer.draw(wanted), wanted)
+    (alone,) = draw_together(built, RECIPES[5:6])
+    assert_agree(alone, peer.draw(RECIPES[5]))
+    built.close()
+
+
+def test_verify_compares_clips(folder: Path) -> None:
+    model = load_model(Order(str(folder), "torch"), lambda *_: None)
+    short = dataclasses.replace(model.facts, default_num_frames=2)
+    found = compare(dataclasses.replace(model, facts=short), model, ["a cube"])
+    assert {each.part for each in found} == {"text_encoder", "denoiser", "vae_decoder"}
+    assert all(each.good for each in found)
