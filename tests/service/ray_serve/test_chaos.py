@@ -286,16 +286,3 @@ def test_haproxy_killed_under_load_comes_back_and_the_client_tries_again(service
     load = Load(ask)
     load.run(service.haproxy.kill)
     assert _failures(load) == []
-
-
-def test_only_its_port_and_ray_calls_among_replicas_listen_to_others(service: Service) -> None:
-    own = psutil.Process(service.process.pid)
-    loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-    open_to_others = [
-        process.name()
-        for process in (own, *own.children(recursive=True))
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in loopback
-    ]
-    others = [name for name in open_to_others if not name.startswith("ray::ServeReplica")]
-    assert others == [], "Ray asks nobody who they are"
