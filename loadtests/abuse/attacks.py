@@ -180,7 +180,7 @@ async def unread_stream(target: Target) -> str:
     async with target.open() as (_, writer):
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.transport.pause_reading()
         writer.write(request(PATH, body | {"num_inference_steps": 4}))
         await asyncio.sleep(target.rng.uniform(2, 20))
     return "dropped"
@@ -205,7 +205,7 @@ async def dropped_session(url: str, phase: str) -> str:
     values = {**DRAW, "num_inference_steps": 4, "type": "session.update"}
     try:
         async with connect(
-            address_of(url), subprotocols=[PROTOCOL], local_addr=(ABUSER, 0), max_size=2**26,  # type: ignore[list-item]
+            address_of(url), subprotocols=[PROTOCOL], local_addr=(ABUSER, 0), max_size=2**26,
         ) as session:  # fmt: skip
             if phase != "fresh":
                 await session.send(msgpack.packb(values))
