@@ -40,8 +40,8 @@ async def _abuse(target: Target, kinds: dict[str, Kind], seconds: float) -> Outc
                 async with asyncio.timeout_at(min(until, loop.time() + PATIENCE_S)):
                     outcomes[name][await kind.act(target)] += 1
             except TimeoutError:
-                if loop.time() < until:
-                    outcomes[name][f"nothing within {PATIENCE_S:.0f} s"] += 1
+                over = loop.time() >= until
+                outcomes[name]["open at the end" if over else f"open for {PATIENCE_S:g} s"] += 1
             except OSError as error:
                 outcomes[name][type(error).__name__] += 1
             await asyncio.sleep(kind.pause_s)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loadtests.abuse.attacks import ABUSER, KINDS
 from loadtests.abuse.beside import Outcomes, abuse, probe, scrapes
@@ -52,13 +52,15 @@ class Run:
     def images_per_s(self) -> float:
         return sum(answer.ok for answer in self.answers) / self.seconds
 
-    def row(self, name: str) -> list[object]:
+    def told(self) -> dict[str, Any]:
         late = Latencies(answer.latency_s for answer in self.answers if answer.ok)
-        statuses = Counter(answer.status or "no answer" for answer in self.answers)
-        return [
-            name, len(self.answers), told(statuses), self.images_per_s, late.ms(50), late.ms(95),
-            self.probes.ms(50), self.probes.ms(99), self.num_failed_probes,
-        ]  # fmt: skip
+        return {
+            "requests": len(self.answers),
+            "statuses": Counter(str(answer.status or "no answer") for answer in self.answers),
+            "images_per_s": self.images_per_s, "p50_ms": late.ms(50), "p95_ms": late.ms(95),
+            "probes": len(self.probes), "probe_p50_ms": self.probes.ms(50),
+            "probe_p99_ms": self.probes.ms(99), "failed_probes": self.num_failed_probes,
+        }  # fmt: skip
 
 
 @dataclass
@@ -81,8 +83,8 @@ class Abused:
         return statistics.median(hammered / alone for alone, hammered, _ in self.scraped)
 
 
-def told(counts: Counter[str] | Counter[int | str]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items(), key=str))
+def told(counts: Counter[str]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
 
 
 def maltreat(service: Service, seconds: float, seed: int) -> Abused:
@@ -91,15 +93,15 @@ def maltreat(service: Service, seconds: float, seed: int) -> Abused:
     client.closed_loop(SIZES.asks(64, seed), MANY_CLIENTS)
     with ProcessPoolExecutor(2, get_context("spawn")) as others:
         list(others.map(time.sleep, [0.01, 0.01]))  # they are there
-        alone = _run(service, others, max(1.5, seconds / 20), seed)
-        scraped = _scraped(service, others, max(1.0, seconds / 60))
+        alone = _run(service, others, max(1.0, seconds / 20), seed)
+        scraped = _scraped(service, others, max(0.3, seconds / 60))
         fresh = held_by(service)
         with Watch(service) as watch:
             abused: Future[Outcomes] = others.submit(abuse, service.url, seconds, seed)
             beside = _run(service, others, seconds, seed)
             outcomes = abused.result()
-            after = _settled(service, min(SETTLE_S, max(5.0, seconds / 5)))
-        again = _run(service, others, max(1.5, seconds / 20), seed)
+            after = _settled(service, min(SETTLE_S, max(2.0, seconds / 5)))
+        again = _run(service, others, max(1.0, seconds / 20), seed)
     left = left_in(service)
     return Abused(fresh, after, watch, alone, beside, again, outcomes, left, scraped)
 
@@ -138,10 +140,18 @@ def _settled(service: Service, seconds: float) -> dict[str, Held]:
 def page(found: Abused, seconds: float) -> Report:
     report = Report("soak-abuse", f"{seconds:.0f} seconds of abuse beside ordinary load")
     report.text(ABOUT)
+    runs = {
+        "alone": found.alone.told(),
+        "beside abuse": found.beside.told(),
+        "after it": found.again.told(),
+    }
     report.table(
-        ["", "requests", "outcomes", "images/s", "p50, ms", "p95, ms", "probes p50, ms",
-         "probes p99, ms", "probes that failed"],
-        [found.alone.row("alone"), found.beside.row("beside abuse"), found.again.row("after it")],
+        ["", "requests", "outcomes", "images/s", "p50, ms", "p95, ms", "probes", "their p50, ms",
+         "p99, ms", "failed"],
+        [
+            [name, *(told(cell) if isinstance(cell, Counter) else cell for cell in run.values())]
+            for name, run in runs.items()
+        ],
     )  # fmt: skip
     report.table(
         ["", "MiB before", "in each quarter", "most", "after", "after / before",
@@ -167,7 +177,7 @@ def page(found: Abused, seconds: float) -> Report:
     report.table(["images/s", "while they scrape", "scrapes/s"], found.scraped)
     report.figure("held", _plot(found), "Memory, file descriptors and threads over time")
     report.data |= {
-        "alone": found.alone.row(""), "beside": found.beside.row(""), "again": found.again.row(""),
+        "alone": runs["alone"], "beside": runs["beside abuse"], "again": runs["after it"],
         "outcomes": found.outcomes, "left": found.left, "scraped": found.scraped,
         "held": {kind: _held(found, kind) for kind in found.fresh},
         "mib": {kind: [round(mib, 1) for mib in found.watch.mib(kind)] for kind in found.fresh},
