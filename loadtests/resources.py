@@ -20,7 +20,7 @@ REPLICA, HAPROXY = "replica", "HAProxy"
 class Held:
     """By all processes of a kind together."""
 
-    mib: float  # unique set size: what would be free without them
+    mib: float  # anonymous memory: what is in no file. To ask for it holds up no process
     fds: int
     threads: int
 
@@ -39,7 +39,8 @@ def held_by(service: Service) -> dict[str, Held]:
             name = process.name()
             kind = HAPROXY if name == "haproxy" else REPLICA
             if kind == HAPROXY or name.startswith("ray::ServeRepl"):
-                mib = process.memory_full_info().uss / MIB
+                memory = process.memory_info()
+                mib = (memory.rss - memory.shared) / MIB
                 held = Held(mib, process.num_fds(), process.num_threads())
                 found[kind] = found.get(kind, NOTHING) + held
         except psutil.NoSuchProcess:

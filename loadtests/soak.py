@@ -72,6 +72,6 @@ def watch(service: Service, count: int, clients: int, seed: int) -> Report:
     figure, (panel,) = panels()
     panel.plot(held.at_s, mib)
     panel.set_ylim(bottom=0)
-    name_axes(panel, "Memory of the replica", "seconds at saturation", "MiB (unique set size)")
-    report.figure("memory", figure, "Unique set size of the replica over time")
+    name_axes(panel, "Memory of the replica", "seconds at saturation", "MiB (anonymous memory)")
+    report.figure("memory", figure, "Anonymous memory of the replica over time")
     return report

@@ -176,7 +176,7 @@ async def open_and_drop(target: Target) -> str:
 
 
 async def unread_stream(target: Target) -> str:
-    body = DRAW | {"n": 4, "size": "256x256", "stream": True, "partial_images": 3}
+    body = DRAW | {"n": 4, "size": "128x128", "stream": True, "partial_images": 3}
     async with target.open() as (_, writer):
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -160,7 +160,7 @@ def page(found: Abused, seconds: float) -> Report:
     )  # fmt: skip
     rows = ", ".join(f"`{name}` {value:g}" for name, value in found.left.items())
     report.text(
-        f"When it was over: {rows}. MiB are the unique set size, sampled once a second; `after` is "
+        f"When it was over: {rows}. MiB are anonymous memory, sampled once a second; `after` is "
         f"up to {SETTLE_S:.0f} s after the last act."
     )
     report.table(
@@ -204,7 +204,7 @@ def _held(found: Abused, kind: str) -> list[object]:
 def _plot(found: Abused) -> Figure:
     figure, axes = panels(3, width=4.6)
     values: Sequence[tuple[str, str]] = (
-        ("mib", "MiB (unique set size)"), ("fds", "file descriptors"), ("threads", "threads"),
+        ("mib", "MiB (anonymous memory)"), ("fds", "file descriptors"), ("threads", "threads"),
     )  # fmt: skip
     for panel, (name, label) in zip(axes, values, strict=True):
         for color, kind in zip(COLORS, found.fresh, strict=False):
