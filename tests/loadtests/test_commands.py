@@ -12,6 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
+from loadtests.abuse.attacks import KINDS
+from loadtests.abuse.page import maltreat, page
+from loadtests.abuse.sessions import drop_sessions
 from loadtests.overload import press
 from loadtests.peers import BY_NAME, PEERS
 from loadtests.peers.command import measure
@@ -74,6 +77,27 @@ def test_soak(service: Service, out: Path) -> None:
     watch(service, count=250, clients=16, seed=1).write(out)
     found = json.loads((out / "soak.json").read_text())
     assert min(found["mib"]) > 50
+
+
+def test_soak_under_abuse(service: Service, out: Path) -> None:
+    """All kinds for a few seconds: each acts, and ordinary clients and probes get their answers."""
+    page(maltreat(service, seconds=5, seed=1), 5).write(out)
+    found = json.loads((out / "soak-abuse.json").read_text())
+    assert found["outcomes"].keys() == KINDS.keys()
+    for name, outcomes in found["outcomes"].items():
+        assert sum(outcomes.values()) >= KINDS[name].at_a_time, name
+    assert found["beside"]["statuses"].keys() == {"200"}
+    assert found["beside"]["failed_probes"] == 0
+    assert set(found["left"].values()) == {0}
+    assert found["held"].keys() == {"replica", "HAProxy"}
+
+
+def test_live_sessions_dropped(service: Service, out: Path) -> None:
+    drop_sessions(service, 40).write(out)
+    found = json.loads((out / "live-drop.json").read_text())
+    assert sum(found["outcomes"].values()) == 40
+    assert all(outcome.startswith("dropped") for outcome in found["outcomes"])
+    assert all(set(left.values()) == {0} for left in found["left"])
 
 
 def test_live(service: Service, out: Path) -> None:
