@@ -8,6 +8,7 @@ from loadtests.capacity import capacity
 from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.gpu.command import gpu
+from loadtests.laptop.command import laptop
 from loadtests.live import live
 from loadtests.overhead import overhead
 from loadtests.overload import overload
@@ -23,6 +24,7 @@ app.command()(capacity)
 app.command()(encoding)
 app.command()(engine)
 app.command()(gpu)
+app.command()(laptop)
 app.command()(live)
 app.command()(overhead)
 app.command()(overload)

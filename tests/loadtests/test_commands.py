@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
+from loadtests.gpu.models import TINY
+from loadtests.laptop import ways
+from loadtests.laptop.command import BY_LABEL, compare
+from loadtests.laptop.page import write_page as write_laptop_page
+from loadtests.laptop.task import Drawn, Kind, Task
 from loadtests.overload import press
 from loadtests.peers import BY_NAME, PEERS
 from loadtests.peers.command import measure
@@ -23,6 +29,7 @@ from loadtests.serving import ROOT, Service
 from loadtests.soak import watch
 from loadtests.traffic import UNIFORM
 from tests.engines.checkpoints import make_lora
+from tests.engines.peers import MIN_PSNR_DB, psnr_db
 
 POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4, "memory_mib": 1,
          "step_flops": 1, "peak_flops_per_s": 1, "served_batch": 8,
@@ -154,6 +161,28 @@ def test_tiles(out: Path) -> None:
     assert all(peak_gb >= 0 for peak_gb in peaks_gb)
     assert all_s[0] > longest_s[0] > 0
     assert all_s[1] == longest_s[1] > 0
+
+
+def test_laptop(cache_dir: Path, out: Path) -> None:
+    """In this process, what the command has a process each for."""
+    kinds = [BY_LABEL[label] for label in ("torch_cpu:fp32", "torch_cpu:bf16", "diffusers:fp32")]
+    shape = dataclasses.replace(TINY, precision="fp16")
+
+    def run(kind: Kind, task: Task) -> Drawn:
+        if kind.precision == "bf16":
+            raise RuntimeError("it is not here")
+        return Drawn.from_json(ways.measure(Task.from_json(task.to_json())).to_json())
+
+    found = compare(kinds, 1, 2, shape, cache_dir, run)
+    write_laptop_page(found, shape, 2, "a test run", out)
+    page = (out / "laptop.md").read_text()
+    assert "Absent: Fourstep, torch (torch_cpu:bf16): it is not here" in page
+    ours, theirs = found.pixels["torch_cpu:fp32"], found.pixels["diffusers:fp32"]
+    assert psnr_db(ours, theirs) >= MIN_PSNR_DB
+    for _, (drawn,) in found.drawn.values():
+        assert len(drawn.step_s) == 3
+        assert 0 < sum(drawn.step_s) < drawn.image_s + drawn.quick_s
+        assert set(drawn.decode_s) == {"full", "tiny"}
 
 
 def test_peers(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:
