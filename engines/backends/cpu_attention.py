@@ -118,15 +118,21 @@ def _heads(known: _Graph, name: str) -> _Heads | None:
     """``[B, heads, L, D]`` as it was before it was divided."""
     swapped = known.before(name, "Transpose")
     divided = known.before(name, "Transpose", "Reshape")
-    shape = known.made.get(divided.input[1]) if divided is not None else None
-    if swapped is None or divided is None or shape is None or not _swaps_heads(swapped):
+    if swapped is None or divided is None or not _swaps_heads(swapped):
         return None
-    if shape.op_type != "Concat" or len(shape.input) != 4:
-        return None
-    sides = [known.constant(each) for each in shape.input[2:]]
-    if any(side is None or side.size != 1 for side in sides) or sides[0] is None:
-        return None
-    return _Heads(divided.input[0], int(sides[0].item()))
+    num_heads = _side(known, divided.input[1], 2)
+    return None if num_heads is None else _Heads(divided.input[0], num_heads)
+
+
+def _side(known: _Graph, shape: str, index: int) -> int | None:
+    """One of the four sides of a shape, whole or put together, where it is constant."""
+    value = known.constant(shape)
+    if value is None:
+        joined = known.made.get(shape)
+        if joined is None or joined.op_type != "Concat" or len(joined.input) != 4:
+            return None
+        value, index = known.constant(joined.input[index]), 0
+    return int(value[index]) if value is not None and value.size > index else None
 
 
 def _swaps_heads(node: NodeProto) -> bool:

@@ -77,6 +77,17 @@ def test_overhead(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: 
     assert abs(alone["missing"]) < 0.25  # a busy machine; the command itself says above 5 %
 
 
+def test_decoders(service: Service, out: Path) -> None:
+    """By the one that the double's model has; the checker reads its grey as nothing right."""
+    found = run(
+        out, "decoders", "--url", service.url, "--decoder", "full", "--steps", "1", "--rounds", "1",
+        "--count", "8", "--clients", "2", "--size-px", "64", "--num-prompts", "2",
+    )  # fmt: skip
+    (point,) = found["points"]
+    assert point["rates"]["full"][0] > 0
+    assert 0 <= found["accuracy"]["1"]["full"] < 1
+
+
 def test_soak(service: Service, out: Path) -> None:
     watch(service, count=250, clients=16, seed=1).write(out)
     found = json.loads((out / "soak.json").read_text())
