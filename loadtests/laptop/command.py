@@ -6,6 +6,7 @@ Each way runs alone in a process of its own, once a round, so that all find the 
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from engines.options import CacheOption
+from engines.options import CacheOption, check_choice
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests.gpu.models import SD15, TINY, Shape, save_checkpoint
-from loadtests.laptop.page import Found, write_page
-from loadtests.laptop.task import Drawn, Kind, Task
+from loadtests.laptop.page import Found, How, write_page
+from loadtests.laptop.task import CLOCKS, Drawn, Kind, Task
 from loadtests.peers.environment import ensure_python, pin_of
 from loadtests.report import RESULTS, ROOT, OutOption
 
@@ -34,7 +35,7 @@ KINDS = (
     Kind("sd_cpp", "stable-diffusion.cpp, weights in fp16", "fp32", "stable-diffusion-cpp-python"),
 )  # fmt: skip
 BY_LABEL = {kind.label: kind for kind in KINDS}
-TIMEOUT_S = 900.0  # of one process
+TIMEOUT_S = 1800.0  # of one process
 
 
 def laptop(
@@ -42,7 +43,11 @@ def laptop(
         list[str] | None, typer.Option(help=f"{', '.join(BY_LABEL)}; repeat. Default: all.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=9, help="Times that each draws.")] = 2,
-    steps: Annotated[int, typer.Option(min=2, max=50, help="Of the longer image.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Of the image that is drawn.")] = 4,
+    num_threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: the process's own seconds, for busy machines.")
+    ] = "wall",
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny architecture: a trial.")] = False,
     beside: Annotated[str, typer.Option(help="What else the machine did, for the page.")] = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -52,26 +57,29 @@ def laptop(
     for label in kind or ():
         if label not in BY_LABEL:
             raise typer.BadParameter(f"--kind is {label!r}; known are {', '.join(BY_LABEL)}")
+    check_choice("--clock", clock, tuple(CLOCKS))
+    threads = num_threads or os.cpu_count() or 1
     chosen = [each for each in KINDS if not kind or each.label in kind]
     shape = dataclasses.replace(TINY if tiny else SD15, precision="fp16")
-    found = compare(chosen, rounds, steps, shape, cache_dir, _in_a_process(cache_dir))
-    write_page(found, shape, steps, beside, out)
+    how = How(rounds, steps, threads, clock)
+    found = compare(chosen, how, shape, cache_dir, _in_a_process(cache_dir))
+    write_page(found, shape, how, beside, out)
 
 
 def compare(
-    kinds: list[Kind], rounds: int, num_steps: int, shape: Shape, cache_dir: Path,
+    kinds: list[Kind], how: How, shape: Shape, cache_dir: Path,
     run: Callable[[Kind, Task], Drawn],
 ) -> Found:  # fmt: skip
     """What each way drew in each round; one that fails is absent from then on, with the reason."""
     folder = cache_dir / f"laptop-{shape.name.replace(' ', '-')}"
     checkpoint, tiny_vae = _checkpoint(folder, shape)
     found = Found({}, {}, {})
-    for index in range(rounds):
+    for index in range(how.rounds):
         for kind in [each for each in kinds if each.label not in found.absent]:
             pixels = folder / f"{kind.label.replace(':', '-')}.npy"
             task = Task(
                 kind.name, kind.precision, checkpoint, tiny_vae, cache_dir, shape.size_px,
-                num_steps, pixels,
+                how.num_steps, how.num_threads, how.clock, pixels,
             )  # fmt: skip
             try:
                 drawn = run(kind, task)
@@ -81,7 +89,9 @@ def compare(
                 continue
             found.drawn.setdefault(kind.label, (kind, []))[1].append(drawn)
             found.pixels[kind.label] = np.load(pixels)
-            typer.echo(f"round {index + 1}/{rounds}: {kind.label}, {drawn.image_s:.1f} s", err=True)
+            typer.echo(
+                f"round {index + 1}/{how.rounds}: {kind.label}, {drawn.image_s:.1f} s", err=True
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""The page of `laptop`: a line for each way, medians over its rounds, ratios within a round."""
+"""The page of `laptop`: a line for each way, medians over its rounds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from loadtests.laptop.task import Drawn, Kind
 from loadtests.report import Report
 
 REFERENCE = "diffusers:fp32"  # whose picture and times the others' are held against
+STEPS = (4, 1)  # of the images that the page speaks of
+UNITS = {"wall": "s", "cpu": "CPU s"}
+
+
+@dataclass(frozen=True)
+class How:
+    """What a run is made of."""
+
+    rounds: int
+    num_steps: int  # of the image that is drawn
+    num_threads: int
+    clock: str
 
 
 @dataclass(frozen=True)
@@ -26,76 +38,83 @@ class Found:
     absent: dict[str, tuple[Kind, str]]  # and why
 
 
-def write_page(found: Found, shape: Shape, num_steps: int, beside: str, out: Path) -> None:
+def write_page(found: Found, shape: Shape, how: How, beside: str, out: Path) -> None:
     """JSON and Markdown."""
     report = Report("laptop", f"{shape.name}, random weights, {shape.size_px} px, on a CPU")
-    counts = count_shape(shape), count_shape(with_tiny_decoder(shape))
+    full, tiny = count_shape(shape), count_shape(with_tiny_decoder(shape))
+    report.data |= {"how": dataclasses.asdict(how)}
     report.data["drawn"] = {
         label: [dataclasses.asdict(each) for each in drawn]
         for label, (_, drawn) in found.drawn.items()
     }
     report.data["absent"] = {label: why for label, (_, why) in found.absent.items()}
-    report.data["gflop"] = {
-        "step": counts[0].step / 1e9, "decode": counts[0].decode / 1e9,
-        "tiny decode": counts[1].decode / 1e9,
-    }  # fmt: skip
     if beside:
-        report.text(f"**Beside other work**: {beside}. Ratios are of one round and mean more.")
-    _write_images(report, found, num_steps)
-    _write_calls(report, found, counts)
+        report.text(f"**Beside other work**: {beside}.")
+    if how.clock == "cpu":
+        report.text(
+            f"Seconds are those that a process had of a core, with {how.num_threads} thread: other "
+            "work on the machine stretches those little."
+        )
+    _write_images(report, found, how)
+    _write_calls(report, found, full, tiny, how)
     for label, (kind, why) in found.absent.items():
         report.text(f"Absent: {kind.title} ({label}): {why}")
     report.write(out)
 
 
-def _write_images(report: Report, found: Found, num_steps: int) -> None:
+def _write_images(report: Report, found: Found, how: How) -> None:
+    unit = UNITS[how.clock]
+    kinds = {label: kind for label, (kind, _) in found.drawn.items()}
+    images = [(num, decoder) for num in STEPS for decoder in ("full", "tiny")]
     rows = []
-    for label, (kind, drawn) in found.drawn.items():
-        long_tiny = _median(num_steps * _step(d) + d.decode_s["tiny"] if d.step_s else math.nan
-                            for d in drawn)  # fmt: skip
-        short_full = _median(_step(d) + d.decode_s["full"] if d.step_s else math.nan for d in drawn)
+    for label, kind in kinds.items():
+        drawn = found.drawn[label][1]
         rows.append([
-            kind.title, kind.precision, _median(d.image_s for d in drawn), long_tiny, short_full,
-            _median(d.quick_s for d in drawn), _ratio(found, label), _psnr(found, label),
-            _median(d.load_s for d in drawn), max(d.peak_gb for d in drawn),
+            kind.title, kind.precision, *(_image(drawn, *image) for image in images),
+            _ratio(found, label), _psnr(found, label), statistics.median(d.load_s for d in drawn),
+            max(d.peak_gb for d in drawn),
         ])  # fmt: skip
     report.table(
-        ["drawn by", "precision", f"{num_steps} steps, s", f"{num_steps} steps, tiny decoder, s",
-         "1 step, s", "1 step, tiny decoder, s", "of diffusers in fp32", "PSNR to it, dB",
-         "load, s", "peak memory, GB"],
+        ["drawn by", "precision", f"4 steps, {unit}", f"4 steps, tiny decoder, {unit}",
+         f"1 step, {unit}", f"1 step, tiny decoder, {unit}", "4 steps, of diffusers in fp32",
+         "PSNR to it, dB", f"load, {unit}", "peak memory, GB"],
         rows,
     )  # fmt: skip
+    beside = [
+        d.image_s / (d.num_steps * _step(d) + d.decode_s["full"])
+        for _, drawn in found.drawn.values()
+        for d in drawn
+        if d.step_s
+    ]
     report.text(
-        "Images of one step with the tiny decoder and of all with the full one are waited for; the "
-        "two between are the sums of their calls. The ratio is of the former two together, by "
-        "round. stable-diffusion.cpp draws its own noise: its picture is another."
+        f"Images are the sums of their calls. A whole one of {how.num_steps} steps took "
+        f"{min(beside, default=math.nan):.2f} to {max(beside, default=math.nan):.2f} times its "
+        "calls' sum. stable-diffusion.cpp shows no calls and draws noise of its own."
     )
 
 
-def _write_calls(report: Report, found: Found, counts: tuple[Counts, Counts]) -> None:
-    full, tiny = counts
-    rows = []
+def _write_calls(report: Report, found: Found, full: Counts, tiny: Counts, how: How) -> None:
+    unit, rows = UNITS[how.clock], []
+    work = {"step": full.step, "full": full.decode, "tiny": tiny.decode}
     for kind, drawn in found.drawn.values():
-        if not drawn[0].step_s:
-            continue
-        work = {"step": full.step, "full": full.decode, "tiny": tiny.decode}
-        seconds = {"step": [_step(d) for d in drawn]}
-        seconds |= {name: [d.decode_s[name] for d in drawn] for name in ("full", "tiny")}
+        timed = [each for each in drawn if each.step_s]
         cells: list[object] = [kind.title, kind.precision]
-        for name, each in seconds.items():
-            shares = [work[name] / s / d.peak_flops_per_s for s, d in zip(each, drawn, strict=True)]
-            cells += [statistics.median(each), f"{statistics.median(shares):.0%}"]
-        cells.append(f"{_median(d.peak_flops_per_s for d in drawn) / 1e9:.0f}")
-        rows.append(cells)
+        for name, flops in work.items() if timed else ():
+            seconds = [_step(d) if name == "step" else d.decode_s[name] for d in timed]
+            shares = [flops / s / d.peak_flops_per_s for s, d in zip(seconds, timed, strict=True)]
+            cells += [statistics.median(seconds), f"{statistics.median(shares):.0%}"]
+        if timed:
+            peak = statistics.median(each.peak_flops_per_s for each in timed)
+            rows.append([*cells, f"{peak / 1e9:.0f}"])
     report.table(
-        ["drawn by", "precision", "a step, s", "of the peak", "decode, s", "of the peak",
-         "tiny decode, s", "of the peak", "matrix peak, GFLOP/s"],
+        ["drawn by", "precision", f"a step, {unit}", "of the peak", f"decode, {unit}",
+         "of the peak", f"tiny decode, {unit}", "of the peak", "matrix peak, GFLOP/s"],
         rows,
     )  # fmt: skip
     report.text(
         f"A step is {full.step / 1e9:.0f} GFLOP, a decode {full.decode / 1e9:.0f}, a tiny one "
         f"{tiny.decode / 1e9:.0f}. The peak is what `torch.mm` of two large square matrices "
-        "reached in the same process and precision."
+        "reached in the same process, precision and clock."
     )
 
 
@@ -103,15 +122,23 @@ def _step(drawn: Drawn) -> float:
     return statistics.median(drawn.step_s)
 
 
-def _median(values: object) -> float:
-    return statistics.median(values)  # type: ignore[call-overload,no-any-return]
+def _image(drawn: list[Drawn], num_steps: int, decoder: str) -> float:
+    """Seconds of an image; of one that shows no calls, where it was drawn."""
+    found = [
+        num_steps * _step(d) + d.decode_s[decoder] if d.step_s
+        else d.image_s if (num_steps, decoder) == (d.num_steps, "full")
+        else math.nan
+        for d in drawn
+    ]  # fmt: skip
+    return statistics.median(found)
 
 
 def _ratio(found: Found, label: str) -> str:
+    """Of the images of 4 steps, within a round."""
     if REFERENCE not in found.drawn:
         return "–"
     pairs = zip(found.drawn[label][1], found.drawn[REFERENCE][1], strict=False)
-    ratios = [(a.image_s + a.quick_s) / (b.image_s + b.quick_s) for a, b in pairs]
+    ratios = [_image([a], 4, "full") / _image([b], 4, "full") for a, b in pairs]
     return f"{statistics.median(ratios):.2f}×"
 
 

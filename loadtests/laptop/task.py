@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 DECODERS = ("full", "tiny")
+# By the wall's, or the seconds that the process had of a core: other work hardly stretches those,
+# and of one thread they are what it would wait for alone.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 PROMPT = "a lighthouse in a storm, oil on canvas"
 SEED = 7
 
@@ -38,6 +43,8 @@ class Task:
     cache_dir: Path
     size_px: int
     num_steps: int
+    num_threads: int
+    clock: str  # of `CLOCKS`
     pixels: Path  # where the picture of ``num_steps`` by the full decoder goes, as .npy
 
     def to_json(self) -> str:
@@ -53,15 +60,16 @@ class Task:
 
 @dataclass
 class Drawn:
-    """Seconds of one process's calls, and its memory.
+    """Seconds of one process's calls by its clock, and its memory.
 
-    ``image_s`` and ``quick_s`` are waited for as a whole: ``num_steps`` and the full decoder, one
-    step and the tiny one. The others are the calls within.
+    ``image_s`` is a whole image of ``num_steps`` and the full decoder; the others are the calls
+    within it and within one of a step and the tiny decoder.
     """
 
     load_s: float = 0.0
     image_s: float = 0.0
     quick_s: float = 0.0
+    num_steps: int = 0
     step_s: list[float] = field(default_factory=list)
     decode_s: dict[str, float] = field(default_factory=dict)  # by decoder
     peak_flops_per_s: float = 0.0  # of a matrix product in the same precision, here and now

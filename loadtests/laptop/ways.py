@@ -1,7 +1,7 @@
 """The ways to draw, each over the same checkpoint: `python -m loadtests.laptop.ways TASK`.
 
-A way loads, draws an image that does not count, then the two that do. Its process ends with it, so
-that memory is its own.
+A way loads, draws one step with the tiny decoder, then an image. Its process ends with it, so that
+memory is its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from engines.backends.engine import Engine, Variant
 from engines.order import Order
-from loadtests.laptop.task import DECODERS, PROMPT, SEED, Drawn, Task
+from loadtests.laptop.task import CLOCKS, DECODERS, PROMPT, SEED, Drawn, Task
 from loadtests.peak import matrix_peak
 
 PARTS = {"vae_decoder": "full", "tiny_vae_decoder": "tiny"}
@@ -30,21 +29,22 @@ PARTS = {"vae_decoder": "full", "tiny_vae_decoder": "tiny"}
 class Clock:
     """Seconds of calls by what they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.steps: list[float] = []
         self.decodes: dict[str, float] = {}
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun = self.now()
         yield
-        self.steps.append(time.perf_counter() - begun)
+        self.steps.append(self.now() - begun)
 
     @contextlib.contextmanager
     def decode(self, decoder: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun = self.now()
         yield
-        self.decodes[decoder] = time.perf_counter() - begun
+        self.decodes[decoder] = self.now() - begun
 
 
 Draw = Callable[[int, str], np.ndarray]  # steps and decoder to pixels uint8 [H, W, 3]
@@ -79,8 +79,8 @@ def torch_cpu(task: Task, clock: Clock) -> Draw:
 
 def order_of(backend: str, task: Task) -> Order:
     return Order(
-        str(task.checkpoint), backend, task.precision, task.cache_dir, device="cpu",
-        tiny_vae=str(task.tiny_vae),
+        str(task.checkpoint), backend, task.precision, task.cache_dir, task.num_threads,
+        device="cpu", tiny_vae=str(task.tiny_vae),
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _within(call: Callable[..., Any], clock: Callable[[], Any]) -> Callable[...,
 class OpenVinoEngine:
     """A part of the model as OpenVINO converts it from torch, of one size."""
 
-    def __init__(self, part: Any, precision: str, sizes: Mapping[str, int]) -> None:
+    def __init__(self, part: Any, task: Task, sizes: Mapping[str, int]) -> None:
         import openvino
 
         from loadtests.torch_flops import inputs_of
@@ -158,8 +158,11 @@ class OpenVinoEngine:
         with torch.inference_mode():
             model = openvino.convert_model(part.module.eval(), example_input=example)
         model.reshape({name: list(value.shape) for name, value in example.items()})
-        hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
-        self._compiled = openvino.Core().compile_model(model, "CPU", hint)
+        hints = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[task.precision],
+            "INFERENCE_NUM_THREADS": task.num_threads,
+        }
+        self._compiled = openvino.Core().compile_model(model, "CPU", hints)
         self._outputs = part.outputs
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,7 +199,7 @@ def openvino(task: Task, clock: Clock) -> Draw:
     parts = [
         p for p in family_named(facts.family).parts(pipeline, facts) if p.name != "vae_encoder"
     ]
-    engines = {part.name: OpenVinoEngine(part, task.precision, sizes) for part in parts}
+    engines = {part.name: OpenVinoEngine(part, task, sizes) for part in parts}
     model = Model(
         facts, {"tokenizer": tokenizer_of(pipeline)}, engines, Adapters({}, engines),
         Choice("openvino", "measured"), task.precision, "cpu",
@@ -210,7 +213,7 @@ def sd_cpp(task: Task, clock: Clock) -> Draw:
 
     opened = {
         decoder: StableDiffusion(
-            model_path=str(task.checkpoint), n_threads=torch.get_num_threads(), verbose=False,
+            model_path=str(task.checkpoint), n_threads=task.num_threads, verbose=False,
             **({"taesd_path": str(_weights(task.tiny_vae))} if decoder == "tiny" else {}),
         )
         for decoder in DECODERS
@@ -237,25 +240,24 @@ WAYS: dict[str, Callable[[Task, Clock], Draw]] = {
 
 def measure(task: Task) -> Drawn:
     """Load, warm up, draw; the picture is written."""
-    drawn, clock = Drawn(), Clock()
-    drawn.peak_flops_per_s = matrix_peak(task.precision, "cpu", min(2048, 4 * task.size_px))
-    begun = time.perf_counter()
+    torch.set_num_threads(task.num_threads)
+    now = CLOCKS[task.clock]
+    drawn, clock = Drawn(num_steps=task.num_steps), Clock(now)
+    side = min(2048, 4 * task.size_px)
+    drawn.peak_flops_per_s = matrix_peak(task.precision, "cpu", side, now)
+    begun = now()
     draw = WAYS[task.way](task, clock)
-    drawn.load_s = time.perf_counter() - begun
+    drawn.load_s, begun = now() - begun, now()
     draw(1, "tiny")
-    clock.steps.clear()
-    pixels, drawn.image_s = _timed(lambda: draw(task.num_steps, "full"))
-    _, drawn.quick_s = _timed(lambda: draw(1, "tiny"))
+    drawn.quick_s = now() - begun
+    clock.steps.clear()  # the first allocates
+    begun = now()
+    pixels = draw(task.num_steps, "full")
+    drawn.image_s = now() - begun
     drawn.step_s, drawn.decode_s = clock.steps, clock.decodes
     drawn.peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     np.save(task.pixels, pixels)
     return drawn
-
-
-def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
-    begun = time.perf_counter()
-    found = call()
-    return found, time.perf_counter() - begun
 
 
 if __name__ == "__main__":
