@@ -9,7 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -59,21 +59,25 @@ def laptop(
             raise typer.BadParameter(f"--kind is {label!r}; known are {', '.join(BY_LABEL)}")
     check_choice("--clock", clock, tuple(CLOCKS))
     threads = num_threads or os.cpu_count() or 1
-    chosen = [each for each in KINDS if not kind or each.label in kind]
+    chosen = [BY_LABEL[label] for label in kind] if kind else list(KINDS)
     shape = dataclasses.replace(TINY if tiny else SD15, precision="fp16")
     how = How(rounds, steps, threads, clock)
-    found = compare(chosen, how, shape, cache_dir, _in_a_process(cache_dir))
-    write_page(found, shape, how, beside, out)
+    found = Found({}, {}, {})
+    run = _in_a_process(cache_dir)
+    for _ in compare(found, chosen, how, shape, cache_dir, run):  # a run is long: a page each time
+        write_page(found, shape, how, beside).save(out)
+    typer.echo((out / "laptop.md").read_text())
 
 
 def compare(
-    kinds: list[Kind], how: How, shape: Shape, cache_dir: Path,
+    found: Found, kinds: list[Kind], how: How, shape: Shape, cache_dir: Path,
     run: Callable[[Kind, Task], Drawn],
-) -> Found:  # fmt: skip
-    """What each way drew in each round; one that fails is absent from then on, with the reason."""
+) -> Iterator[Kind]:  # fmt: skip
+    """What each way draws in each round goes into ``found``, then its kind is given; one that fails
+    is absent from then on, with the reason.
+    """
     folder = cache_dir / f"laptop-{shape.name.replace(' ', '-')}"
     checkpoint, tiny_vae = _checkpoint(folder, shape)
-    found = Found({}, {}, {})
     for index in range(how.rounds):
         for kind in [each for each in kinds if each.label not in found.absent]:
             pixels = folder / f"{kind.label.replace(':', '-')}.npy"
@@ -86,13 +90,14 @@ def compare(
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 found.absent[kind.label] = (kind, f"{error}".splitlines()[-1][:300])
                 typer.echo(f"{kind.label}: {found.absent[kind.label][1]}", err=True)
+                yield kind
                 continue
             found.drawn.setdefault(kind.label, (kind, []))[1].append(drawn)
             found.pixels[kind.label] = np.load(pixels)
             typer.echo(
                 f"round {index + 1}/{how.rounds}: {kind.label}, {drawn.image_s:.1f} s", err=True
             )
-    return found
+            yield kind
 
 
 def _checkpoint(folder: Path, shape: Shape) -> tuple[Path, Path]:
@@ -129,6 +134,11 @@ def _in_a_process(cache_dir: Path) -> Callable[[Kind, Task], Drawn]:
 
 def _build(task: Task) -> None:
     """A bundle in the cache, by a process whose memory is given back."""
+    from engines.drawing.model import must_be_built
+    from loadtests.laptop.ways import order_of
+
+    if not must_be_built(order_of("onnxruntime", task)):
+        return
     code = (
         "import sys; from loadtests.laptop.task import Task; "
         "from loadtests.laptop.ways import order_of; from engines.drawing.model import prepare; "

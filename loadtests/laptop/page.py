@@ -6,7 +6,6 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -38,8 +37,8 @@ class Found:
     absent: dict[str, tuple[Kind, str]]  # and why
 
 
-def write_page(found: Found, shape: Shape, how: How, beside: str, out: Path) -> None:
-    """JSON and Markdown."""
+def write_page(found: Found, shape: Shape, how: How, beside: str) -> Report:
+    """The report, not saved yet."""
     report = Report("laptop", f"{shape.name}, random weights, {shape.size_px} px, on a CPU")
     full, tiny = count_shape(shape), count_shape(with_tiny_decoder(shape))
     report.data |= {"how": dataclasses.asdict(how)}
@@ -59,7 +58,7 @@ def write_page(found: Found, shape: Shape, how: How, beside: str, out: Path) -> 
     _write_calls(report, found, full, tiny, how)
     for label, (kind, why) in found.absent.items():
         report.text(f"Absent: {kind.title} ({label}): {why}")
-    report.write(out)
+    return report
 
 
 def _write_images(report: Report, found: Found, how: How) -> None:
