@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from engines.build.checkpoint import (
     described_in,
+    latent_scale,
     load_facts,
     load_pipeline,
     pipeline_class,
@@ -35,6 +36,7 @@ from engines.build.plan import PlanTarget, check_target, compile_plan, import_te
 from engines.build.source import NO_OVERRIDES, Overrides, fingerprint, name_of
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
+from engines.families.tiles import check_tile
 from engines.loras.file import ADAPTER_CONFIG
 from engines.samplers.defaults import with_defaults
 
@@ -209,6 +211,8 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress, graphs: Path 
     overrides = blueprint.overrides
     described = described_in(source, overrides)
     pipeline_class(described)  # a clear error before anything heavy is imported
+    if scale := target and target.tile_px and latent_scale(source, overrides):
+        check_tile(target.tile_px, scale)
     progress(f"loading {name_of(source)}", 0, 5)
     from engines.build.export import OPSET, export_onnx
     from engines.families import family_named

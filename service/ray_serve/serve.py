@@ -126,10 +126,11 @@ def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
 
 
 def _prepare_model(settings: Settings) -> None:
-    """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
+    """Fetch it, check it and build a missing bundle here, where progress is seen, not inside a
+    replica.
+    """
     from engines.backends.choice import choose_backend
-    from engines.build.source import find
-    from engines.drawing.model import prepare
+    from engines.drawing.model import look, prepare
 
     backend = choose_backend(settings.engine, device=settings.device).backend
     if backend != "torch" and not settings.serve_meanwhile:
@@ -140,7 +141,7 @@ def _prepare_model(settings: Settings) -> None:
                 raise
             typer.echo(f"note: {error}; another engine takes over", err=True)
     else:
-        find(settings.order)
+        look(settings.order)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
