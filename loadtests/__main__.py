@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from loadtests.capacity import capacity
+from loadtests.day import day
 from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.gpu.command import gpu
@@ -20,6 +21,7 @@ from loadtests.tiles import tiles
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(capacity)
+app.command()(day)
 app.command()(encoding)
 app.command()(engine)
 app.command()(gpu)
