@@ -124,11 +124,11 @@ def _explain(report: Report, world: World, machine: Machine, spot_price: float) 
         f"times its share. One GPU is one replica; a Ray cluster has {supply.cell} at most. "
         f"A node with its image takes {supply.node_s:g} s, a process and its model "
         f"{supply.load_s:g}; an idle node stays {supply.idle_s:g} s. A spot node is taken away, "
-        f"with its notice, {supply.spot_losses_per_hour:g} times an hour. {world.loss.region} loses "
-        f"one zone at {world.loss.at_s / 3600:.2f} h UTC for {world.loss.for_s / 3600:g} h, and the "
-        "others have no GPU more than their part. What does not fit a replica's "
-        f"{supply.max_waiting} images is refused (429) and does not come back. Arrivals are taken "
-        "as even within a second: of thousands of images in one the noise is below 2 %."
+        f"with its notice, {supply.spot_losses_per_hour:g} times an hour. {world.loss.region} "
+        f"loses one zone at {world.loss.at_s / 3600:.2f} h UTC for {world.loss.for_s / 3600:g} h, "
+        "and the others have no GPU more than their part. What does not fit a replica's "
+        f"{supply.max_waiting} images is refused (429) and does not come back. Arrivals are "
+        "taken as even within a second: of thousands of images in one the noise is below 2 %."
     )
     rows = [
         [f"{load:.0%}", *(f"{1e3 * np.interp(q, np.arange(0.5, 100), curve.latencies_s(load)):.0f}"
