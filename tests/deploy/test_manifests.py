@@ -28,15 +28,18 @@ from tests.deploy.manifests import (
     with_component,
 )
 
-EXAMPLES = ("alb-ingress.yaml", "headroom.yaml", "own-cache.yaml", "secrets.yaml")
+EXAMPLES = (
+    "alb-ingress.yaml", "cluster-autoscaler.yaml", "dcgm.yaml", "gpu-sharing.yaml", "headroom.yaml",
+    "own-cache.yaml", "secrets.yaml",
+)  # fmt: skip
 OF_OTHERS = {"keda.sh/v1alpha1"}  # whose schema is not at hand
 
 
 def test_what_there_is() -> None:
     assert OVERLAYS == ["aks-a100", "eks-a10g", "gke-l4", "local-cpu", "multi-model"]
     assert COMPONENTS == [
-        "disruption-budget", "gcs-fault-tolerance", "incremental-upgrade", "model-cache",
-        "observability", "observability-gke", "scale-to-zero", "spot",
+        "disruption-budget", "gcs-fault-tolerance", "incremental-upgrade", "mig", "model-cache",
+        "observability", "observability-gke", "priority", "scale-to-zero", "spot",
     ]  # fmt: skip
 
 
@@ -63,8 +66,9 @@ def test_examples_are_valid(file: str) -> None:
 
 @pytest.mark.parametrize(
     "component",
-    ["disruption-budget", "incremental-upgrade", "observability", "scale-to-zero", "spot"],
-)
+    ["disruption-budget", "incremental-upgrade", "mig", "observability", "priority",
+     "scale-to-zero", "spot"],
+)  # fmt: skip
 def test_a_component_goes_onto_an_overlay(kubectl: None, component: str, tmp_path: Path) -> None:
     objects = with_component("eks-a10g", component, tmp_path)
     check_all(objects)
