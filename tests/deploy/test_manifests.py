@@ -47,14 +47,15 @@ def test_every_object_is_valid(objects: list[Object]) -> None:
     check_all(objects)
 
 
-@pytest.mark.parametrize("name", ["eks-a10g", "gke-l4"])
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_what_is_applied_needs_no_custom_resources_but_rays_and_gkes_own(
     kubectl: None, name: str
 ) -> None:
     """One kind that the cluster does not know, and `kubectl apply` fails."""
+    one_of_gke = name in ("gke-l4", "multi-model")
     groups = {thing["apiVersion"].rpartition("/")[0] for thing in overlay(name)}
     of_others = {group for group in groups if "." in group and not group.endswith(".k8s.io")}
-    assert of_others == {"ray.io"} | ({"monitoring.googleapis.com"} if name == "gke-l4" else set())
+    assert of_others == {"ray.io"} | ({"monitoring.googleapis.com"} if one_of_gke else set())
 
 
 @pytest.mark.parametrize("file", EXAMPLES)
