@@ -95,7 +95,7 @@ class PodNetwork:
             if policy["metadata"]["namespace"] == namespace
             and selects(policy["spec"]["podSelector"], labels)
         ]
-        lines = ["flush ruleset", "table inet policy {"]
+        lines = ["flush ruleset", "table inet pod {"]
         for kind, hook, device, side, peers in (
             ("Ingress", "input", "iifname", "saddr", "from"),
             ("Egress", "output", "oifname", "daddr", "to"),
