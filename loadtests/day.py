@@ -169,7 +169,7 @@ def _compare(
 def most_at_once(outcome: dict[str, Sums]) -> int:
     """Replicas of all regions in the minute that had the most."""
     minutes = zip(*(sums.history for sums in outcome.values()), strict=True)
-    return max(sum(each[1] for each in minute) for minute in minutes)
+    return int(max(sum(each[1] for each in minute) for minute in minutes))
 
 
 def _by_region(report: Report, world: World, policy: Policy, outcome: dict[str, Sums]) -> None:

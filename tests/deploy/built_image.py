@@ -93,6 +93,8 @@ def _wheels(folder: Path) -> Path:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = project["project"]["dependencies"] + project["build-system"]["requires"]
     out = folder / "wheels"
+    if out.exists():  # of a build that failed
+        return out
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", out]
     _run([*command, "-c", ROOT / "deploy" / "constraints.txt", *needed])
     return out
@@ -123,7 +125,7 @@ def _build(folder: Path, wheels: Path) -> dict[str, Any]:
         image = _run([*buildah, "from", "--pull-never", "fourstep:built"])
         _run(["cp", "--archive", _run([*buildah, "mount", image]), folder / "root"])
     finally:
-        subprocess.run([*buildah, "umount", "--all"], capture_output=True)
+        subprocess.run([*map(str, buildah), "umount", "--all"], capture_output=True)
         shutil.rmtree(storage)
     config: dict[str, Any] = described["Docker"]["config"]
     return config

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import IO
 
 from tests.deploy.built_image import USER, BuiltImage
 from tests.deploy.kuberay import Object
@@ -33,6 +34,7 @@ class Container:
         self.num_starts = 0
         self._pid = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._status: IO[str] | None = None
         security = spec["securityContext"]
         assert security["readOnlyRootFilesystem"], self.name
         assert security["capabilities"] == {"drop": ["ALL"]}, self.name
@@ -50,6 +52,7 @@ class Container:
             _tool("bwrap"), "--unshare-user", "--unshare-pid", "--as-pid-1", "--unshare-ipc",
             "--unshare-uts", "--hostname", host_name, "--cap-drop", "ALL",
             "--ro-bind", str(image.root), "/", "--proc", "/proc", "--dev", "/dev",
+            "--ro-bind", "/sys", "/sys",
         ]  # fmt: skip
         for path, (here, read_only) in sorted(mounts.items()):  # parents come first
             self._command += ["--ro-bind" if read_only else "--bind", str(here), path]
@@ -66,6 +69,8 @@ class Container:
                 pass_fds=[writer], start_new_session=True,
             )  # fmt: skip
         os.close(writer)
+        if self._status:
+            self._status.close()
         self._status = os.fdopen(reader)  # bubblewrap writes there again when it ends
         line = self._status.readline()
         assert line, f"{self.name} did not start: {self.said()[-2000:]}"
@@ -86,8 +91,12 @@ class Container:
             os.kill(self._pid, number)
 
     def wait(self, timeout_s: float) -> int:
+        """Its exit code, once it has ended for good."""
         assert self._process is not None
-        return self._process.wait(timeout_s)
+        code = self._process.wait(timeout_s)
+        if self._status:
+            self._status.close()
+        return code
 
     def run(self, words: list[str], timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """`docker exec` without the container: another process in the same surroundings."""

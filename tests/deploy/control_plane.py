@@ -1,16 +1,13 @@
 """What stands for Kubernetes and for KubeRay around pods that are run by hand.
 
-An API server of the three things that Ray's autoscaler asks for, over TLS; and of the operator what
-makes a Ray cluster serve: a head, as many workers as the cluster's object says, its Serve config.
+Of the operator what makes a Ray cluster serve: a head, as many workers as the cluster's object
+says, its Serve config. What Ray's autoscaler asks of Kubernetes is in `api_server.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import http.server
-import json
 import secrets
-import ssl
 import subprocess
 import threading
 import time
@@ -21,6 +18,7 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.deploy.api_server import api_server, make_certificate
 from tests.deploy.built_image import BuiltImage
 from tests.deploy.kubelet import Cluster, Pod
 from tests.deploy.kuberay import (
@@ -37,7 +35,7 @@ from tests.deploy.pod_network import PodNetwork
 STRANGER = {"namespace": "default", "labels": {"app.kubernetes.io/name": "somebody"}}
 PROMETHEUS = {"namespace": "monitoring", "labels": {"app.kubernetes.io/name": "prometheus"}}
 OPERATOR = {"namespace": "kuberay-system", "labels": OPERATOR_LABELS[0]}
-DEADLINE_S = 420
+DEADLINE_S = 900  # a machine that others use
 TICK_S = 0.5
 
 
@@ -52,27 +50,31 @@ class ControlPlane:
         self._account_token = secrets.token_hex(16)
         policies = [each for each in objects if each["kind"] == "NetworkPolicy"]
         self.network = PodNetwork(policies)
-        certificate, key = self._certificate(folder)
+        certificate, key = make_certificate(folder, self.network.api_server)
         self.cluster = Cluster(
             folder, image, self.network,
             config_maps={
                 each["metadata"]["name"]: each["data"]
                 for each in objects if each["kind"] == "ConfigMap"
             },
-            secrets={"fourstep-keys": keys, CLUSTER: {"auth_token": self.token}},
+            secrets={
+                "fourstep-keys": keys, CLUSTER: {"auth_token": self.token},
+                "fourstep-redis": {"redis-password": secrets.token_hex(16)},
+            },
             account={"token": self._account_token, "ca.crt": certificate.read_text(),
                      "namespace": "fourstep"},
         )  # fmt: skip
         for name, metadata in (("stranger", STRANGER), ("prometheus", PROMETHEUS),
                                ("operator", OPERATOR)):  # fmt: skip
             self.network.add(name, metadata)
+        self._redis = self._start_redis(folder)
         self.ray_cluster = self._ray_cluster()
         self.pods: dict[str, Pod] = {}
-        self.ended_s: dict[str, float] = {}  # pod that the autoscaler sent away → seconds
+        self._going: set[str] = set()
         self._number = 0
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._api = _api_server(self, certificate, key)
+        self._api = api_server(self, certificate, key)
         self._threads = [
             threading.Thread(target=self._api.serve_forever),
             threading.Thread(target=self._reconcile),
@@ -85,14 +87,19 @@ class ControlPlane:
     def start(self) -> None:
         """The head, then its workers; returns when the head's containers have started."""
         self._threads[0].start()
-        head = head_pod(self._service)
-        self.cluster.hosts["kubernetes.default"] = self.network.api_server
-        pod = Pod(self.cluster, head)
-        for name in (HEAD_SERVICE, HEAD_SERVICE.partition(".")[0]):
-            self.cluster.hosts[name] = pod.address
-        self.pods["head"] = pod
-        pod.start()
+        self.start_head()
         self._threads[1].start()
+
+    def start_head(self) -> None:
+        """A head, or the next one; its Service has the same name."""
+        head = head_pod(self._service)
+        address = self.network.add(head["metadata"]["name"], head["metadata"])
+        for name in (HEAD_SERVICE, HEAD_SERVICE.partition(".")[0]):
+            self.cluster.hosts[name] = address
+        self.cluster.hosts["kubernetes.default"] = self.network.api_server
+        self.cluster.hosts["fourstep-redis"] = self.network.redis
+        self.pods["head"] = Pod(self.cluster, head)
+        self.pods["head"].start()
 
     def deploy(self) -> None:
         """As the operator: put the Serve config to the dashboard, wait until all of it runs."""
@@ -102,9 +109,10 @@ class ControlPlane:
             lambda client, url: client.put(f"{url}/api/serve/applications/", json=config)
         )
         assert answer.is_success, answer.text
-        self.wait(self._all_run, "every application running")
+        self.wait(self.all_run, "every application running")
 
-    def _all_run(self) -> bool:
+    def all_run(self) -> bool:
+        """Whether every application is said to be running."""
         applications = self.applications()
         states = {name: each["status"] for name, each in applications.items()}
         assert "DEPLOY_FAILED" not in states.values(), applications
@@ -165,7 +173,34 @@ class ControlPlane:
         self._api.server_close()
         for pod in self.pods.values():
             pod.kill()
+        if self._redis:
+            self._redis.terminate()
+            self._redis.wait()
         self.network.close()
+
+    def _start_redis(self, folder: Path) -> subprocess.Popen[bytes] | None:
+        """As the component's container starts it; the program is this machine's own."""
+        if "gcsFaultToleranceOptions" not in self._service["spec"]["rayClusterConfig"]:
+            return None
+        password = self.cluster.secrets["fourstep-redis"]["redis-password"]
+        command = [
+            "redis-server",
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "always",
+            "--dir",
+            folder,
+        ]
+        command += [
+            "--requirepass",
+            password,
+            "--bind",
+            self.network.redis,
+            "--logfile",
+            "redis.log",
+        ]
+        return subprocess.Popen(command)
 
     def _ray_cluster(self) -> Object:
         """The object that KubeRay makes of the service, with what it fills in."""
@@ -182,11 +217,20 @@ class ControlPlane:
                 (group,) = self.ray_cluster["spec"]["workerGroupSpecs"]
                 leaving = group.get("scaleStrategy", {}).get("workersToDelete", [])
                 wanted = max(group["replicas"], group["minReplicas"])
-            for name in [name for name in leaving if name in self.pods]:
-                self.ended_s[name] = self.pods[name].end()
-                del self.pods[name]
+            for name in leaving:
+                self.delete(name)
             for _ in range(wanted - len(self.workers)):
                 self.add_worker(group)
+
+    def delete(self, name: str) -> float:
+        """As `kubectl delete pod`: its end and the seconds that it took; 0 where it goes already."""
+        with self._lock:
+            if name not in self.pods or name in self._going:
+                return 0.0
+            self._going.add(name)
+        seconds = self.pods[name].end()
+        del self.pods[name]
+        return seconds
 
     def add_worker(self, group: Object) -> Pod:
         made = worker_pod(self._service, group)
@@ -202,10 +246,12 @@ class ControlPlane:
     def listed(self) -> Object:
         items = []
         for pod in list(self.pods.values()):
-            state = {"running": {}} if pod.running else {"waiting": {}}
+            state: Object = {"running": {}} if pod.running else {"waiting": {}}
             status = {"podIP": pod.address, "phase": "Running" if pod.running else "Pending",
                       "containerStatuses": [{"name": "ray", "state": state}]}  # fmt: skip
             metadata = pod.object["metadata"] | {"resourceVersion": "1"}
+            if pod.name in self._going:
+                metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
             items.append(pod.object | {"metadata": metadata, "status": status})
         return {"kind": "PodList", "metadata": {"resourceVersion": "1"}, "items": items}
 
@@ -225,56 +271,3 @@ class ControlPlane:
 
     def allows(self, authorization: str | None) -> bool:
         return authorization == f"Bearer {self._account_token}"
-
-    def _certificate(self, folder: Path) -> tuple[Path, Path]:
-        certificate, key = folder / "api-server.crt", folder / "api-server.key"
-        names = f"subjectAltName=DNS:kubernetes.default,IP:{self.network.api_server}"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-             "/CN=kubernetes", "-addext", names, "-keyout", key, "-out", certificate],
-            check=True, capture_output=True,
-        )  # fmt: skip
-        return certificate, key
-
-
-def _api_server(plane: ControlPlane, certificate: Path, key: Path) -> http.server.HTTPServer:
-    pods = "/api/v1/namespaces/fourstep/pods"
-    ray_cluster = f"/apis/ray.io/v1/namespaces/fourstep/rayclusters/{CLUSTER}"
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            if path.startswith(f"{pods}/"):  # the head, for its resource version
-                self._answer(200, plane.listed()["items"][0])
-            elif path == pods:
-                self._answer(200, plane.listed())
-            elif path == ray_cluster:
-                self._answer(200, plane.ray_cluster)
-            else:
-                self._answer(404, {"kind": "Status", "code": 404})
-
-        def do_PATCH(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == ray_cluster:
-                self._answer(200, plane.patch(body))
-            else:
-                self._answer(404, {"kind": "Status", "code": 404})
-
-        def _answer(self, status: int, body: Object) -> None:
-            if not plane.allows(self.headers["Authorization"]):
-                status, body = 401, {"kind": "Status", "code": 401}
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer((plane.network.api_server, 443), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    return server

@@ -6,17 +6,17 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
 from tests.deploy.built_image import USER, BuiltImage
 from tests.deploy.container import Container
 from tests.deploy.kuberay import Object
 from tests.deploy.pod_network import PodNetwork
+from tests.deploy.probes import Probes
 
 TICK_S = 0.2
 ACCOUNT = "/run/secrets/kubernetes.io/serviceaccount"  # /var/run is a link to /run
@@ -44,15 +44,15 @@ class Pod:
         self.ready = False
         self.failure = ""
         self._cluster, self._spec = cluster, pod["spec"]
-        self._folder = cluster.folder / self.name
-        self._folder.mkdir(parents=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=cluster.folder))
+        self._folder.chmod(0o755)
         self._mounted: list[Path] = []
         self.address = cluster.network.add(self.name, pod["metadata"])
         kinds = ("initContainers", "containers")
         self._init, self.containers = (
             [self._container(spec) for spec in self._spec.get(kind, [])] for kind in kinds
         )
-        self._probes = {id(each): _Probes(each.spec, self.address) for each in self._all}
+        self._probes = {id(each): Probes(each.spec, self.address) for each in self._all}
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._live, name=self.name)
 
@@ -167,10 +167,12 @@ class Pod:
         )  # fmt: skip
 
     def _environment(self, spec: Object) -> dict[str, str]:
-        cluster, values = self._cluster, {}
-        host = cluster.network.api_server
-        values |= {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": "443"}
-        values |= {"KUBERNETES_SERVICE_PORT_HTTPS": "443"}
+        cluster = self._cluster
+        values = {
+            "KUBERNETES_SERVICE_HOST": cluster.network.api_server,
+            "KUBERNETES_SERVICE_PORT": "443",
+            "KUBERNETES_SERVICE_PORT_HTTPS": "443",
+        }
         for source in spec.get("envFrom", []):
             values |= cluster.config_maps[source["configMapRef"]["name"]]
         for each in spec.get("env", []):
@@ -234,72 +236,18 @@ class Pod:
         return "\n".join(f"--- {each.name}\n{each.said()[-3000:]}" for each in self._all)
 
 
-class _Probes:
-    """A container's probes, each asked when its period has passed."""
-
-    def __init__(self, spec: Object, address: str) -> None:
-        self._address = address
-        self._specs = {
-            kind: spec[f"{kind}Probe"]
-            for kind in ("startup", "liveness", "readiness")
-            if f"{kind}Probe" in spec
-        }
-        self._since = time.monotonic()
-        self._asked: dict[str, float] = {}
-        self._failures: dict[str, int] = {}
-        self._passed: set[str] = set()
-
-    def started(self) -> bool:
-        return "startup" not in self._specs or "startup" in self._passed or self._ask("startup")
-
-    def alive(self) -> bool:
-        if "liveness" not in self._specs:
-            return True
-        self._ask("liveness")
-        limit = self._specs["liveness"].get("failureThreshold", 3)
-        return self._failures.get("liveness", 0) < limit
-
-    def ready(self) -> bool:
-        """Not before the first success; afterwards until as many failures as are allowed."""
-        if "readiness" not in self._specs:
-            return True
-        self._ask("readiness")
-        limit = self._specs["readiness"].get("failureThreshold", 3)
-        return "readiness" in self._passed and self._failures.get("readiness", 0) < limit
-
-    def _ask(self, kind: str) -> bool:
-        spec, now = self._specs[kind], time.monotonic()
-        if now - self._since < spec.get("initialDelaySeconds", 0):
-            return False
-        if now - self._asked.get(kind, 0) < spec.get("periodSeconds", 10):
-            return False
-        self._asked[kind] = now
-        asked = spec["httpGet"]
-        url = f"http://{self._address}:{asked['port']}{asked['path']}"
-        passes = False
-        with contextlib.suppress(httpx.HTTPError):
-            passes = httpx.get(url, timeout=spec.get("timeoutSeconds", 1)).status_code < 400
-        self._failures[kind] = 0 if passes else self._failures.get(kind, 0) + 1
-        if passes:
-            self._passed.add(kind)
-        elif self._failures[kind] >= spec.get("failureThreshold", 3):
-            self._passed.discard(kind)
-        return passes
-
-
 def _end(containers: list[Container], deadline: float) -> list[str]:
     """SIGTERM to all, SIGKILL to those that are left at the deadline, who are named."""
     late = []
     for each in containers:
         each.signal(signal.SIGTERM)
-    for each in containers:
-        if each.running:
-            try:
-                each.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                late.append(each.name)
-                each.signal(signal.SIGKILL)
-                each.wait(10)
+    for each in (one for one in containers if one.num_starts):
+        try:
+            each.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late.append(each.name)
+            each.signal(signal.SIGKILL)
+            each.wait(10)
     return late
 
 

@@ -29,11 +29,11 @@ class PodNetwork:
         self._prefix = f"fs{os.getpid() % 100000}"
         self._subnet = f"10.231.{number}"
         self.node = f"{self._subnet}.1"
-        self.api_server = f"{self._subnet}.2"
+        self.api_server, self.redis = f"{self._subnet}.2", f"{self._subnet}.3"
         self.metadata: dict[str, Object] = {}  # pod → its metadata, in order of its address
         self.addresses: dict[str, str] = {}
         _run("ip", "link", "add", self._prefix, "type", "bridge")
-        for address in (self.node, self.api_server):
+        for address in (self.node, self.api_server, self.redis):
             _run("ip", "address", "add", f"{address}/24", "dev", self._prefix)
         _run("ip", "link", "set", self._prefix, "up")
 
@@ -42,7 +42,9 @@ class PodNetwork:
         return Path("/run/netns") / f"{self._prefix}-{name}"
 
     def add(self, name: str, metadata: Object) -> str:
-        """An address for a pod; every pod's rules are made anew."""
+        """An address for a pod, or the one that it has; every pod's rules are made anew."""
+        if name in self.addresses:
+            return self.addresses[name]
         number = 10 + len(self.addresses)
         here, there = f"{self._prefix}h{number}", f"{self._prefix}p{number}"
         space = self.path(name).name

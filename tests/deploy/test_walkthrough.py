@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -76,6 +81,7 @@ def test_gkes_nodes_have_gpus_their_driver_and_room_for_images(kubectl: None) ->
     assert accelerator["type"] in pod["nodeSelector"].values()
     assert accelerator["count"] == pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert int(options["max-nodes"]) >= group["maxReplicas"]
+    assert "--enable-dataplane-v2" in cluster, "without it nobody obeys a network policy"
     for each in (cluster, pool):
         assert int(dict(re.findall(r"--([\w-]+) (\S+)", each))["disk-size"]) >= 100
     storage = one(objects, "StorageClass")["provisioner"]
@@ -102,6 +108,18 @@ def test_the_image_that_is_built_is_the_one_that_is_pulled(
     assert images == {tag}
     moved = "kind load docker-image" if name == "local-cpu" else "docker push"
     assert place(block, moved) < place(block, "kubectl apply -k")
+
+
+def test_a_key_is_shown_once_and_its_hash_is_in_the_file(tmp_path: Path) -> None:
+    """The line itself, by a shell."""
+    (line,) = [each for each in commands(LAPTOP) if each.startswith("KEY=")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shown = subprocess.run(
+        ["bash", "-ec", f"{line}; printf %s $KEY"], cwd=tmp_path, env=os.environ | {"PATH": path},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    hashed = hashlib.sha256(shown.stdout.encode()).hexdigest()
+    assert f"me:{hashed}" in (tmp_path / "api-keys").read_text()
 
 
 def test_the_commands_are_ours_and_the_address_is_the_services(kubectl: None) -> None:
