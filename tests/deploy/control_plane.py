@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -166,6 +167,9 @@ class ControlPlane:
 
     def close(self) -> None:
         self._stop.set()
+        for name in self._going & self.pods.keys():  # nobody waits for their grace any more
+            for container in self.pods[name].containers:
+                container.signal(signal.SIGKILL)
         self._api.shutdown()
         for thread in self._threads:
             if thread.ident:
@@ -223,7 +227,7 @@ class ControlPlane:
                 self.add_worker(group)
 
     def delete(self, name: str) -> float:
-        """As `kubectl delete pod`: its end and the seconds that it took; 0 where it goes already."""
+        """As `kubectl delete pod`: the seconds that its end took; 0 where it goes already."""
         with self._lock:
             if name not in self.pods or name in self._going:
                 return 0.0
