@@ -7,6 +7,7 @@ import typer
 from loadtests.capacity import capacity
 from loadtests.clips import clips
 from loadtests.decoders import decoders
+from loadtests.day import day
 from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.gpu.command import gpu
@@ -25,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(capacity)
 app.command()(clips)
 app.command()(decoders)
+app.command()(day)
 app.command()(encoding)
 app.command()(engine)
 app.command()(gpu)
