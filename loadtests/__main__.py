@@ -6,8 +6,8 @@ import typer
 
 from loadtests.capacity import capacity
 from loadtests.clips import clips
-from loadtests.decoders import decoders
 from loadtests.day import day
+from loadtests.decoders import decoders
 from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.gpu.command import gpu

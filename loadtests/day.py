@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -213,7 +214,7 @@ def _check(report: Report, world: World, machine: Machine, policy: Policy, count
     outcome = cell.run(rows_due(times, MIXED, BEFORE_S + AFTER_S))
     latencies = np.quantile(outcome.latencies_s, (0.5, 0.95, 0.99))
     counted = region.sums
-    rows: list[list[object]] = [
+    rows: list[Sequence[object]] = [
         ["images", f"{counted.served:,.0f}", f"{len(outcome.latencies_s):,}"],
         *(
             [f"p{share * 100:.0f}, ms", f"{1e3 * counted.percentile_s(share):.0f}",

@@ -14,11 +14,12 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
+from websockets.typing import Subprotocol
 
 from loadtests.abuse.files import uploads
 from loadtests.client import PATH
@@ -180,7 +181,7 @@ async def unread_stream(target: Target) -> str:
     async with target.open() as (_, writer):
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        writer.transport.pause_reading()
+        cast(asyncio.Transport, writer.transport).pause_reading()
         writer.write(request(PATH, body | {"num_inference_steps": 4}))
         await asyncio.sleep(target.rng.uniform(2, 20))
     return "dropped"
@@ -205,8 +206,11 @@ async def dropped_session(url: str, phase: str) -> str:
     values = {**DRAW, "num_inference_steps": 4, "type": "session.update"}
     try:
         async with connect(
-            address_of(url), subprotocols=[PROTOCOL], local_addr=(ABUSER, 0), max_size=2**26,
-        ) as session:  # fmt: skip
+            address_of(url),
+            subprotocols=[Subprotocol(PROTOCOL)],
+            local_addr=(ABUSER, 0),
+            max_size=2**26,
+        ) as session:
             if phase != "fresh":
                 await session.send(msgpack.packb(values))
                 await session.recv()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -122,7 +123,7 @@ def diffusers(task: Task, clock: Clock) -> Draw:
     }
     pipeline.unet.forward = _within(pipeline.unet.forward, clock.step)
     for decoder, vae in vaes.items():
-        vae.decode = _within(vae.decode, lambda decoder=decoder: clock.decode(decoder))
+        vae.decode = _within(vae.decode, functools.partial(clock.decode, decoder))
 
     def draw(num_steps: int, decoder: str) -> np.ndarray:
         pipeline.register_modules(vae=vaes[decoder])
