@@ -8,16 +8,20 @@ from engines.drawing.stage import Stage
 from loadtests.timing import TimingDouble
 from service.batching.scheduler import Scheduler, Work, WorkKind
 
+FRAMES_AT_ONCE = 4  # of a clip, that one call decodes: as on a GPU
+
 
 @dataclass(eq=False, slots=True)
 class SimulatedRow:
-    """One request of one image."""
+    """One request of one image, or one clip."""
 
     arrived_at: float
     num_steps: int
     size: int
+    num_frames: int = 1
     stage: Stage = Stage.DENOISE
     num_steps_left: int = field(init=False)
+    num_frames_left: int = field(init=False)  # to decode
     finished_at: float = 0.0
     num_lanes: int = 1
     priority: int = 0
@@ -28,14 +32,19 @@ class SimulatedRow:
 
     def __post_init__(self) -> None:
         self.num_steps_left = self.num_steps
+        self.num_frames_left = self.num_frames
 
     @property
-    def group(self) -> tuple[int, int]:
-        return (self.size, self.size)
+    def group(self) -> tuple[int, ...]:
+        return (self.size, self.size, self.num_frames)
 
     @property
-    def decoding(self) -> tuple[int, int]:
-        return self.group
+    def decoding(self) -> tuple[int, ...]:
+        return (self.size, self.size, self.frames_at_once)
+
+    @property
+    def frames_at_once(self) -> int:
+        return min(FRAMES_AT_ONCE, self.num_frames_left)
 
     @property
     def latency_s(self) -> float:
@@ -69,7 +78,10 @@ class SimulatedReplica:
         assert work is not None, "an open row always has work"
         denoise = work.kind is WorkKind.DENOISE
         cost = self._timing.step if denoise else self._timing.decode
-        seconds = self._timing.seconds(cost, [row.size for row in work.rows])
+        counts = [
+            (row.size, row.num_frames if denoise else row.frames_at_once) for row in work.rows
+        ]
+        seconds = self._timing.seconds(cost, [size for size, count in counts for _ in range(count)])
         return seconds if denoise else seconds + self._timing.overhead_s * len(work.rows)
 
     def finish(self, now: float) -> list[SimulatedRow]:
@@ -81,7 +93,9 @@ class SimulatedReplica:
                 row.num_steps_left -= 1
                 row.stage = Stage.DENOISE if row.num_steps_left else Stage.DECODE
             else:
-                row.stage, row.finished_at = Stage.DONE, now
+                row.num_frames_left -= row.frames_at_once
+                if not row.num_frames_left:
+                    row.stage, row.finished_at = Stage.DONE, now
         done = self._scheduler.update(work)
         self._scheduler.release(work)
         self.num_open -= len(done)

@@ -32,15 +32,15 @@ class TimingDouble:
         rows = sum(PIXELS[size] if self.by_pixels else 1.0 for size in sizes)
         return cost[0] + cost[1] * rows
 
-    def step_s(self, group: tuple[int, int]) -> float:
+    def step_s(self, group: tuple[int, ...]) -> float:
         """A full denoise call, as `service.batching.scheduler.Costs` has it."""
         return self.seconds(self.step, [group[0]] * self.limits.max_batch)
 
-    def step_fixed_s(self, group: tuple[int, int]) -> float:
+    def step_fixed_s(self, group: tuple[int, ...]) -> float:
         """The part of a denoise call that does not depend on its rows."""
         return self.step[0]
 
-    def decode_fixed_s(self, decoding: tuple[int, int]) -> float:
+    def decode_fixed_s(self, decoding: tuple[int, ...]) -> float:
         """The part of a decode call that does not depend on its rows."""
         return self.decode[0]
 

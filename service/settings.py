@@ -181,6 +181,18 @@ class Settings(BaseSettings):
     image_cache_bytes: int = Field(
         0, ge=0, description="images with explicit seeds, kept in memory for equal requests; 0: off"
     )
+    video_timeout_s: float = Field(
+        600.0, ge=MIN_TIMEOUT_S, le=86_400, description="deadline of a job; X-Request-Timeout"
+    )
+    video_files_s: float = Field(
+        3600.0, gt=0, le=31 * 86_400, description="life of a job, and its clip, that is over"
+    )
+    video_files_bytes: int = Field(
+        1024 * MIB, ge=MIB, description="of all clips kept; the next to expire go first"
+    )
+    video_files_dir: Path | None = Field(
+        None, description="where they are, for all replicas; default: `videos` in `cache_dir`"
+    )
     drain_s: float = Field(30.0, ge=0, description="time running work is given on shutdown")
     metrics_dir: Path | None = Field(
         None, description="folder that the replicas of a node share for their metrics; environment"

@@ -18,14 +18,16 @@ MAX_WAITING = 10_000  # nothing is refused: what waits is what is measured
 
 def main(options: Options) -> int:
     """Serve until SIGINT or SIGTERM."""
-    args = {"model": options.model, "cache_dir": str(options.cache_dir), "engine": "onnxruntime"}
+    args = {"model": options.model, "cache_dir": str(options.cache_dir), "engine": options.engine}
     app = Application("fourstep", "/", args | {"num_replicas": options.workers})
     os.environ.setdefault("FOURSTEP_MAX_WAITING", str(MAX_WAITING))
     if options.num_threads:
         os.environ.setdefault("FOURSTEP_NUM_THREADS", str(options.num_threads))
     path = "loadtests.peers.gpu_shaped:build_gpu_shaped" if options.gpu_shaped else IMPORT_PATH
     app = dataclasses.replace(app, import_path=path)
-    return serve_here(ServeConfig((app,)), host="127.0.0.1", port=options.port)
+    return serve_here(
+        ServeConfig((app,)), host="127.0.0.1", port=options.port, probe_port=options.probe_port
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ class GpuShaped:
         settings = load_settings(values)
         configure_logs(settings.log_level)
         self.replica = Replica(
-            settings, lambda settings: open_sleeping(settings.model, settings.cache_dir)
+            settings,
+            lambda settings: open_sleeping(settings.model, settings.cache_dir, settings.engine),
         )
 
     def __serve_build_asgi_app__(self) -> Any:

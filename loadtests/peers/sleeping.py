@@ -6,6 +6,7 @@ Tokenizer, text encoder, noise and sampling are the product's own; the pictures 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.engine import Variant
+from engines.drawing.batching import CUDA_DECODE_ROWS
 from engines.drawing.model import load_model
 from engines.drawing.runner import Runner
 from engines.order import Order
@@ -23,7 +25,8 @@ from loadtests.timing import GPU_SHAPED
 class SleepingEngine:
     """Takes the time of an engine call, then returns zeros."""
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, draws_clips: bool = False) -> None:
+        self._draws_clips = draws_clips  # their frames are put together of what is not rounded yet
         self._fixed_s, self._per_row_s = (
             GPU_SHAPED.step if part == "denoiser" else GPU_SHAPED.decode
         )
@@ -31,11 +34,12 @@ class SleepingEngine:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sample = inputs["sample"] if self._part == "denoiser" else inputs["latents"]
-        rows, _, height, width = sample.shape
-        time.sleep(self._fixed_s + self._per_row_s * rows)
+        rows, _, *frames, height, width = sample.shape
+        time.sleep(self._fixed_s + self._per_row_s * rows * math.prod(frames))
         if self._part == "denoiser":
             return {"next_sample": sample, "denoised": sample}
-        return {"pixels": torch.zeros(rows, 8 * height, 8 * width, 3, dtype=torch.uint8)}
+        pixels = torch.zeros(rows, 8 * height, 8 * width, 3, dtype=torch.uint8)
+        return {"pixels": pixels, **({"image": pixels.float()} if self._draws_clips else {})}
 
     def weight(self, name: str) -> Tensor:
         raise KeyError(name)  # it has none, so that LoRAs are refused
@@ -47,14 +51,16 @@ class SleepingEngine:
         pass
 
 
-def open_sleeping(model: str, cache_dir: Path) -> Runner:
+def open_sleeping(model: str, cache_dir: Path, backend: str = "onnxruntime") -> Runner:
     """The model with sleeping doubles for the denoiser and the decoder."""
-    order = Order(model, "onnxruntime", cache_dir=cache_dir, num_threads=1)
+    order = Order(model, backend, cache_dir=cache_dir, num_threads=1)
     loaded = load_model(order, lambda what, done, total: None)
-    doubles = {part: SleepingEngine(part) for part in ("denoiser", "vae_decoder")}
+    clips = loaded.facts.draws_clips
+    doubles = {part: SleepingEngine(part, clips) for part in ("denoiser", "vae_decoder")}
     loaded = dataclasses.replace(loaded, engines={**loaded.engines, **doubles})
     limits = GPU_SHAPED.limits
     runner = Runner(loaded, max_batch=limits.max_batch)
     # The model itself is loaded for a CPU, which decodes fewer rows at once.
-    runner.info = dataclasses.replace(runner.info, max_decode_batch=limits.max_decode_batch)
+    num_decoded = CUDA_DECODE_ROWS if clips else limits.max_decode_batch
+    runner.info = dataclasses.replace(runner.info, max_decode_batch=num_decoded)
     return runner

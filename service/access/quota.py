@@ -55,8 +55,8 @@ class Quotas:
         self._open: Counter[str] = Counter()  # images, by tenant
         self._paid_until: dict[str, float] = {}  # when the images taken so far were all due
 
-    def check(self, tenant: Tenant, num_images: int) -> None:
-        """Refuse what `take` would, and count nothing.
+    def check(self, tenant: Tenant, num_images: int, param: str = "n") -> None:
+        """Refuse what `take` would, and count nothing. ``param`` is the field that says how many.
 
         Raises:
             RateLimited: it would exceed a limit of this tenant now.
@@ -68,7 +68,8 @@ class Quotas:
         ):
             if limit and num_images > limit:
                 raise BadRequest(
-                    f"n is {num_images}; this API key may have {limit} images {what}", param="n"
+                    f"{param} is {num_images}; this API key may have {limit} images {what}",
+                    param=param,
                 )
         self._check_open(tenant, num_images)
         if tenant.images_per_minute:

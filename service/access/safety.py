@@ -78,13 +78,18 @@ class Safety:
             )
 
     def screen(self, pixels: np.ndarray, stage: SafetyStage) -> tuple[np.ndarray, bool]:
-        """``pixels`` (uint8 ``[H, W, 3]``), or black in their place and True. Blocks."""
+        """``pixels``, or black in their place and True. Blocks.
+
+        An image's are uint8 ``[H, W, 3]``; a clip's, ``[F, H, W, 3]``, pass if every frame does.
+        """
         try:
-            (verdict,) = self._filter.check_images(pixels[np.newaxis])
+            frames = pixels.reshape(-1, *pixels.shape[-3:])
+            verdicts = self._filter.check_images(frames)
+            allowed = all(each.allowed for each, _ in zip(verdicts, frames, strict=True))
         except Exception as error:
             raise self._failed(stage) from error
-        self._count(stage, "passed" if verdict.allowed else "filtered")
-        return (pixels, False) if verdict.allowed else (np.zeros_like(pixels), True)
+        self._count(stage, "passed" if allowed else "filtered")
+        return (pixels, False) if allowed else (np.zeros_like(pixels), True)
 
     def _failed(self, stage: SafetyStage) -> EngineFailure:
         logger.exception("the safety filter failed on a %s", stage)

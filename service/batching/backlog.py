@@ -15,7 +15,8 @@ COST_WEIGHT = 0.1  # of the newest row in the average cost: the last twenty coun
 
 
 class Backlog:
-    """The rows accepted and not finished, by tenant and priority.
+    """The images accepted and not finished, by tenant and priority; a clip is as many of them as it
+    has frames, and goes after pictures (`service.batching.turns`).
 
     ``max_rows`` bounds them. A tenant with a name may hold no more of them than it leaves to
     others, so that a newcomer always finds room.
@@ -23,24 +24,26 @@ class Backlog:
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._num_rows: Counter[tuple[str, int]] = Counter()
+        self._num_rows: Counter[tuple[str, int, bool]] = Counter()  # the last: of clips
         self._s_per_row = 0.0  # engine seconds that a row costs, measured
         self._unattributed_s = 0.0  # engine seconds since the last row was finished
 
     def add(self, request: Request) -> None:
-        self._num_rows[request.tenant, request.priority] += len(request.rows)
+        self._num_rows[_kind_of(request)] += request.num_images
 
     def remove(self, request: Request) -> None:
-        self._num_rows[request.tenant, request.priority] -= len(request.rows)
+        self._num_rows[_kind_of(request)] -= request.num_images
         self._num_rows += Counter()  # forgets those that have none left
 
-    def check(self, num_new: int, tenant: str, priority: int, left_s: float) -> None:
+    def check(
+        self, num_new: int, tenant: str, priority: int, left_s: float, *, clip: bool = False
+    ) -> None:
         """Raises `Overloaded` when there are too many rows, or too many for so many more to be
         finished in ``left_s``.
         """
         total = self._num_rows.total()
         held = self._held_by(tenant) if tenant else 0
-        num_ahead = self._num_ahead_of(num_new, tenant, priority)
+        num_ahead = self._num_ahead_of(num_new, tenant, priority, clip)
         if total + held + num_new > self._max_rows:
             whose = f", {held} of them of this API key" if held else ""
             raise Overloaded(
@@ -57,16 +60,18 @@ class Backlog:
             )
 
     def _held_by(self, tenant: str) -> int:
-        return sum(count for (name, _), count in self._num_rows.items() if name == tenant)
+        return sum(count for (name, *_), count in self._num_rows.items() if name == tenant)
 
-    def _num_ahead_of(self, num_new: int, tenant: str, priority: int) -> int:
+    def _num_ahead_of(self, num_new: int, tenant: str, priority: int, clip: bool) -> int:
         """Rows as urgent or more so: all of its own tenant's, and of each other's as many again.
+        Before a picture no clips of its priority.
 
         Tenants take turns, so another's further rows come after this request's.
         """
         ahead: Counter[str] = Counter()
-        for (whose, urgency), num_rows in self._num_rows.items():
-            ahead[whose] += num_rows if urgency >= priority else 0
+        for (whose, urgency, are_clips), num_rows in self._num_rows.items():
+            behind = urgency < priority or (urgency == priority and are_clips and not clip)
+            ahead[whose] += 0 if behind else num_rows
         own = ahead.pop(tenant, 0)
         return own + sum(min(count, own + num_new) for count in ahead.values())
 
@@ -84,3 +89,7 @@ class Backlog:
             self._s_per_row += weight * (share_s - self._s_per_row)
         if num_rows:
             self._unattributed_s = 0.0
+
+
+def _kind_of(request: Request) -> tuple[str, int, bool]:
+    return request.tenant, request.priority, request.is_clip

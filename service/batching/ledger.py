@@ -67,9 +67,13 @@ class Ledger:
         self._num_calls = 0  # that came back
         self._last_call_ended_at = 0.0
 
-    def check(self, num_rows: int, tenant: str, priority: int, left_s: float) -> None:
-        """Raise `Overloaded` where a request of so many rows has no room, or no time."""
-        self._backlog.check(num_rows, tenant, priority, left_s)
+    def check(
+        self, num_images: int, tenant: str, priority: int, left_s: float, *, clip: bool = False
+    ) -> None:
+        """Raise `Overloaded` where a request of so many images, or a clip of so many frames, has no
+        room, or no time.
+        """
+        self._backlog.check(num_images, tenant, priority, left_s, clip=clip)
 
     def accept(self, request: Request) -> None:
         self._backlog.add(request)
@@ -140,7 +144,7 @@ class Ledger:
     def deliver(self, work: Work[Row], now: float) -> None:
         """Post what a decode brought: previews of rows that go on, pixels of rows that are done."""
         done = set(self._scheduler.update(work))
-        self._backlog.note_finished(len(done))
+        self._backlog.note_finished(sum(row.num_frames for row in done))
         for row in work.rows if work.kind is WorkKind.DECODE else ():
             if row.request.status is not Status.RUNNING:
                 continue  # another row of the same request has failed

@@ -111,15 +111,21 @@ class EngineLoop:
 
     # -- called by handlers, from any thread ------------------------------------------------
 
-    def check(self, num_rows: int, tenant: str, priority: int, timeout_s: float) -> None:
-        """Raise what `submit` would now, before the rows of a request are made."""
+    def check(
+        self, num_images: int, tenant: str, priority: int, timeout_s: float, *, clip: bool = False
+    ) -> None:
+        """Raise what `submit` would now, before the rows of a request are made; of a ``clip`` its
+        frames are its images.
+        """
         with self._wakeup:
-            self._check(num_rows, tenant, priority, timeout_s)
+            self._check(num_images, tenant, priority, timeout_s, clip)
 
-    def _check(self, num_rows: int, tenant: str, priority: int, left_s: float) -> None:
+    def _check(
+        self, num_images: int, tenant: str, priority: int, left_s: float, clip: bool
+    ) -> None:
         if not self.healthy:
             raise NotReady("this replica does not accept work now; try again", retry_after_s=1)
-        self._ledger.check(num_rows, tenant, priority, left_s)
+        self._ledger.check(num_images, tenant, priority, left_s, clip=clip)
 
     def submit(self, request: Request) -> None:
         """Accept a request. From here on it gets exactly one `Resolved` event.
@@ -130,7 +136,8 @@ class EngineLoop:
         """
         with self._wakeup:
             left_s = request.deadline - self.clock()
-            self._check(len(request.rows), request.tenant, request.priority, left_s)
+            num_images, clip = request.num_images, request.is_clip
+            self._check(num_images, request.tenant, request.priority, left_s, clip)
             self._ledger.accept(request)
             self._wake()
 

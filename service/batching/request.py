@@ -106,7 +106,7 @@ Event = Preview | Finished | Resolved
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One image in flight. From ``stage`` to ``num_lanes`` all is the drawing's own."""
+    """One image or clip in flight. From ``stage`` to ``num_steps_left`` all is the drawing's."""
 
     request: Request
     index: int
@@ -127,6 +127,11 @@ class Row:
     @property
     def num_lanes(self) -> int:
         return self.drawing.num_lanes
+
+    @property
+    def num_frames(self) -> int:
+        """1 but of clips."""
+        return self.drawing.recipe.num_frames
 
     @property
     def num_steps_left(self) -> int:
@@ -175,3 +180,12 @@ class Request:
     num_finished: int = 0
     timings: Timings = field(default_factory=Timings)
     records: list[StageRecord] | None = None  # a list where the request is traced
+
+    @property
+    def num_images(self) -> int:
+        """What it counts for where room is counted: a clip as many as it has frames."""
+        return sum(row.num_frames for row in self.rows)
+
+    @property
+    def is_clip(self) -> bool:
+        return any(row.num_frames > 1 for row in self.rows)

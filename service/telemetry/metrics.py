@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from service.batching.scheduler import WorkKind
 from service.settings import share_metrics
+from service.telemetry.clips import ClipMetrics
 from service.telemetry.liveness import declare_alive, find_dead
 from service.telemetry.versions import version_of
 
@@ -48,7 +49,7 @@ WAIT_SECONDS = (
 )  # fmt: skip
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SKIP_REASONS = ("superseded", "similar", "shed")
-ENDPOINTS = ("generations", "edits")
+ENDPOINTS = ("generations", "edits", "videos")
 # Exist from the start, at 0, so that their first increase is one.
 STATUSES = (200, 400, 429, 499, 500, 503, 504)
 
@@ -74,34 +75,34 @@ class Metrics:
         self._exposing = threading.Lock()
         self._exposed, self._exposed_at, self._max_age_s = b"", -math.inf, max_age_s
         self._model = model
-        self._requests = self._counter(
+        self._requests = self.counter(
             "fourstep_requests_total",
             "Finished requests by endpoint and HTTP status; 499: the client went away.",
             "endpoint",
             "status",
         )
-        self._images = self._counter("fourstep_images_total", "Images delivered.").labels(model)
-        self._pixels = self._counter(
+        self._images = self.counter("fourstep_images_total", "Images delivered.").labels(model)
+        self._pixels = self.counter(
             "fourstep_pixels_total", "Pixels of the images delivered."
         ).labels(model)
-        self._request = self._histogram(
+        self._request = self.histogram(
             "fourstep_request_seconds",
             "Requests answered with 200: from the first header to the last byte handed over.",
             WAIT_SECONDS,
             "endpoint",
         )
-        self._queue = self._histogram(
+        self._queue = self.histogram(
             "fourstep_queue_seconds", "Admission to the first engine call.", WAIT_SECONDS
         ).labels(model)
-        self._first_preview = self._histogram(
+        self._first_preview = self.histogram(
             "fourstep_first_preview_seconds",
             "Admission to the first preview, where previews were asked for.",
             WAIT_SECONDS,
         ).labels(model)
-        self._image_encode = self._histogram(
+        self._image_encode = self.histogram(
             "fourstep_image_encode_seconds", "One PNG, JPEG or WebP.", CALL_SECONDS
         ).labels(model)
-        self._safety = self._counter(
+        self._safety = self.counter(
             "fourstep_safety_checks_total",
             "What the safety filter looked at (prompt, preview, image) and found.",
             "stage",
@@ -109,17 +110,19 @@ class Metrics:
         )
         self._make_kept_metrics()
         self._make_live_metrics()
+        self.clips = ClipMetrics(self, model)
         self._make_engine_metrics(model)
         self._make_replica_metrics(model)
         for endpoint in ENDPOINTS:
-            self._request.labels(model, endpoint)
+            if endpoint != "videos":
+                self._request.labels(model, endpoint)
             for status in STATUSES:
                 self._requests.labels(model, endpoint, str(status))
         self._starts.inc()
         self._replicas.set(1)
 
     def _make_kept_metrics(self) -> None:
-        lookups = self._counter(
+        lookups = self.counter(
             "fourstep_image_cache_lookups_total",
             "Images with explicit seeds that were looked up in the image cache: hit or miss.",
             "outcome",
@@ -128,18 +131,18 @@ class Metrics:
             hit: lookups.labels(self._model, outcome)
             for hit, outcome in ((True, "hit"), (False, "miss"))
         }
-        self._cache_bytes = self._gauge("fourstep_image_cache_bytes", "Images in image caches.")
+        self._cache_bytes = self.gauge("fourstep_image_cache_bytes", "Images in image caches.")
         # The replicas of a node share one folder: theirs is the same value, seen at other times.
-        self._files = self._gauge(
+        self._files = self.gauge(
             "fourstep_image_files", "Images kept for `url` answers.", "livemostrecent"
         )
-        self._file_bytes = self._gauge(
+        self._file_bytes = self.gauge(
             "fourstep_image_files_bytes", "Bytes of the images kept.", "livemostrecent"
         )
 
     def _make_live_metrics(self) -> None:
-        self._live_sessions = self._gauge("fourstep_live_sessions", "Live sessions that are open.")
-        skipped = self._counter(
+        self._live_sessions = self.gauge("fourstep_live_sessions", "Live sessions that are open.")
+        skipped = self.counter(
             "fourstep_live_frames_skipped_total",
             "Frames of live sessions that were not drawn to their end, by why.",
             "reason",
@@ -147,7 +150,7 @@ class Metrics:
         self._live_skipped = {
             reason: skipped.labels(self._model, reason) for reason in SKIP_REASONS
         }
-        self._live_frame = self._histogram(
+        self._live_frame = self.histogram(
             "fourstep_live_frame_seconds",
             "Frames of live sessions: from the turn of one to its encoded picture.",
             WAIT_SECONDS,
@@ -155,22 +158,22 @@ class Metrics:
 
     def _make_engine_metrics(self, model: str) -> None:
         self._stages = {
-            kind: self._histogram(*names, CALL_SECONDS).labels(model)
+            kind: self.histogram(*names, CALL_SECONDS).labels(model)
             for kind, names in STAGE_METRICS.items()
         }
-        self._decode = self._histogram(
+        self._decode = self.histogram(
             "fourstep_decode_seconds", "One VAE decoder call.", CALL_SECONDS, "decoder"
         )
         self._decode.labels(model, "full")  # every model has it: there from the start
-        rows = self._histogram("fourstep_batch_rows", "Rows of one engine call.", ROWS, "stage")
+        rows = self.histogram("fourstep_batch_rows", "Rows of one engine call.", ROWS, "stage")
         self._rows_of = {kind: rows.labels(model, kind.value) for kind in WorkKind}
-        busy = self._counter(
+        busy = self.counter(
             "fourstep_engine_busy_seconds_total",
             "Time with an engine call running, by the call that ends; its rate is the share of it.",
             "stage",
         )
         self._busy = {kind: busy.labels(model, kind.value) for kind in WorkKind}
-        lanes = self._counter(
+        lanes = self.counter(
             "fourstep_engine_lanes_total",
             "Lanes that engine calls ran: used by rows, or padding up to a size a plan takes.",
             "stage",
@@ -178,21 +181,21 @@ class Metrics:
         )
         self._used = {kind: lanes.labels(model, kind.value, "row") for kind in WorkKind}
         self._padding = {kind: lanes.labels(model, kind.value, "padding") for kind in WorkKind}
-        self._waiting = self._gauge("fourstep_waiting_rows", "Rows accepted and not yet admitted.")
-        self._running = self._gauge("fourstep_running_rows", "Rows in flight.")
+        self._waiting = self.gauge("fourstep_waiting_rows", "Rows accepted and not yet admitted.")
+        self._running = self.gauge("fourstep_running_rows", "Rows in flight.")
 
     def _make_replica_metrics(self, model: str) -> None:
-        self._starts = self._counter(
+        self._starts = self.counter(
             "fourstep_replica_starts_total", "Replicas that have loaded the model."
         ).labels(model)
-        self._replicas = self._gauge("fourstep_replicas", "Replica processes that are alive.")
-        self._ready = self._gauge("fourstep_ready_replicas", "Replicas that accept work.")
-        self._build = self._gauge(
+        self._replicas = self.gauge("fourstep_replicas", "Replica processes that are alive.")
+        self._ready = self.gauge("fourstep_ready_replicas", "Replicas that accept work.")
+        self._build = self.gauge(
             "fourstep_bundle_build_seconds",
             "Building the bundle at start; 0: it was there.",
             "livemax",
         )
-        self._load = self._gauge(
+        self._load = self.gauge(
             "fourstep_load_seconds",
             "Loading and warming the model up, after any build.",
             "livemax",
@@ -207,16 +210,16 @@ class Metrics:
             ("gpu", "state"), multiprocess_mode="livemostrecent", registry=self.registry,
         )  # fmt: skip
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ("model", *labels), registry=self.registry)
 
-    def _histogram(
+    def histogram(
         self, name: str, text: str, buckets: tuple[float, ...], *labels: str
     ) -> Histogram:
         names = ("model", *labels)
         return Histogram(name, text, names, buckets=buckets, registry=self.registry)
 
-    def _gauge(
+    def gauge(
         self,
         name: str,
         text: str,
@@ -256,9 +259,13 @@ class Metrics:
     # -- the handlers ------------------------------------------------------------------------
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
-        """Count one finished request; ``endpoint`` is one of `ENDPOINTS`."""
+        """Count one finished request; ``endpoint`` is one of `ENDPOINTS`.
+
+        A clip's has times of its own: an accepted job is quick, and a clip slow.
+        """
         self._requests.labels(self._model, endpoint, str(status)).inc()
-        if status == 200:  # a refusal is quick, and would make an overload look fast
+        # A refusal is quick, and would make an overload look fast.
+        if status == 200 and endpoint != "videos":
             self._request.labels(self._model, endpoint).observe(seconds)
 
     def first_preview(self, seconds: float) -> None:

@@ -23,7 +23,7 @@ from service.settings import Settings
 from service.web.edits import start_of
 from service.web.masks import Edited, Paste
 from service.web.parsing import cut
-from service.web.schema import MAX_SEED, ImageParams
+from service.web.schema import MAX_SEED, DrawParams, ImageParams
 
 MAX_IGNORED = 10  # unknown fields that are named: warnings of a raw image travel in its head
 MAX_RANDOM_SEED = 2**32  # what other tools of the field can read back
@@ -46,6 +46,12 @@ class Admitted:
     priority: Priority
     warnings: list[str] = field(default_factory=list)
     paste: Paste | None = None  # over each image of an edit with a mask
+    num_frames: int = 1  # of each drawing; more make it a clip
+
+    @property
+    def num_images(self) -> int:
+        """What it counts for a key's limits: a clip is as many images as it has frames."""
+        return len(self.drawings) * self.num_frames
 
     @property
     def size(self) -> str:
@@ -64,16 +70,18 @@ def check_model(name: str | None, model_id: str, settings: Settings) -> None:
 
 
 def admit(
-    params: ImageParams,
+    params: DrawParams,
     runner: Runner,
     settings: Settings,
     tenant: Tenant,
     edited: Edited | None = None,
     blends: tuple[Blend, ...] = (),
+    num_frames: int = 1,
 ) -> Admitted:
     """Settle every open choice of a request and make its drawings. No engine call happens here.
 
     ``edited`` is what an edit starts from, as it was sent; ``blends``, what a prompt moves towards.
+    A model of clips draws one of ``num_frames``, of which one is an image.
 
     Raises:
         BadRequest: a value this model or this service does not take.
@@ -97,7 +105,7 @@ def admit(
     start = start_of(params, edited, width, height)
     top_left = params.crops_coords_top_left
     drawings = []
-    for index in range(params.n):
+    for index in range(params.num_rows):
         recipe = Recipe(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt,
@@ -114,12 +122,13 @@ def admit(
             eta=params.eta,
             image=start.image,
             mask=start.mask,
-            num_previews=params.partial_images if params.stream else 0,
+            num_previews=params.num_previews,
             loras=loras,
             original_size=_height_width(params.original_size),
             crops_coords_top_left=None if top_left is None else (top_left[0], top_left[1]),
             target_size=_height_width(params.target_size),
             blends=blends,
+            num_frames=num_frames,
         )
         try:
             drawings.append(runner.start(recipe))
@@ -137,7 +146,7 @@ def admit(
         height, width, _ = start.paste.image.shape
     return Admitted(
         drawings, width, height, num_steps, timesteps, guidance, sampler, decoder, loras, seed,
-        priority, warnings, start.paste,
+        priority, warnings, start.paste, num_frames,
     )  # fmt: skip
 
 
@@ -150,12 +159,12 @@ def steps_of_quality(quality: str, default: int, max_steps: int) -> int:
     return default
 
 
-def priority_of(params: ImageParams, tenant: Tenant) -> Priority:
+def priority_of(params: DrawParams, tenant: Tenant) -> Priority:
     """What was asked for, as far as the key allows it."""
     return tenant.allowed(None if params.priority is None else Priority[params.priority.upper()])
 
 
-def _loras(params: ImageParams, settings: Settings) -> Mapping[str, float]:
+def _loras(params: DrawParams, settings: Settings) -> Mapping[str, float]:
     """Name → weight, as asked or as the service has it by default."""
     if params.loras is None:
         return settings.default_loras
@@ -174,14 +183,19 @@ def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
         raise BadRequest(f"{name} is {value}{unit}; at most {limit}{unit} are accepted", param=name)
 
 
-def check_limits(params: ImageParams, settings: Settings) -> None:
+def check_limits(params: DrawParams, settings: Settings) -> None:
     """Raise `BadRequest` for what needs no model to be seen wrong; before `admit`."""
-    _at_most("n", params.n, settings.max_images)
     _at_most("timesteps", len(params.timesteps or ()), settings.max_steps, " numbers")
     for name in ("prompt", "negative_prompt"):
         _at_most(name, len(getattr(params, name) or ""), settings.max_prompt_chars, " characters")
     if not params.prompt.strip():
         raise BadRequest("prompt is blank; say what to draw", param="prompt")
+    if isinstance(params, ImageParams):
+        _check_image_limits(params, settings)
+
+
+def _check_image_limits(params: ImageParams, settings: Settings) -> None:
+    _at_most("n", params.n, settings.max_images)
     if params.background == "transparent":
         raise BadRequest(
             "background is 'transparent'; this model draws opaque images, use 'opaque' or 'auto'",
@@ -243,7 +257,7 @@ def _height_width(size: str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _ignored(params: ImageParams) -> list[str]:
+def _ignored(params: DrawParams) -> list[str]:
     """A warning of each unknown field, where the service ignores them."""
     names = [cut(repr(name)) for name in params.unknown_fields()]
     found = [f"unknown field {name} was ignored" for name in names[:MAX_IGNORED]]
@@ -253,7 +267,7 @@ def _ignored(params: ImageParams) -> list[str]:
 
 
 def _warnings(
-    params: ImageParams, info: ModelInfo, drawing: Drawing, settings: Settings
+    params: DrawParams, info: ModelInfo, drawing: Drawing, settings: Settings
 ) -> list[str]:
     found = []
     texts = zip(("prompt", "negative_prompt"), drawing.num_truncated_tokens, strict=False)
@@ -276,7 +290,7 @@ def _warnings(
         found.append(
             f"the checkpoint names {info.scheduler}; the sampler {info.default_sampler} stands in"
         )
-    if params.response_format == "url" and params.stream:
+    if isinstance(params, ImageParams) and params.response_format == "url" and params.stream:
         found.append("response_format has no effect on a stream: its events carry b64_json")
     found += [
         f"{name} has no effect on this service"

@@ -20,7 +20,7 @@ from service.web.events import EventStream
 from service.web.image_cache import CachedRows, ImageCache, image_keys
 from service.web.image_files import ImageFiles
 from service.web.images import MEDIA_TYPES, to_base64
-from service.web.job import EncodedImage, Job, flags, withheld_warnings
+from service.web.job import AsImages, EncodedImage, Job, flags, withheld_warnings
 from service.web.schema import ImageParams
 
 T = TypeVar("T")
@@ -68,8 +68,8 @@ class Answers:
             await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
         job = Job(
             self._replica,
-            params,
             admitted,
+            AsImages(params, admitted, self._replica),
             request_id=exchange.request_id,
             tenant=exchange.tenant,
             deadline=deadline,
@@ -88,9 +88,10 @@ class Answers:
         timings = job.request.timings
         fields = {"n": len(images), "steps": admitted.num_steps}
         exchange.log_fields |= fields | timings.milliseconds()
-        headers = {"server-timing": _server_timing(timings)}
+        headers = {"server-timing": server_timing(timings)}
         if raw:
-            headers |= _raw_headers(images[0], admitted)
+            headers |= raw_headers(admitted)
+            headers |= {f"x-fourstep-{name}": "true" for name in flags(images[0])}
             media_type = MEDIA_TYPES[params.output_format]
             return Response(images[0].data, media_type=media_type, headers=headers)
         content = await self._body(request, params, admitted, images, timings)
@@ -208,16 +209,16 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
 
 
-def _raw_headers(image: EncodedImage, admitted: Admitted) -> dict[str, str]:
-    """What a bare image cannot say itself."""
+def raw_headers(admitted: Admitted) -> dict[str, str]:
+    """What a bare image or clip cannot say itself."""
     headers = {"x-fourstep-seed": str(admitted.seed)}
     if admitted.warnings:
         warnings = "; ".join(admitted.warnings)
         headers["x-fourstep-warnings"] = warnings.encode("ascii", "replace").decode()
-    return headers | {f"x-fourstep-{name}": "true" for name in flags(image)}
+    return headers
 
 
-def _server_timing(timings: Timings) -> str:
+def server_timing(timings: Timings) -> str:
     """The ``Server-Timing`` header: browsers draw it in their network panel."""
     return ", ".join(
         f"{name.removesuffix('_ms')};dur={value:g}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -36,6 +38,11 @@ from service.web.intake import Intake
 from service.web.live.routes import add_live_routes
 from service.web.openapi import complete_document
 from service.web.pages import add_pages
+from service.web.parsing import plain, shown
+from service.web.videos.document import describe_videos
+from service.web.videos.jobs import VideoJobs
+from service.web.videos.routes import build_video_router
+from service.web.videos.store import VideoStore
 
 logger = logging.getLogger("fourstep.app")
 
@@ -49,6 +56,8 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     settings = replica.settings
     files = _image_files(replica) if settings.image_files_s else None
     cache = _image_cache(replica) if settings.image_cache_bytes else None
+    videos = _video_store(replica)
+    jobs = VideoJobs(replica, videos)
     intake = Intake(settings.num_upload_workers, settings.max_held_bytes)
 
     @asynccontextmanager
@@ -57,8 +66,11 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
             await asyncio.to_thread(replica.start)
         if files is not None:
             files.start()
+        if replica.runner.info.draws_clips:
+            jobs.start()
         yield
         intake.close()
+        await jobs.close()
         if files is not None:
             await asyncio.to_thread(files.close)
         await asyncio.to_thread(replica.close)
@@ -73,11 +85,12 @@ def build_app(replica: Replica, *, behind_ray: bool = False) -> FastAPI:
     )
     keys = KeyRing(settings.api_keys_file) if settings.api_keys_file else None
     app.include_router(build_router(replica, Answers(replica, files, cache), intake, files))
+    app.include_router(build_video_router(replica, videos, jobs))
     add_live_routes(app, replica, intake, keys)
     _add_probes(app, replica)
     add_pages(app)
     _add_error_shapes(app)
-    complete_document(app, settings)
+    complete_document(app, settings, functools.partial(describe_videos, replica=replica))
     # Each of these goes around those before it.
     if keys is not None:
         app.add_middleware(Authentication, keys=keys)
@@ -96,6 +109,15 @@ def _image_files(replica: Replica) -> ImageFiles:
         life_s=settings.image_files_s,
         max_bytes=settings.image_files_bytes,
         observe=lambda num_files, num_bytes: replica.metrics.image_files(num_files, num_bytes),
+    )
+
+
+def _video_store(replica: Replica) -> VideoStore:
+    settings = replica.settings
+    return VideoStore(
+        settings.video_files_dir or settings.cache_dir / "videos",
+        life_s=settings.video_files_s,
+        max_bytes=settings.video_files_bytes,
     )
 
 
@@ -163,6 +185,13 @@ def _add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     async def service_error(_: Request, error: ServiceError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, headers=error.headers())
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_query(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][1:]))
+        known = BadRequest(f"{name} is {shown(first['input'])}: {plain(first['msg'])}", param=name)
+        return JSONResponse(known.body(), known.status)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

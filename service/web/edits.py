@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.web.masks import HALF, Edited, Paste, region_of
-from service.web.schema import EditParams, ImageParams
+from service.web.schema import DrawParams, EditParams
 from service.web.uploads import describe_resize
 
 DEFAULT_STRENGTH = 0.8  # without a mask
@@ -23,7 +23,7 @@ class Start(NamedTuple):
     warning: str | None = None  # where the image lost its shape or its edges
 
 
-def start_of(params: ImageParams, edited: Edited | None, width: int, height: int) -> Start:
+def start_of(params: DrawParams, edited: Edited | None, width: int, height: int) -> Start:
     """``edited``, as it was sent, brought to ``width`` × ``height``.
 
     Raises:

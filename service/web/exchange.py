@@ -33,7 +33,11 @@ request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id
 trace_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("trace_id", default="")
 
 VALID_REQUEST_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID_CHARS}}}")
-COUNTED = {"/v1/images/generations": "generations", "/v1/images/edits": "edits"}
+COUNTED = {
+    ("POST", "/v1/images/generations"): "generations",
+    ("POST", "/v1/images/edits"): "edits",
+    ("POST", "/v1/videos"): "videos",
+}
 QUIET = {"/healthz", "/readyz", "/metrics", "/-/healthz", "/-/routes"}
 
 
@@ -55,7 +59,7 @@ class Telemetry:
         exchange = Exchange(scope, receive, send, self._replica.settings, self._intake)
         exchange.send_request_id = self._send_request_id
         request_id_var.set(exchange.request_id)
-        if self._replica.tracing is not None and exchange.path in COUNTED:
+        if self._replica.tracing is not None and (exchange.method, exchange.path) in COUNTED:
             exchange.trace = self._replica.tracing.begin(
                 exchange.method, exchange.path, exchange.request_id, scope["headers"]
             )
@@ -80,7 +84,7 @@ class Telemetry:
         path = exchange.path
         if exchange.trace is not None:
             exchange.trace.end(exchange.status)
-        if (endpoint := COUNTED.get(path)) and self._replica.started:
+        if (endpoint := COUNTED.get((exchange.method, path))) and self._replica.started:
             self._replica.metrics.request(endpoint, exchange.status, seconds)
         if path not in QUIET:
             shown = f"{IMAGE_FILES}..." if path.startswith(IMAGE_FILES) else path  # a secret

@@ -67,7 +67,7 @@ def cors_options(origins: Sequence[str]) -> dict[str, Any]:
     """
     return {
         "allow_origins": tuple(origins),
-        "allow_methods": ("GET", "POST"),
+        "allow_methods": ("GET", "POST", "DELETE"),
         "allow_headers": ("*",),
         "expose_headers": EXPOSED,
     }

@@ -12,6 +12,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
+
+import numpy as np
 
 from service.access.quota import Tenant
 from service.access.safety import PolicyViolation
@@ -41,6 +44,16 @@ class EncodedImage:
     cached: bool = False
 
 
+class Encoding(Protocol):
+    """How what is drawn for a request becomes files. Called in workers."""
+
+    def encode(self, pixels: np.ndarray, row_index: int, *, final: bool) -> bytes:
+        """A file of uint8 ``[H, W, 3]``, of a model of clips ``[F, H, W, 3]``."""
+
+    def count(self, encode_s: float | None) -> None:
+        """One has been made for delivery; None: for an earlier request."""
+
+
 class Job:
     """One accepted request as its handler sees it. Use as an async context manager.
 
@@ -53,8 +66,8 @@ class Job:
     def __init__(
         self,
         replica: Replica,
-        params: ImageParams,
         admitted: Admitted,
+        encoding: Encoding,
         *,
         request_id: str,
         tenant: Tenant,
@@ -63,8 +76,8 @@ class Job:
         live: bool = False,
     ) -> None:
         self._replica = replica
-        self._params = params
         self._admitted = admitted
+        self._encoding = encoding
         self._tenant = tenant
         self._mailbox = replica.mailbox()
         self._inbox: asyncio.Queue[Future[EncodedImage] | Resolved] = asyncio.Queue()
@@ -92,7 +105,7 @@ class Job:
         ]
 
     async def __aenter__(self) -> Job:
-        quotas, num_images = self._replica.quotas, len(self._admitted.drawings)
+        quotas, num_images = self._replica.quotas, self._admitted.num_images
         quotas.take(self._tenant, num_images)  # cached images count: what a key gets is bounded
         try:
             if self.request.rows:
@@ -109,7 +122,7 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         self._replica.loop.cancel(self.request)  # no effect once it is resolved
-        self._replica.quotas.give_back(self._tenant, len(self._admitted.drawings))
+        self._replica.quotas.give_back(self._tenant, self._admitted.num_images)
 
     async def items(self) -> AsyncIterator[EncodedImage]:
         """Previews and images, each as soon as it is encoded.
@@ -124,7 +137,7 @@ class Job:
         withheld: list[EncodedImage] = []
         any_passed, any_previewed = bool(self._cached), False
         for image in self._cached:
-            self._replica.metrics.image(self._admitted.width, self._admitted.height, None)
+            self._encoding.count(None)
             yield image
         while not isinstance(item := await self._next(), Resolved):
             image = await asyncio.wrap_future(item)
@@ -187,24 +200,37 @@ class Job:
         if self._replica.safety is not None:
             pixels, filtered = self._replica.safety.screen(pixels, "image" if final else "preview")
         begun = self._replica.loop.clock()
-        text = parameters_text(self._params, self._admitted, event.row_index, self._replica)
-        data = encode_image(
-            pixels,
-            self._params.output_format,
-            self._replica.settings,
-            quality=self._params.output_compression,
-            text=text if final else None,
-        )
+        data = self._encoding.encode(pixels, event.row_index, final=final)
         seconds = self._replica.loop.clock() - begun
         self.request.timings.image_encode_s += seconds
         if self.request.records is not None:
             self.request.records.append(StageRecord("image_encode", begun, seconds))
         if final and not filtered:
-            self._replica.metrics.image(self._admitted.width, self._admitted.height, seconds)
+            self._encoding.count(seconds)
             if self._cached_rows is not None:
                 self._cached_rows.put(event.row_index, data)
         preview_index = event.preview_index if isinstance(event, Preview) else None
         return EncodedImage(event.row_index, preview_index, data, filtered)
+
+
+class AsImages:
+    """The `Encoding` of a request for images."""
+
+    def __init__(self, params: ImageParams, admitted: Admitted, replica: Replica) -> None:
+        self._params, self._admitted, self._replica = params, admitted, replica
+
+    def encode(self, pixels: np.ndarray, row_index: int, *, final: bool) -> bytes:
+        text = parameters_text(self._params, self._admitted, row_index, self._replica)
+        return encode_image(
+            pixels[0] if pixels.ndim == 4 else pixels,  # a clip of one frame is an image
+            self._params.output_format,
+            self._replica.settings,
+            quality=self._params.output_compression,
+            text=text if final else None,
+        )
+
+    def count(self, encode_s: float | None) -> None:
+        self._replica.metrics.image(self._admitted.width, self._admitted.height, encode_s)
 
 
 def flags(image: EncodedImage) -> dict[str, bool]:

@@ -6,7 +6,7 @@ It describes the service as it runs: where no key is needed, none is spoken of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -57,14 +57,21 @@ REQUEST_ID = {"X-Request-ID": {"schema": {"type": "string"}, "description": "Sta
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
 
 
-def complete_document(app: FastAPI, settings: Settings) -> None:
-    """Make ``app.openapi()`` (and so ``/openapi.json`` and ``/docs``) the whole truth."""
+def complete_document(
+    app: FastAPI, settings: Settings, *describe: Callable[[Object], None]
+) -> None:
+    """Make ``app.openapi()`` (and so ``/openapi.json`` and ``/docs``) the whole truth; each of
+    ``describe`` adds to the document what it knows of its own paths.
+    """
     plain = app.openapi
 
     def openapi() -> Object:
         if app.openapi_schema is None:
             document = plain()
             _complete(document, settings)
+            for each in describe:
+                each(document)
+            _add_what_all_have(document, settings)
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -75,58 +82,63 @@ def _complete(document: Object, settings: Settings) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     requests = (GenerationRequest, EditRequest, EditBody)
     for model in (*requests, PartialImageEvent, CompletedEvent, ErrorResponse):
-        schemas |= _schemas(model)
+        schemas |= schemas_of(model)
     for model in requests:
-        _set_limits(schemas[model.__name__]["properties"], settings)
-    schemas["EditForm"] = _form(schemas.pop(EditRequest.__name__))
+        set_limits(schemas[model.__name__]["properties"], settings)
+    schemas["EditForm"] = _edit_form(schemas.pop(EditRequest.__name__))
 
     paths = document["paths"]
     generations = paths["/v1/images/generations"]["post"]
     edits = paths["/v1/images/edits"]["post"]
-    generations["requestBody"] = _body("application/json", GenerationRequest.__name__)
-    edits["requestBody"] = _body("multipart/form-data", "EditForm")
-    edits["requestBody"]["content"] |= _body("application/json", EditBody.__name__)["content"]
+    generations["requestBody"] = body_of("application/json", GenerationRequest.__name__)
+    edits["requestBody"] = body_of("multipart/form-data", "EditForm")
+    edits["requestBody"]["content"] |= body_of("application/json", EditBody.__name__)["content"]
     for operation, event_name in ((generations, "image_generation"), (edits, "image_edit")):
-        operation["parameters"] = _drawing_parameters(settings)
+        operation["parameters"] = drawing_parameters(settings.request_timeout_s)
         _add_image_answers(operation["responses"]["200"], event_name)
-        _add_errors(operation, *DRAWING_ERRORS)
-    _add_errors(paths["/v1/models"]["get"], EngineFailure)
-    _add_errors(paths["/v1/models/{model_id}"]["get"], NotFound, EngineFailure)
-    _add_errors(paths["/readyz"]["get"], NotReady)
+        add_errors(operation, *DRAWING_ERRORS)
+    add_errors(paths["/v1/models"]["get"], EngineFailure)
+    add_errors(paths["/v1/models/{model_id}"]["get"], NotFound, EngineFailure)
+    add_errors(paths["/readyz"]["get"], NotReady)
     file = paths[f"{IMAGE_FILES}{{name}}"]["get"]
     file["responses"]["200"]["content"] = _images()
-    _add_errors(file, NotFound, EngineFailure)
+    add_errors(file, NotFound, EngineFailure)
     for operation in (paths["/v1/models/{model_id}"]["get"], file):
         operation["responses"].pop("422", None)  # any text is a name
 
+
+def _add_what_all_have(document: Object, settings: Settings) -> None:
+    paths = document["paths"]
     if settings.api_keys_file:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in paths.items():
             if path.startswith(PROTECTED) and not path.startswith(IMAGE_FILES):
                 for operation in operations.values():
                     operation["security"] = [{"key": []}]
-                    _add_errors(operation, Unauthorized)
+                    add_errors(operation, Unauthorized)
     for operations in paths.values():
         for operation in operations.values():
             for answer in operation["responses"].values():
                 answer["headers"] = REQUEST_ID | answer.get("headers", {})
 
 
-def _schemas(model: type[BaseModel]) -> Object:
+def schemas_of(model: type[BaseModel]) -> Object:
+    """The model's own, and those it refers to, by name."""
     schema = model.model_json_schema(ref_template=REF)
     return {**schema.pop("$defs", {}), model.__name__: schema}
 
 
-def _set_limits(properties: Object, settings: Settings) -> None:
+def set_limits(properties: Object, settings: Settings) -> None:
     """This service's own limits, where they are narrower than the protocol's."""
-    _typed(properties["n"])["maximum"] = settings.max_images
-    _typed(properties["num_inference_steps"])["maximum"] = settings.max_steps
-    _typed(properties["timesteps"])["maxItems"] = settings.max_steps
+    if "n" in properties:
+        typed_part(properties["n"])["maximum"] = settings.max_images
+    typed_part(properties["num_inference_steps"])["maximum"] = settings.max_steps
+    typed_part(properties["timesteps"])["maxItems"] = settings.max_steps
     for name in ("prompt", "negative_prompt"):
-        _typed(properties[name])["maxLength"] = settings.max_prompt_chars
+        typed_part(properties[name])["maxLength"] = settings.max_prompt_chars
 
 
-def _typed(schema: Object) -> Object:
+def typed_part(schema: Object) -> Object:
     """The part of ``X | None`` that says what X is."""
     typed: Object = next(
         (each for each in schema.get("anyOf", ()) if each.get("type") != "null"), schema
@@ -134,16 +146,21 @@ def _typed(schema: Object) -> Object:
     return typed
 
 
-def _form(schema: Object) -> Object:
-    """A form of ``schema``: null is an empty field, a list is JSON text, and there is a file."""
-    properties = schema["properties"]
-    for each in properties.values():
-        typed = _as_text(_typed(each))
+def as_form(schema: Object) -> Object:
+    """``schema`` as a form has it: null is an empty field, a list is JSON text."""
+    for each in schema["properties"].values():
+        typed = _as_text(typed_part(each))
         if "enum" in typed:
             each.pop("anyOf", None)
             each |= typed | {"enum": [*typed["enum"], ""]}
         elif "anyOf" in each:
             each["anyOf"] = [typed, EMPTY]
+    return schema
+
+
+def _edit_form(schema: Object) -> Object:
+    """A form with files."""
+    properties = as_form(schema)["properties"]
     file = {"type": "string", "format": "binary"}
     properties["mask"] = file | {
         "description": "A file of the image's size: what is transparent in it is drawn anew."
@@ -162,12 +179,14 @@ def _as_text(typed: Object) -> Object:
     return {"type": "string", "contentMediaType": "application/json", "contentSchema": typed}
 
 
-def _body(media_type: str, model: str) -> Object:
+def body_of(media_type: str, model: str) -> Object:
+    """A request's, of a schema by that name."""
     content = {media_type: {"schema": {"$ref": REF.format(model=model)}}}
     return {"required": True, "content": content}
 
 
-def _drawing_parameters(settings: Settings) -> list[Object]:
+def drawing_parameters(longest_s: float) -> list[Object]:
+    """Headers of a request that may take so many seconds."""
     return [
         {
             "name": "X-Request-Timeout",
@@ -176,8 +195,8 @@ def _drawing_parameters(settings: Settings) -> list[Object]:
             "schema": {
                 "type": "number",
                 "minimum": MIN_TIMEOUT_S,
-                "maximum": settings.request_timeout_s,
-                "default": settings.request_timeout_s,
+                "maximum": longest_s,
+                "default": longest_s,
             },
         },
         {
@@ -232,7 +251,8 @@ def _add_image_answers(answer: Object, event_name: str) -> None:
     }
 
 
-def _add_errors(operation: Object, *errors: type[ServiceError]) -> None:
+def add_errors(operation: Object, *errors: type[ServiceError]) -> None:
+    """What else it answers."""
     for error in errors:
         about = (error.__doc__ or "").splitlines()[0]
         answer: Object = {"description": about, "content": ERROR}

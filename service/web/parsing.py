@@ -8,6 +8,7 @@ import codecs
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from starlette.requests import Request
 from service.errors import BadRequest, TooLarge
 from service.settings import Settings
 from service.web.schema import (
+    DrawParams,
     EditBody,
     EditParams,
     EditRequest,
@@ -29,6 +31,7 @@ from service.web.schema import (
     OutputFormat,
 )
 
+P = TypeVar("P", bound=DrawParams)
 T = TypeVar("T", bound=ImageParams)
 
 JSON = "application/json"
@@ -59,50 +62,50 @@ class Uploads(NamedTuple):
 
 async def parse_generation(request: Request, settings: Settings) -> GenerationRequest:
     """The JSON body of ``POST /v1/images/generations``."""
-    _check_plain(request)
-    media_type, options = _content_type(request, default=JSON)
+    check_plain(request)
+    media_type, options = content_type(request, default=JSON)
     if media_type != JSON:
-        raise BadRequest(f"the Content-Type is {_shown(media_type)}; it must be {JSON}")
-    _check_charset(options)
-    body = await _read(request, max_json_bytes(settings.max_prompt_chars))
-    return _from_json(body, GenerationRequest, settings)
+        raise BadRequest(f"the Content-Type is {shown(media_type)}; it must be {JSON}")
+    check_charset(options)
+    body = await read_body(request, max_json_bytes(settings.max_prompt_chars))
+    return from_json(body, GenerationRequest, settings)
 
 
-def _from_json(body: bytes, model: type[T], settings: Settings) -> T:
+def from_json(body: bytes, model: type[P], settings: Settings) -> P:
     body = _utf8(body)
     try:
-        params = model.model_validate_json(body, extra=_extra(settings))
+        params = model.model_validate_json(body, extra=extra_of(settings))
     except ValidationError as error:
         raise bad_request(error, model) from error
     json.loads(body, object_pairs_hook=_unique)  # known to be right: a few microseconds a KiB
     return params
 
 
-def _extra(settings: Settings) -> Literal["forbid", "allow"]:
+def extra_of(settings: Settings) -> Literal["forbid", "allow"]:
     """What becomes of unknown fields; those that are allowed stay in sight, to be warned of."""
     return "allow" if settings.unknown_fields == "ignore" else "forbid"
 
 
-def _content_type(request: Request, default: str = "") -> tuple[str, dict[bytes, bytes]]:
+def content_type(request: Request, default: str = "") -> tuple[str, dict[bytes, bytes]]:
     media_type, options = parse_options_header(request.headers.get("content-type", default))
     return media_type.decode("latin-1"), options
 
 
-def _check_charset(options: dict[bytes, bytes]) -> None:
+def check_charset(options: dict[bytes, bytes]) -> None:
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
         raise BadRequest(
-            f"the Content-Type says that the body is {_shown(charset)}; JSON is read as UTF-8, "
+            f"the Content-Type says that the body is {shown(charset)}; JSON is read as UTF-8, "
             "send it as that"
         )
 
 
-def _check_plain(request: Request) -> None:
+def check_plain(request: Request) -> None:
     """Bodies are read as they are: one that unfolds could be any size."""
     coding = request.headers.get("content-encoding", "identity").strip()
     if coding.lower() not in ("", "identity"):
         raise BadRequest(
-            f"the Content-Encoding is {_shown(coding)}; compressed bodies are not read, send it "
+            f"the Content-Encoding is {shown(coding)}; compressed bodies are not read, send it "
             "uncompressed and without that header"
         )
 
@@ -122,7 +125,7 @@ def max_json_bytes(max_prompt_chars: int) -> int:
     return 2 * 12 * max_prompt_chars + 64 * 1024
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -145,10 +148,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 
 async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, Uploads]:
     """The body of ``POST /v1/images/edits``, a form or JSON: parameters, the image, its mask."""
-    _check_plain(request)
-    media_type, options = _content_type(request)
+    check_plain(request)
+    media_type, options = content_type(request)
     if media_type == JSON:
-        _check_charset(options)
+        check_charset(options)
         body = await request.body()  # as large as an upload: read beside the event loop
         return await asyncio.to_thread(_edit_from_json, body, settings)
     return await _edit_from_form(request, settings)
@@ -156,7 +159,7 @@ async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, 
 
 def _edit_from_json(body: bytes, settings: Settings) -> tuple[EditBody, Uploads]:
     _check_values(body)
-    params = _from_json(body, EditBody, settings)
+    params = from_json(body, EditBody, settings)
     sent = [] if params.image is None else [("image", params.image)]
     for index, reference in enumerate(params.images or ()):
         sent += _referred(reference, f"images.{index}")
@@ -196,12 +199,12 @@ def _check_values(body: bytes) -> None:
 def _decoded(text: str, field: str) -> bytes:
     """The bytes of base64 text, bare or in a ``data:`` URL; its media type is not believed."""
     head, comma, payload = text.partition(",")
-    shown = _shown(text[:MAX_SHOWN_CHARS])
+    begin = shown(text[:MAX_SHOWN_CHARS])
     if not comma and ":" not in head:
         payload = head
     elif not re.match(r"data:.*;base64$", head, re.IGNORECASE):
         raise BadRequest(
-            f"{field} is {shown}; this service fetches no URL, send the image itself in "
+            f"{field} is {begin}; this service fetches no URL, send the image itself in "
             "base64 or as data:image/png;base64,...",
             param=field,
         )
@@ -209,15 +212,15 @@ def _decoded(text: str, field: str) -> bytes:
         return base64.b64decode("".join(payload.split()), validate=True)  # some wrap their lines
     except ValueError as error:
         raise BadRequest(
-            f"{field} is {shown}, which is not base64; send the whole file, encoded with padding",
+            f"{field} is {begin}, which is not base64; send the whole file, encoded with padding",
             param=field,
         ) from error
 
 
 async def _edit_from_form(request: Request, settings: Settings) -> tuple[EditRequest, Uploads]:
-    form = await _read_form(request)
+    form = await read_form(request, ", with one file field `image`")
     try:
-        fields, files = _sort(form, settings)
+        fields, files = sort_parts(form, settings, EditRequest, FILES)
         images = [Upload(await file.read(), name) for name, file in files if name == "image"]
         masks = [Upload(await file.read(), name) for name, file in files if name == "mask"]
         if len(images) != 1:
@@ -227,21 +230,23 @@ async def _edit_from_form(request: Request, settings: Settings) -> tuple[EditReq
     finally:
         await form.close()
     try:
-        params = EditRequest.model_validate(fields, extra=_extra(settings))
+        params = EditRequest.model_validate(fields, extra=extra_of(settings))
     except ValidationError as error:
         raise bad_request(error, EditRequest) from error
     return params, Uploads(images[0], masks[0] if masks else None)
 
 
-def _sort(
-    form: FormData, settings: Settings
+def sort_parts(
+    form: FormData, settings: Settings, model: type[Input], known_files: Mapping[str, str]
 ) -> tuple[dict[str, str], list[tuple[str, UploadFile]]]:
-    """Text by name, and the files. An empty file is empty text; without a name it is no image."""
+    """Text by name, and the files that are known. An empty file is empty text; without a name it is
+    no image.
+    """
     fields: dict[str, str] = {}
     files: list[tuple[str, UploadFile]] = []
     for as_it_came, value in form.multi_items():
         name = _text(as_it_came, of="the name of a field")
-        known = FILES.get(name)
+        known = known_files.get(name)
         if isinstance(value, UploadFile):
             # Browsers send an empty file without a name where none was chosen.
             if not value.size and not (known == "image" and value.filename):
@@ -249,8 +254,10 @@ def _sort(
             elif known:
                 files.append((known, value))
                 continue
-            elif name in EditRequest.model_fields or _extra(settings) == "forbid":
-                raise BadRequest(f"{cut(name)} is a file; only image and mask are", param=cut(name))
+            elif name in model.model_fields or extra_of(settings) == "forbid":
+                taken = " and ".join(dict.fromkeys(known_files.values()))
+                hint = f"only {taken} are" if taken else "send it as text"
+                raise BadRequest(f"{cut(name)} is a file; {hint}", param=cut(name))
             else:
                 value = ""
         if known and value:
@@ -262,13 +269,13 @@ def _sort(
     return fields, files
 
 
-async def _read_form(request: Request) -> FormData:
-    """The parts by name, names and text as `_text` takes them."""
-    media_type, options = _content_type(request)
+async def read_form(request: Request, whose: str = "") -> FormData:
+    """The parts by name, names and text as `_text` takes them; ``whose`` says what is in one."""
+    media_type, options = content_type(request)
     if media_type != "multipart/form-data":
         raise BadRequest(
-            f"the Content-Type is {_shown(media_type)}; it must be multipart/form-data, with one "
-            f"file field `image`, or {JSON}"
+            f"the Content-Type is {shown(media_type)}; it must be multipart/form-data{whose}, or "
+            f"{JSON}"
         )
     boundary = options.get(b"boundary", b"").decode("latin-1")
     if not BOUNDARY.fullmatch(boundary):
@@ -316,7 +323,7 @@ def bad_request(error: ValidationError, model: type[Input]) -> BadRequest:
         return BadRequest(f"{where} is required", param=where, code="missing_required_parameter")
     if not where:
         return BadRequest(f"the body is not a JSON object of parameters: {first['msg']}")
-    return BadRequest(f"{where} is {_shown(first['input'])}: {_plain(first['msg'])}", param=where)
+    return BadRequest(f"{where} is {shown(first['input'])}: {plain(first['msg'])}", param=where)
 
 
 def cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
@@ -324,11 +331,11 @@ def cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
     return name if len(name) <= max_chars else name[: max_chars - 3] + "..."
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     return cut(json.dumps(value, ensure_ascii=False, default=str), MAX_SHOWN_CHARS)
 
 
-def _plain(message: str) -> str:
+def plain(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 

@@ -90,43 +90,24 @@ class LoraChoice(Input):
     weight: float = Field(1.0, ge=-4, le=4, description="Its share λ; 0 leaves it out.")
 
 
-class ImageParams(Input):
-    """Fields that generations and edits share."""
+class DrawParams(Input):
+    """What to draw and how: fields that images and clips share."""
 
     prompt: str = Field(min_length=1, description="What to draw. Any Unicode text.")
     model: Name | None = Field(None, description="Model id, as GET /v1/models lists it.")
-    n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
     size: Size = Field(
         "auto",
         description="`WIDTHxHEIGHT` in pixels: of an image of another shape its centre is drawn "
         "from. `auto`: the model's own; with an image the nearest to its own, all of it scaled.",
     )
-    response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="`url`: the image is kept for a while, for whoever has the URL."
-    )
-    output_format: OutputFormat = Field("png", description="Encoding of the image.")
-    output_compression: int | None = Field(
-        None, ge=0, le=100, description="Quality of jpeg and webp, in percent (default 90)."
-    )
+    user: Note | None = Field(None, description="Free text for the caller's own records.")
+    safety_identifier: Note | None = Field(None, description="As `user`.")
+
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = Field(
         "auto",
         description="Without num_inference_steps and timesteps: low draws half the model's default "
         "steps, rounded up, high and hd draw twice as many, or as many as this service takes.",
     )
-    background: Literal["auto", "opaque", "transparent"] = Field(
-        "auto", description="Images are opaque; `transparent` is refused."
-    )
-    stream: bool = Field(False, description="Answer as server-sent events.")
-    partial_images: int = Field(
-        0, ge=0, le=3, description="Previews per image, when streaming; fewer when steps are few."
-    )
-    user: Note | None = Field(None, description="Free text for the caller's own records.")
-    safety_identifier: Note | None = Field(None, description="As `user`.")
-    moderation: Literal["auto", "low"] | None = Field(
-        None, description="Has no effect: whether a safety filter looks is the service's setting."
-    )
-    style: Literal["vivid", "natural"] | None = Field(None, description="Has no effect here.")
-
     num_inference_steps: int | None = Field(None, ge=1, description="Denoise calls per image.")
     timesteps: list[Timestep] | None = Field(
         None,
@@ -180,6 +161,16 @@ class ImageParams(Input):
     def _is_whole(cls, value: object) -> object:
         return _whole(value)
 
+    @property
+    def num_rows(self) -> int:
+        """Images or clips, each a row of its own."""
+        return 1
+
+    @property
+    def num_previews(self) -> int:
+        """Of each row."""
+        return 0
+
     def unknown_fields(self) -> Iterator[str]:
         """Dotted names of what is no field; there are some only where the service ignores them."""
         return _unknown_fields(self)
@@ -193,6 +184,38 @@ def _unknown_fields(model: BaseModel) -> Iterator[str]:
                 if not isinstance(value, BaseModel):
                     continue
                 yield from (f"{name}.{index}.{below}" for below in _unknown_fields(value))
+
+
+class ImageParams(DrawParams):
+    """Fields that generations and edits share."""
+
+    n: int = Field(1, ge=1, le=10, description="Number of images; each has its own seed.")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="`url`: the image is kept for a while, for whoever has the URL."
+    )
+    output_format: OutputFormat = Field("png", description="Encoding of the image.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp, in percent (default 90)."
+    )
+    background: Literal["auto", "opaque", "transparent"] = Field(
+        "auto", description="Images are opaque; `transparent` is refused."
+    )
+    stream: bool = Field(False, description="Answer as server-sent events.")
+    partial_images: int = Field(
+        0, ge=0, le=3, description="Previews per image, when streaming; fewer when steps are few."
+    )
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="Has no effect: whether a safety filter looks is the service's setting."
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Has no effect here.")
+
+    @property
+    def num_rows(self) -> int:
+        return self.n
+
+    @property
+    def num_previews(self) -> int:
+        return self.partial_images if self.stream else 0
 
 
 class GenerationRequest(ImageParams):
@@ -228,8 +251,8 @@ class EditParams(ImageParams):
     input_fidelity: Literal["high", "low"] | None = Field(None, description="Has no effect here.")
 
 
-class EditRequest(EditParams):
-    """An edit as a form, its image a file. Scalars arrive as form strings."""
+class FormParams(DrawParams):
+    """What comes as a form: scalars are text, and a field that was left blank is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
     absent = (None, "")  # an HTML form sends every field, one that was left blank as ""
@@ -242,6 +265,10 @@ class EditRequest(EditParams):
             return from_json(value) if isinstance(value, str) else value
         except ValueError:
             raise ValueError(f"write it as JSON, {FORM_EXAMPLES[info.field_name or '']}") from None
+
+
+class EditRequest(EditParams, FormParams):
+    """An edit as a form, its image a file."""
 
 
 class ImageReference(Input):

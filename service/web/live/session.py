@@ -37,7 +37,7 @@ from service.web.admission import MAX_RANDOM_SEED, Admitted, admit, check_limits
 from service.web.answers import in_worker
 from service.web.images import MEDIA_TYPES
 from service.web.intake import Intake
-from service.web.job import EncodedImage, Job
+from service.web.job import AsImages, EncodedImage, Job
 from service.web.live import messages
 from service.web.live.likeness import Look, Shown
 from service.web.live.messages import Frame, LiveOptions, SessionUpdate, Wire
@@ -237,9 +237,12 @@ class LiveSession:
         check_limits(params, self._replica.settings)
         check_model(params.model, self._replica.runner.info.model_id, self._replica.settings)
         if self._replica.safety is not None:
-            await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
+            for text in filter(None, (params.prompt, options.prompt_b)):
+                await in_worker(self._replica, self._replica.safety.check_prompt, text)
         deadline = begun + self._replica.settings.request_timeout_s
         prompt, blends = self._slide.next(params.prompt, options.prompt_blend)
+        if options.prompt_b is not None and options.prompt_b_share:
+            blends += (Blend(options.prompt_b, options.prompt_b_share),)
         started = params.model_copy(update={"prompt": prompt})
         prepare = functools.partial(self._prepare, frame, started, blends, options, values)
         look, admitted = await self._intake.decode(
@@ -250,8 +253,9 @@ class LiveSession:
             return None
         self._num_frames += 1
         job = Job(
-            self._replica, params, admitted, request_id=f"{self._id}-{self._num_frames}",
-            tenant=self.tenant, deadline=deadline, live=True,
+            self._replica, admitted, AsImages(params, admitted, self._replica),
+            request_id=f"{self._id}-{self._num_frames}", tenant=self.tenant, deadline=deadline,
+            live=True,
         )  # fmt: skip
         async with job:
             self._job = job

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engines.drawing.stage import Stage
 from service.batching.scheduler import LIVE_PATIENCE, Limits, Scheduler, Work, WorkKind
+from service.batching.turns import CLIP_PATIENCE
 
 
 @dataclass(eq=False)
@@ -20,6 +21,7 @@ class FakeRow:
     num_steps: int
     size: int
     num_lanes: int = 1
+    num_frames: int = 1
     needs_image: bool = False
     tenant: str = ""
     priority: int = 0
@@ -36,8 +38,8 @@ class FakeRow:
         self.num_steps_left = self.num_steps
 
     @property
-    def group(self) -> tuple[int, int]:
-        return (self.size, self.size)
+    def group(self) -> tuple[int, ...]:
+        return (self.size, self.size, self.num_frames)
 
     @property
     def decoding(self) -> tuple[int, str]:
@@ -84,6 +86,7 @@ rows = st.builds(
     num_steps=st.integers(1, 8),
     size=st.sampled_from([64, 96]),
     num_lanes=st.integers(1, 2),
+    num_frames=st.sampled_from([1, 1, 3, 16]),
     needs_image=st.booleans(),
     tenant=st.sampled_from(["", "alice", "bob"]),
     priority=st.integers(-1, 1),
@@ -111,6 +114,8 @@ def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
         assert {row.group for row in work.rows} == {work.alike}
     if work.kind is WorkKind.DENOISE:
         assert sum(row.num_lanes for row in work.rows) <= scheduler.limits.max_batch
+        pictures = sum(row.num_lanes * row.num_frames for row in work.rows)
+        assert len(work.rows) == 1 or pictures <= scheduler.limits.max_batch
     elif work.kind is WorkKind.ENCODE_TEXT:
         assert len(work.rows) <= scheduler.limits.max_decode_batch
     else:
@@ -470,3 +475,52 @@ def test_a_live_row_gives_way_to_none_that_is_less_urgent(priority: int, first: 
     live = _live(1)
     scheduler.add([FakeRow(1, 96, stage=Stage.DENOISE, priority=priority), live])
     assert (live in _step(scheduler).rows) == (first == "live")
+
+
+def denoised(scheduler: Scheduler[FakeRow], count: int) -> list[list[FakeRow]]:
+    """The rows of the next denoise calls."""
+    calls: list[list[FakeRow]] = []
+    while len(calls) < count:
+        work = scheduler.schedule()
+        assert work is not None
+        for row in work.rows:
+            row.advance(work.kind)
+        scheduler.update(work)
+        scheduler.release(work)
+        if work.kind is WorkKind.DENOISE:
+            calls.append(list(work.rows))
+    return calls
+
+
+def test_pictures_go_before_clips_but_for_one_call_in_so_many() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(max_batch=4))
+    clips = [FakeRow(3, 64, num_frames=16), FakeRow(9, 64, num_frames=16)]
+    scheduler.add(clips)
+    scheduler.add([FakeRow(200, 64) for _ in range(4)])
+    calls = denoised(scheduler, 6 * (CLIP_PATIENCE + 1))
+    turns = [index for index, rows in enumerate(calls) if rows[0].num_frames > 1]
+    assert turns == [index * (CLIP_PATIENCE + 1) for index in range(6)]
+    assert [calls[index] for index in turns[:3]] == [[clips[0]]] * 3  # one fills a call; shortest
+    assert calls[turns[3]] == [clips[1]]
+    assert all(len(rows) == 4 for index, rows in enumerate(calls) if index not in turns)
+
+
+def test_clips_step_at_every_call_where_there_are_no_pictures() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(max_batch=4))
+    scheduler.add([FakeRow(4, 64, num_frames=16), FakeRow(4, 64, num_frames=2, num_lanes=1)])
+    rows = [row for rows in denoised(scheduler, 8) for row in rows]
+    assert [row.num_frames for row in rows] == [2] * 4 + [16] * 4
+
+
+def test_a_clip_of_higher_priority_goes_before_pictures() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits())
+    scheduler.add([FakeRow(50, 64), FakeRow(3, 64, num_frames=16, priority=1)])
+    assert [rows[0].num_frames for rows in denoised(scheduler, 5)] == [16, 16, 16, 1, 1]
+
+
+def test_clips_leave_room_for_pictures() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(max_batch=4, max_running=8))
+    scheduler.add([FakeRow(100, 64, num_frames=16) for _ in range(20)])
+    scheduler.add([FakeRow(1, 64) for _ in range(20)])
+    denoised(scheduler, 1)
+    assert Counter(row.num_frames for row in scheduler.running) == {16: 4, 1: 4}

@@ -1,0 +1,65 @@
+"""Pictures and clips on one engine: whose turn it is to step, and how many clips run at a time.
+
+Somebody waits for a picture; a clip is a job, and one step of it takes as long as many of a
+picture's. So pictures go first, and while there are any a clip steps once in `CLIP_PATIENCE` calls:
+a picture of a few steps meets one such call, or none, and clips are never stopped.
+
+In simulated time (`python -m loadtests clips`: the GPU-shaped double, clips of 16 frames, 1, 2 or 8
+always open, pictures of 4 steps at 30 to 70 % load) the p95 of pictures is 1.3 to 1.5 times what it
+is without clips. With clips in rank and turn like pictures it had been 3 to 23 times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from service.batching.scheduler import Schedulable
+
+R = TypeVar("R", bound="Schedulable")
+
+# Denoise calls. Simulated as above: 8 gives 1.5 to 1.7 and a third more clips, 32 gives 1.2 to 1.45
+# and 0.6 of them.
+CLIP_PATIENCE = 16
+
+
+def pictures_of(row: Schedulable) -> int:
+    """What a step of a row takes of a denoise call: its lanes, of a clip each of its frames."""
+    return row.num_lanes * row.num_frames
+
+
+def is_clip(row: Schedulable) -> bool:
+    return row.num_frames > 1
+
+
+class Turns:
+    """Kept by the scheduler; counts its denoise calls."""
+
+    def __init__(self) -> None:
+        self._num_calls_since_clip = CLIP_PATIENCE
+
+    def note(self, rows: Sequence[Schedulable]) -> None:
+        """A denoise call of these begins."""
+        clips = any(map(is_clip, rows))
+        self._num_calls_since_clip = 0 if clips else self._num_calls_since_clip + 1
+
+    def of(self, rows: Sequence[R]) -> Sequence[R]:
+        """Those of the rows that may step next: pictures or clips, whichever is more urgent, and
+        all where there is but one kind.
+        """
+        pictures = [row for row in rows if not is_clip(row)]
+        clips = [row for row in rows if is_clip(row)]
+        if not pictures or not clips:
+            return rows
+        lead = max(row.priority for row in pictures) - max(row.priority for row in clips)
+        if lead:
+            return pictures if lead > 0 else clips
+        return clips if self._num_calls_since_clip >= CLIP_PATIENCE else pictures
+
+
+def admissible(waiting: Sequence[R], running: Sequence[R], max_running: int) -> Sequence[R]:
+    """Without clips where they have half of the lanes in flight: pictures find room."""
+    if sum(row.num_lanes for row in running if is_clip(row)) < max_running // 2:
+        return waiting
+    return [row for row in waiting if not is_clip(row)]
