@@ -75,6 +75,10 @@ def test_openais_client_creates_polls_downloads_lists_and_deletes(
     frames, rate, _ = read_mp4(content.content)
     assert frames.shape == (4, 72, 64, 3)
     assert rate == 4
+    part = client.videos.with_raw_response.download_content(
+        video.id, extra_headers={"range": "bytes=4-7"}
+    )
+    assert (part.http_response.status_code, part.content) == (206, b"ftyp")
     picture = client.videos.download_content(video.id, variant="thumbnail")
     assert Image.open(io.BytesIO(picture.content)).size == (64, 72)
     with pytest.raises(openai.BadRequestError, match="there are 'video' and 'thumbnail'"):
