@@ -1,11 +1,12 @@
-# The whole vocabulary of the project: make serve, make test, make lint, make bench, make gpu, make audit.
+# The whole vocabulary of the project: make serve, make test, make lint, make bench, make gpu, make audit,
+# make bom.
 SHELL  := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test lint bench gpu audit
+.PHONY: serve test lint bench gpu audit bom
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -28,6 +29,9 @@ gpu: $(VENV)/.test
 # Its outcome changes while the code does not, so it is part of neither lint nor test.
 audit: $(VENV)/.audit
 	@$(BIN)/python .ci/audit
+
+bom: $(VENV)/.test
+	@$(BIN)/python .ci/bom $(ARGS)
 
 # Each stamp says which extra is installed, at which pins; editing the pins installs again.
 $(VENV)/bin/python:

@@ -106,6 +106,7 @@ def build(
     steps: StepsOption = 0,
     timesteps: TimestepsOption = "",
     guidance: GuidanceOption = None,
+    cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Compile a model's parts into a bundle."""
     from engines.backends.choice import Machine
@@ -149,7 +150,7 @@ def build(
         )
     )  # fmt: skip
     blueprint = Blueprint(sources.model, precision, target, fused, defaults, sources.overrides)
-    bundle = build_bundle(blueprint, out, show_progress)
+    bundle = build_bundle(blueprint, out, show_progress, cache_dir)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
 

@@ -14,7 +14,7 @@ ModelArgument = Annotated[
     typer.Argument(help="Diffusers folder, safetensors file, bundle, hub id or a shipped name."),
 ]
 CacheOption = Annotated[
-    Path, typer.Option(help="Where built bundles are kept.", envvar="FOURSTEP_CACHE_DIR")
+    Path, typer.Option(help="Where bundles and their graphs are kept.", envvar="FOURSTEP_CACHE_DIR")
 ]
 EngineOption = Annotated[
     str,

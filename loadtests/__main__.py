@@ -6,9 +6,12 @@ import typer
 
 from loadtests.capacity import capacity
 from loadtests.clips import clips
+from loadtests.day import day
+from loadtests.decoders import decoders
 from loadtests.encoding import encoding
 from loadtests.engine import engine
 from loadtests.gpu.command import gpu
+from loadtests.laptop.command import laptop
 from loadtests.live import live
 from loadtests.overhead import overhead
 from loadtests.overload import overload
@@ -22,9 +25,12 @@ from loadtests.tiles import tiles
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(capacity)
 app.command()(clips)
+app.command()(decoders)
+app.command()(day)
 app.command()(encoding)
 app.command()(engine)
 app.command()(gpu)
+app.command()(laptop)
 app.command()(live)
 app.command()(overhead)
 app.command()(overload)

@@ -34,6 +34,31 @@ class Autoscaling:
     cold_start_s: float = 20.0  # from the decision to the first request served
 
 
+class Autoscaler:
+    """Ray Serve's rule for one deployment, asked once every ``TICK_S``."""
+
+    def __init__(self, config: Autoscaling) -> None:
+        self._config = config
+        self._ongoing: deque[float] = deque(maxlen=round(config.look_back_period_s / TICK_S))
+        self._wanted_for: tuple[int, float] = (0, 0.0)  # direction, since when
+
+    def wanted(self, num_open: float, count: int, now: float) -> int:
+        """Replicas that there should be; ``count`` while a delay has not passed."""
+        config = self._config
+        self._ongoing.append(num_open)
+        average = sum(self._ongoing) / len(self._ongoing)
+        wanted = math.ceil(average / config.target_ongoing_requests)
+        wanted = min(max(wanted, config.min_replicas), config.max_replicas)
+        direction = (wanted > count) - (wanted < count)
+        if direction != self._wanted_for[0]:
+            self._wanted_for = (direction, now)
+        delay_s = config.upscale_delay_s if direction > 0 else config.downscale_delay_s
+        if not direction or now - self._wanted_for[1] < delay_s:
+            return count
+        self._wanted_for = (0, now)
+        return wanted
+
+
 @dataclass
 class Outcome:
     """What a fleet did with its traffic."""
@@ -44,7 +69,7 @@ class Outcome:
     history: list[tuple[float, int, float]] = field(default_factory=list)  # time, replicas, ongoing
 
 
-class _Event(IntEnum):
+class Event(IntEnum):
     ARRIVAL = 0
     CALL_DONE = 1
     READY = 2
@@ -62,9 +87,8 @@ class Fleet:
         self._num_starting = 0
         self._leaving: set[SimulatedReplica] = set()
         self._pending: deque[SimulatedRow] = deque()  # while no replica is ready
-        self._ongoing: deque[float] = deque(maxlen=round(config.look_back_period_s / TICK_S))
-        self._wanted_for: tuple[int, float] = (0, 0.0)  # direction, since when
-        self._events: list[tuple[float, int, _Event, object]] = []
+        self._autoscaler = Autoscaler(config)
+        self._events: list[tuple[float, int, Event, object]] = []
         self._order = itertools.count()
         self.outcome = Outcome()
 
@@ -72,28 +96,28 @@ class Fleet:
         """Serve rows, in order of arrival, to the end."""
         arrivals = iter(rows)
         self._next_arrival(arrivals)
-        self._push(TICK_S, _Event.TICK)
+        self._push(TICK_S, Event.TICK)
         now = 0.0
         while self._events:
             now, _, kind, what = heapq.heappop(self._events)
             match kind:
-                case _Event.ARRIVAL:
+                case Event.ARRIVAL:
                     self._route(what, now)  # type: ignore[arg-type]
                     self._next_arrival(arrivals)
-                case _Event.CALL_DONE:
+                case Event.CALL_DONE:
                     self._call_done(what, now)  # type: ignore[arg-type]
-                case _Event.READY:
+                case Event.READY:
                     self._become_ready(now)
-                case _Event.TICK:
+                case Event.TICK:
                     self._tick(now)
         return self.outcome
 
-    def _push(self, time: float, kind: _Event, what: object = None) -> None:
+    def _push(self, time: float, kind: Event, what: object = None) -> None:
         heapq.heappush(self._events, (time, next(self._order), kind, what))
 
     def _next_arrival(self, arrivals: Iterator[SimulatedRow]) -> None:
         if (row := next(arrivals, None)) is not None:
-            self._push(row.arrived_at, _Event.ARRIVAL, row)
+            self._push(row.arrived_at, Event.ARRIVAL, row)
 
     def _route(self, row: SimulatedRow, now: float) -> None:
         if not self._ready:
@@ -102,12 +126,12 @@ class Fleet:
         replica = min(self._ready, key=lambda replica: replica.num_open)
         replica.add(row)
         if not replica.busy:
-            self._push(now + replica.begin(), _Event.CALL_DONE, replica)
+            self._push(now + replica.begin(), Event.CALL_DONE, replica)
 
     def _call_done(self, replica: SimulatedReplica, now: float) -> None:
         self.outcome.latencies_s += [row.latency_s for row in replica.finish(now)]
         if not replica.idle:
-            self._push(now + replica.begin(), _Event.CALL_DONE, replica)
+            self._push(now + replica.begin(), Event.CALL_DONE, replica)
         else:
             self._leaving.discard(replica)
 
@@ -124,26 +148,15 @@ class Fleet:
         self.outcome.replica_s += alive * TICK_S
         self.outcome.max_replicas = max(self.outcome.max_replicas, alive)
         self.outcome.history.append((now, count, num_open))
-        self._ongoing.append(num_open)
-        self._scale(count, now)
+        self._scale(count, num_open, now)
         if self._events or num_open or self._leaving:
-            self._push(now + TICK_S, _Event.TICK)
+            self._push(now + TICK_S, Event.TICK)
 
-    def _scale(self, count: int, now: float) -> None:
-        config = self._config
-        average = sum(self._ongoing) / len(self._ongoing)
-        wanted = math.ceil(average / config.target_ongoing_requests)
-        wanted = min(max(wanted, config.min_replicas), config.max_replicas)
-        direction = (wanted > count) - (wanted < count)
-        if direction != self._wanted_for[0]:
-            self._wanted_for = (direction, now)
-        delay_s = config.upscale_delay_s if direction > 0 else config.downscale_delay_s
-        if not direction or now - self._wanted_for[1] < delay_s:
-            return
-        self._wanted_for = (0, now)
+    def _scale(self, count: int, num_open: float, now: float) -> None:
+        wanted = self._autoscaler.wanted(num_open, count, now)
         for _ in range(wanted - count):
             self._num_starting += 1
-            self._push(now + config.cold_start_s, _Event.READY)
+            self._push(now + self._config.cold_start_s, Event.READY)
         for _ in range(min(count - wanted, len(self._ready))):
             gone = min(self._ready, key=lambda replica: replica.num_open)
             self._ready.remove(gone)

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 
 from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
+from loadtests import serving
+from loadtests.abuse.sessions import drop_sessions
 from loadtests.capacity import started_or_named
 from loadtests.client import (
     AllowHostOption,
@@ -83,6 +85,9 @@ def live(
     beside: Annotated[int, typer.Option(min=1, max=1000, help="Sessions beside the API.")] = 1,
     fps: Annotated[float, typer.Option(min=0.1, max=120, help="Frames sent a second.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each run.")] = 20.0,
+    drop: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Instead: open and drop so many, started here.")
+    ] = 0,
     gpu_shaped: Annotated[
         bool, typer.Option("--gpu-shaped", help="Start it over an engine that sleeps as a GPU.")
     ] = False,
@@ -90,7 +95,16 @@ def live(
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
     out: OutOption = RESULTS,
 ) -> None:
-    """Sessions against pictures a second and latency; what the API's p95 loses beside them."""
+    """Sessions against pictures a second and latency; what the API's p95 loses beside them.
+
+    With --drop: what is left of sessions that end without a goodbye.
+    """
+    if drop:
+        if url:
+            raise typer.BadParameter("--drop looks at a service's processes: leave --url out")
+        with serving.fourstep(model, cache_dir, gpu_shaped=gpu_shaped) as service:
+            drop_sessions(service, drop).write(out)
+        return
     counts = [int(text) for text in sessions.split(",")]
     with started_or_named(url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped) as base:
         play_together(base, 1, fps, 3.0)

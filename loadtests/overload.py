@@ -20,8 +20,8 @@ from engines.order import DEFAULT_CACHE_DIR
 from loadtests import serving
 from loadtests.client import Answer, Client, Latencies
 from loadtests.report import RESULTS, OutOption, Report
+from loadtests.resources import Watch, quarters
 from loadtests.serving import Service
-from loadtests.soak import MIB, MemoryWatch, quarters
 from loadtests.traffic import MIXED, UNIFORM, poisson, until
 
 CLIENTS = 16  # of the closed loop that finds the capacity
@@ -87,7 +87,7 @@ def press(service: Service, factor: float, seconds: float, deadline_s: float) ->
     capacity = _rate(client.closed_loop(MIXED.asks(100_000, 2), CLIENTS, max(5.0, seconds / 4)))
     alone_ms = Latencies(_probe(client).latency_s for _ in range(5)).ms(50)
     due_s = until(poisson(factor * capacity, 3), seconds)
-    with MemoryWatch(service.pid) as memory, ReadinessProbe(service.url) as probe:
+    with Watch(service) as held, ReadinessProbe(service.url) as probe:
         answers = client.open_loop(MIXED.asks(len(due_s), 3), due_s)
     recovery_s = _recovery(client, 2 * alone_ms / 1e3)
     good = [answer for answer in answers if answer.ok]
@@ -101,7 +101,7 @@ def press(service: Service, factor: float, seconds: float, deadline_s: float) ->
         "capacity** was answered with an image. After the last the service was as quick as alone "
         f"within {recovery_s:.1f} s."
     )
-    mib = [sample / MIB for sample in memory.samples]
+    mib = held.mib()
     medians = quarters(mib)
     report.data |= {
         "capacity": capacity, "goodput": goodput, "recovery_s": recovery_s, "mib": mib,

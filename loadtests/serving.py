@@ -6,6 +6,7 @@ Only processes started here, and their descendants, are ever ended.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from service.ray_serve.environment import free_port
+from service.ray_serve.environment import free_port, haproxy_available
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 240.0
@@ -34,10 +35,14 @@ class StartFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Service:
-    """An application that runs; ``pid`` is the ancestor of all its processes."""
+    """An application that runs; ``pid`` is the ancestor of all its processes.
+
+    ``probes`` is the URL where it is asked whether it is well, which may have a port of its own.
+    """
 
     url: str
     pid: int
+    probes: str = ""
 
     def processes(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -104,8 +109,8 @@ def fourstep(
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Service]:
     """The product, as `fourstep serve` serves it; ``gpu_shaped`` puts a timing double under it."""
-    port = free_port()
-    command = [sys.executable, "-m", "loadtests.peers.fourstep"]
+    port, probe_port = free_port(), free_port()
+    command = [sys.executable, "-m", "loadtests.peers.fourstep", "--probe-port", str(probe_port)]
     command += ["--model", model, "--cache-dir", str(cache_dir), "--port", str(port)]
     command += [
         "--engine",
@@ -115,7 +120,8 @@ def fourstep(
         *(["--gpu-shaped"] if gpu_shaped else []),
     ]
     with running(command, port, "/readyz", environment) as service:
-        yield service
+        probes = f"http://127.0.0.1:{probe_port}" if haproxy_available() else service.url
+        yield dataclasses.replace(service, probes=probes)
 
 
 def _path() -> str:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str, profile: Profile, overhead_ms: float) -> Machine:
-        """``NAME=ENGINE.json@PRICE``, the JSON of `loadtests engine`.
+        """``NAME=ENGINE.json@PRICE``, the JSON of `loadtests engine` or of `loadtests gpu`.
 
         Raises:
             ValueError: another form, no such file, or no points of the profile's size.
@@ -40,8 +41,12 @@ class Machine:
         path, at, price = rest.rpartition("@")
         if not (equals and at):
             raise ValueError(f"{text!r} is not NAME=ENGINE.json@PRICE_PER_HOUR")
-        points = [Point(**point) for point in json.loads(Path(path).read_text())["points"]]
-        timing = timing_of(name, points, profile.sizes_px[0], overhead_ms / 1e3)
+        found = json.loads(Path(path).read_text())
+        if "sections" in found:
+            timing = timing_of_gpu(name, found["sections"], overhead_ms / 1e3)
+        else:
+            points = [Point(**point) for point in found["points"]]
+            timing = timing_of(name, points, profile.sizes_px[0], overhead_ms / 1e3)
         return cls(name, timing, float(price))
 
     def saturated(self, profile: Profile) -> float:
@@ -84,6 +89,31 @@ def timing_of(
     decode = line_through(batches, [one_per_batch[b].decode_ms / 1e3 for b in batches])
     limits = Limits(first.served_batch, first.served_decode_batch)
     return TimingDouble(f"{name} ({' '.join(engine)})", step, decode, False, limits, overhead_s)
+
+
+def timing_of_gpu(
+    name: str, sections: dict[str, Any], overhead_s: float = 0.0, max_batch: int = 8
+) -> TimingDouble:
+    """Lines through the calls of the product's engine in `loadtests gpu`: SD 1.5's LCM, 512 px.
+
+    Of the batches up to ``max_batch``, which is what the overlays' replicas draw by; each batch was
+    decoded by calls of ``decode_rows``.
+
+    Raises:
+        ValueError: fewer than two batches were measured.
+    """
+    tables = sections.get("speed", {}).get("tables", {})
+    rows = [
+        row
+        for row in tables.get("SD 1.5 LCM", [])
+        if row["engine"] == "product" and row["batch"] <= max_batch
+    ]
+    if len({row["batch"] for row in rows}) < 2:
+        raise ValueError(f"{name}: two batches or more of the product's engine are needed")
+    step = line_through([r["batch"] for r in rows], [r["step_ms"] / 1e3 for r in rows])
+    decode = line_through([r["decode_rows"] for r in rows], [r["decode_ms"] / 1e3 for r in rows])
+    limits = Limits(max_batch, max(row["decode_rows"] for row in rows))
+    return TimingDouble(f"{name} (torch fp16)", step, decode, False, limits, overhead_s)
 
 
 def line_through(batches: list[int], seconds: list[float]) -> tuple[float, float]:

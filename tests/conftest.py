@@ -61,6 +61,14 @@ def cache_dir(shared: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _their_cache(cache_dir: Path) -> Iterator[None]:
+    """Commands that are told no other cache use the run's, never that of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOURSTEP_CACHE_DIR", str(cache_dir))
+        yield
+
+
 @pytest.fixture(scope="session")
 def replica_settings(lcm_checkpoint: Path, cache_dir: Path) -> dict[str, object]:
     """For replicas that shed after a few images and draw for long where asked to."""

@@ -1,8 +1,9 @@
-"""A graph in the operators that ONNX Runtime is quickest at on one or two CPU threads.
+"""A graph in the operators that ONNX Runtime is quickest at on a CPU.
 
 The file keeps the group norm that TensorRT has a kernel for. ONNX Runtime has none and makes twenty
 operators and a dozen passes over the features of it; a session is opened on two kernels instead.
 Both run on one thread each, so on many threads the twenty, which divide, are the better ones.
+Attention is `engines.backends.cpu_attention`'s.
 """
 
 from __future__ import annotations
@@ -16,11 +17,24 @@ import onnx.numpy_helper
 from onnx import GraphProto, NodeProto, TensorProto
 from onnx.helper import get_node_attr_value, make_node
 
+from engines.backends.cpu_attention import OPSET, fuse_attention
 
-def quick_graph(path: Path) -> bytes:
-    """The ``.onnx`` file at ``path`` rewritten, less the weights in the file beside it."""
+
+def quick_graph(path: Path, *, few_threads: bool) -> bytes:
+    """The ``.onnx`` file at ``path`` rewritten, less the weights in the file beside it.
+
+    ``few_threads``: group norms too.
+    """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
+    if fuse_attention(graph):
+        model.opset_import.append(OPSET)
+    if few_threads:
+        _quicken_norms(graph)
+    return bytes(model.SerializeToString())
+
+
+def _quicken_norms(graph: GraphProto) -> None:
     in_float = {
         tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT
     }
@@ -32,7 +46,6 @@ def quick_graph(path: Path) -> bytes:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    return bytes(model.SerializeToString())
 
 
 def _group_norm(graph: GraphProto, node: NodeProto, num_channels: int) -> Iterator[NodeProto]:

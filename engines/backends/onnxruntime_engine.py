@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import threading
@@ -79,6 +78,7 @@ class OnnxRuntimeEngine:
         """``device``: as of an order; on any but ``cpu`` a GPU build of the package uses a GPU."""
         self._path, self._cores = path, cores
         self._weights = OnnxWeights(path)
+        self._graphs: dict[bool, bytes] = {}
         available = onnxruntime.get_available_providers()  # CUDA where it is a GPU build
         wanted = PROVIDERS[-1:] if device == "cpu" else PROVIDERS
         self._providers = [name for name in wanted if name in available]
@@ -112,16 +112,16 @@ class OnnxRuntimeEngine:
         if values:
             options.add_external_initializers(list(weights), values)
         graph: str | bytes = str(self._path)
-        few = (num_threads or self._cores.num_threads) <= FEW_THREADS
-        if few and self._providers == ["CPUExecutionProvider"]:
-            graph = self._quick_graph
+        if self._providers == ["CPUExecutionProvider"]:
+            graph = self._quick_graph((num_threads or self._cores.num_threads) <= FEW_THREADS)
             options.add_session_config_entry(WEIGHTS_FOLDER, str(self._path.parent))
         return onnxruntime.InferenceSession(graph, options, providers=self._providers)
 
-    @functools.cached_property
-    def _quick_graph(self) -> bytes:
+    def _quick_graph(self, few_threads: bool) -> bytes:
         """Made once for all sessions: every LoRA set opens two."""
-        return quick_graph(self._path)
+        if few_threads not in self._graphs:
+            self._graphs[few_threads] = quick_graph(self._path, few_threads=few_threads)
+        return self._graphs[few_threads]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}

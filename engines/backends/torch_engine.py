@@ -23,6 +23,9 @@ class TorchEngine:
 
     def __init__(self, part: Part, device: str) -> None:
         module = part.module.eval().to(device)
+        if device == "cpu" and torch.bfloat16 in {w.dtype for w in module.parameters()}:
+            # oneDNN's convolutions in bf16 take this layout as it is, and blocks are no copies.
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device = device
         self._outputs = part.outputs
         self._weights = dict(module.named_parameters())

@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from engines.build.checkpoint import (
     described_in,
+    latent_scale,
     load_facts,
     load_pipeline,
     pipeline_class,
@@ -35,6 +36,7 @@ from engines.build.plan import PlanTarget, check_target, compile_plan, import_te
 from engines.build.source import NO_OVERRIDES, Overrides, fingerprint, name_of
 from engines.errors import BundleError
 from engines.facts import OWN_DEFAULTS, Defaults, Facts
+from engines.families.tiles import check_tile
 from engines.loras.file import ADAPTER_CONFIG
 from engines.samplers.defaults import with_defaults
 
@@ -97,8 +99,7 @@ class Blueprint:
     @functools.cached_property
     def key(self) -> str:
         """Of all that the contents depend on, as 16 hex digits."""
-        versions = [f"{name}={importlib.metadata.version(name)}" for name in BUILT_WITH]
-        lines = [str(FORMAT), self.source_hash, self.precision, _exporter_hash(), *versions]
+        lines = [str(FORMAT), self.source_hash, self.precision, _toolchain()]
         lines += [f"{fingerprint(path)} {weight}" for path, weight in self.loras]
         beside = [path.with_name(ADAPTER_CONFIG) for path, _ in self.loras if path.is_file()]
         lines += [fingerprint(config) for config in beside if config.is_file()]
@@ -110,13 +111,16 @@ class Blueprint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _exporter_hash() -> str:
-    """Of our own code that makes the graphs: an edit there makes other bundles."""
+@functools.cache
+def _toolchain() -> str:
+    """Of all code that makes the graphs, as 16 hex digits: an edit there makes other bundles."""
     here = Path(__file__).parents[1]
-    own = [here / "build" / name for name in ("export.py", "plan.py")]
+    own = [here / "build" / name for name in ("export.py", "plan.py", "structure.py")]
     rooms = [here / name for name in ("families", "loras")]
     files = [*own, *(file for room in rooms for file in sorted(room.glob("*.py")))]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    versions = [f"{name}={importlib.metadata.version(name)}".encode() for name in BUILT_WITH]
+    parts = [*versions, *(file.read_bytes() for file in files)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -168,7 +172,7 @@ def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> 
     with FileLock(f"{folder}.lock"):
         if (found := _whole(folder)) is not None:
             return found
-        _build(blueprint, folder, progress)
+        _build(blueprint, folder, progress, cache_dir / "graphs")
     return open_bundle(folder)
 
 
@@ -186,22 +190,29 @@ def folder_of(blueprint: Blueprint, cache_dir: Path) -> Path:
     return cache_dir / "bundles" / f"{name}-{blueprint.precision}-{blueprint.key}"
 
 
-def build_bundle(blueprint: Blueprint, folder: Path, progress: Progress) -> Bundle:
-    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced)."""
+def build_bundle(
+    blueprint: Blueprint, folder: Path, progress: Progress, cache_dir: Path | None = None
+) -> Bundle:
+    """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced).
+
+    ``cache_dir`` is where graphs are kept for other checkpoints of the same structure.
+    """
     if folder.exists() and any(folder.iterdir()) and not is_bundle(folder):
         raise BundleError(f"{folder} exists and is not a bundle; choose another --out")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        _build(blueprint, folder, progress)
+        _build(blueprint, folder, progress, None if cache_dir is None else cache_dir / "graphs")
     return open_bundle(folder)
 
 
-def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
+def _build(blueprint: Blueprint, folder: Path, progress: Progress, graphs: Path | None) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
     source, target = blueprint.source, blueprint.target
     overrides = blueprint.overrides
     described = described_in(source, overrides)
     pipeline_class(described)  # a clear error before anything heavy is imported
+    if scale := target and target.tile_px and latent_scale(source, overrides):
+        check_tile(target.tile_px, scale)
     progress(f"loading {name_of(source)}", 0, 5)
     from engines.build.export import OPSET, export_onnx
     from engines.families import family_named
@@ -226,7 +237,8 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress) -> None:
         if not done.exists():
             for half_written in partial.glob(f"{part.name}.onnx*"):
                 half_written.unlink()
-            export_onnx(part, partial / f"{part.name}.onnx")
+            own = None if graphs is None else graphs / _toolchain()
+            export_onnx(part, partial / f"{part.name}.onnx", own)
             done.touch()
     plans = _compile(parts, facts, target, partial, progress) if target else None
     progress("writing the manifest", num_pieces - 1, num_pieces)

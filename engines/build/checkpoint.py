@@ -61,6 +61,19 @@ def described_in(source: Path, overrides: Overrides = NO_OVERRIDES) -> Path:
     return source
 
 
+def latent_scale(source: Path, overrides: Overrides = NO_OVERRIDES) -> int | None:
+    """Pixels a side of a latent, as the VAE's configuration says; None where it is not at hand.
+
+    Cheap: what depends on it is refused before weights are read or anything is built.
+    """
+    places = [described_in(source, overrides) / "vae"]
+    if vae := overrides.components.get("vae"):
+        places = [vae, vae / "vae", *(places if vae.is_file() else ())]
+    file = next((each / "config.json" for each in places if (each / "config.json").is_file()), None)
+    channels = read_json(file).get("block_out_channels") if file else None
+    return 2 ** (len(channels) - 1) if isinstance(channels, list) and channels else None
+
+
 def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRIDES) -> Any:
     """The diffusers pipeline with weights in ``fp32``, ``fp16`` or ``bf16``, on the CPU.
 

@@ -1,5 +1,8 @@
 """A part's torch module to an ONNX file, with dynamic batch, height and width.
 
+A graph is made without weights, which are filled in as the file is written: a second checkpoint of
+the same structure needs no second export.
+
 Weights keep their names: constants are folded everywhere except into a node that reads a named
 parameter, so that LoRA fusion and TensorRT refitting find every weight in its own layout.
 """
@@ -7,15 +10,19 @@ parameter, so that LoRA fusion and TensorRT refitting find every weight in its o
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import onnxscript.optimizer
 import torch
+from filelock import FileLock
 from onnxscript import opset18 as op
 from torch.export import Dim
 
+from engines.build.structure import structure_of
 from engines.errors import BuildError
 from engines.facts import MAX_CHUNKS
 from engines.families.part import Part
@@ -28,12 +35,47 @@ CLIPS, FRAMES = 7, 8  # of a batch whose pictures are the frames of all its clip
 OPSET = 21  # 20 splits GroupNormalization; 23 makes SDPA an op that TensorRT-RTX partly refuses
 
 
-def export_onnx(part: Part, path: Path) -> None:
+def export_onnx(part: Part, path: Path, graphs: Path | None = None) -> None:
     """Write ``part`` to ``path`` (weights beside it in ``<path>.data``).
+
+    ``graphs`` is a folder of graphs without weights, by structure: one there is not made again.
 
     Raises:
         BuildError: the exporter refused the module.
     """
+    structure = None if graphs is None else structure_of(part)
+    if graphs is None or structure is None:
+        model = _graph(part)
+    else:
+        kept = graphs / f"{structure}.onnx"
+        graphs.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                _keep(_graph(part), kept)
+        model = onnx_ir.load(kept)
+    _fill(model.graph, part)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def _keep(model: onnx_ir.Model, path: Path) -> None:
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        onnx_ir.save(model, Path(folder) / path.name)
+        (Path(folder) / path.name).rename(path)
+
+
+def _fill(graph: onnx_ir.Graph, part: Part) -> None:
+    """The module's weights in place of the inputs that stand for them."""
+    weights = dict(part.module.named_parameters())
+    for value in graph.inputs[len(part.example) :]:
+        name = str(value.name)
+        value.const_value = onnx_ir.tensor_adapters.TorchTensor(weights[name], name)
+        graph.register_initializer(value)
+    del graph.inputs[len(part.example) :]
+
+
+def _graph(part: Part) -> onnx_ir.Model:
+    """The part as ONNX; its weights are inputs, after its own."""
     names = {dim[0] for dims in part.dynamic.values() for dim in dims if dim}
     symbols = {name: _symbol(name, "frames" in names) for name in names}
     shapes = {
@@ -72,7 +114,7 @@ def export_onnx(part: Part, path: Path) -> None:
         raise BuildError(f"exporting {part.name} to ONNX failed: {error}") from error
     assert program is not None, "dynamo=True returns a program"
     _optimize(program.model, {name for name, _ in part.module.named_parameters()})
-    program.save(str(path), external_data=True)
+    return program.model
 
 
 def _repeat_interleave(values: Any, repeats: Any, dim: int = 0, output_size: Any = None) -> Any:
@@ -96,22 +138,23 @@ def _repeat_interleave(values: Any, repeats: Any, dim: int = 0, output_size: Any
     return op.Reshape(repeated, op.Concat(*shape, axis=0))
 
 
-def _optimize(model: Any, weights: set[str]) -> None:
-    """Simplify the graph and leave every weight in it under its own name.
+def _optimize(model: onnx_ir.Model, weights: set[str]) -> None:
+    """Simplify the graph; every weight becomes an input under its own name.
 
-    Weights are inputs meanwhile: equal ones (norms of a fresh checkpoint, say) would be merged, and
-    a refit could not tell them apart.
+    As constants equal ones (norms of a fresh checkpoint, say) would be merged, and a refit could
+    not tell them apart.
     """
     graph = model.graph
-    num_inputs = len(graph.inputs)
-    graph.inputs.extend(value for name, value in graph.initializers.items() if name in weights)
+    for name in [name for name in graph.initializers if name in weights]:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
     onnxscript.optimizer.optimize_ir(
         model,
         should_fold=lambda node: (
             False if any(value and value.name in weights for value in node.inputs) else None
         ),
     )
-    del graph.inputs[num_inputs:]
     for node in graph.all_nodes():  # stack traces: paths of this machine, most of a file's bytes
         node.metadata_props.clear()
 

@@ -22,7 +22,7 @@ from engines.build.bundle import (
     is_bundle,
     open_bundle,
 )
-from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of, whole
+from engines.build.checkpoint import latent_scale, load_facts, load_pipeline, tokenizer_of, whole
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.build.source import NO_OVERRIDES, Sources, find, find_loras, find_model
 from engines.drawing.batching import FULL_BATCH, denoise_rows
@@ -93,16 +93,32 @@ def parts_of(facts: Facts) -> tuple[str, ...]:
     return (*parts, "tiny_vae_decoder") if "tiny" in facts.decoders else parts
 
 
+def look(order: Order) -> Sources:
+    """Find all that is named. What its configurations refuse is refused here, before anything is
+    built or loaded.
+
+    Raises:
+        CheckpointError: something is not there.
+        InvalidInput: tiles that fit no latents.
+    """
+    sources = find(order)
+    if order.vae_tiling_px and not is_bundle(sources.model):
+        scale = latent_scale(sources.model, sources.overrides)
+        check_tile(order.vae_tiling_px, scale or 1)
+    return sources
+
+
 def prepare(order: Order, progress: Progress) -> Bundle:
     """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
 
     With a TensorRT backend it holds plans for this machine's GPU.
     """
-    choice, sources = choose_backend(order.backend, device=order.device), find(order)
+    choice, sources = choose_backend(order.backend, device=order.device), look(order)
     folder = sources.model
     if not is_bundle(folder):
         return ensure_bundle(_blueprint(order, choice, sources), order.cache_dir, progress)
     bundle = open_bundle(folder)
+    check_tile(order.vae_tiling_px, bundle.facts.vae_scale_factor)
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
             f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --tiny-vae, "
@@ -121,7 +137,7 @@ def prepare(order: Order, progress: Progress) -> Bundle:
 
 def must_be_built(order: Order) -> bool:
     """Whether `load_model` would have to make a bundle first."""
-    choice, sources = choose_backend(order.backend, device=order.device), find(order)
+    choice, sources = choose_backend(order.backend, device=order.device), look(order)
     if choice.backend == "torch" or is_bundle(sources.model):
         return False
     return not is_bundle(folder_of(_blueprint(order, choice, sources), order.cache_dir))
@@ -284,7 +300,7 @@ def _load_torch(order: Order, choice: Choice, device: str = "") -> Model:
     from engines.backends.fused.ops import keep_kernels
     from engines.backends.torch_engine import TorchEngine
 
-    sources = find(order)
+    sources = look(order)
     source, overrides = sources.model, sources.overrides
     if is_bundle(source):
         raise BundleError(f"{source} is a bundle; --engine torch needs the checkpoint itself")

@@ -42,6 +42,7 @@ class Options:
     fast_png: bool = False  # our encoder instead of Pillow's, which the peers' examples use
     engine: str = "onnxruntime"  # of Fourstep itself, and what a double leaves of it
     workers: int = 1  # engines, which share the cores evenly
+    probe_port: int | None = None  # where a system has one for probes alone
 
     @property
     def num_threads(self) -> int | None:
@@ -64,6 +65,7 @@ class Options:
         parser.add_argument("--port", type=int, required=True)
         parser.add_argument("--engine", default="onnxruntime")
         parser.add_argument("--workers", type=int, default=1)
+        parser.add_argument("--probe-port", type=int)
         parser.add_argument("--gpu-shaped", action="store_true")
         parser.add_argument("--row-level", action="store_true")
         parser.add_argument("--fast-png", action="store_true")

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -19,24 +20,31 @@ import typer
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def pins() -> list[str]:
-    """The extra ``peers`` of pyproject.toml."""
+def pins(extra: str = "peers") -> list[str]:
+    """An extra of pyproject.toml."""
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
-    return list(extras["peers"])
+    return list(extras[extra])
 
 
-def ensure_python(cache_dir: Path) -> Path:
-    """The interpreter of the environment with these pins, made first where it is missing.
+def pin_of(extra: str, package: str) -> str:
+    """One package's line of it."""
+    return next(pin for pin in pins(extra) if pin.partition("==")[0] == package)
+
+
+def ensure_python(cache_dir: Path, wanted: Sequence[str] = ()) -> Path:
+    """The interpreter of the environment with pins, those of ``peers`` or what is wanted, made
+    first where it is missing.
 
     Raises:
         RuntimeError: pip could not install them; its last line is in the message.
     """
-    key = hashlib.sha256("\n".join([sys.prefix, *pins()]).encode()).hexdigest()[:12]
+    wanted = wanted or pins()
+    key = hashlib.sha256("\n".join([sys.prefix, *wanted]).encode()).hexdigest()[:12]
     folder = cache_dir / f"peers-{key}"
     python, mark = folder / "bin" / "python", folder / "complete"
     if mark.exists():
         return python
-    typer.echo(f"Installing {', '.join(pins())} into {folder} ...", err=True)
+    typer.echo(f"Installing {', '.join(wanted)} into {folder} ...", err=True)
     venv.create(folder, with_pip=True, clear=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     beside = folder / "lib" / version / "site-packages" / "zz-project.pth"  # after its own
@@ -48,7 +56,7 @@ def ensure_python(cache_dir: Path) -> Path:
         "install",
         "--quiet",
         "--disable-pip-version-check",
-        *pins(),
+        *wanted,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -25,7 +25,9 @@ def main(options: Options) -> int:
         os.environ.setdefault("FOURSTEP_NUM_THREADS", str(options.num_threads))
     path = "loadtests.peers.gpu_shaped:build_gpu_shaped" if options.gpu_shaped else IMPORT_PATH
     app = dataclasses.replace(app, import_path=path)
-    return serve_here(ServeConfig((app,)), host="127.0.0.1", port=options.port)
+    return serve_here(
+        ServeConfig((app,)), host="127.0.0.1", port=options.port, probe_port=options.probe_port
+    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import secrets
 import signal
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import typer
 
 from engines.backends.choice import Machine
@@ -25,6 +27,7 @@ from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
 from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
+from service.ray_serve.family import Family, RayLost
 from service.ray_serve.haproxy import HOST, PROBES
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_serve.output import Output, logs_folder
@@ -32,7 +35,8 @@ from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
 from service.settings import Settings, SettingsError
 
-EXIT_WAIT_S = 10.0
+LOOK_EVERY_S = 1.0  # whether Ray is still there
+STOP_WITHIN_S = 45.0  # of all Ray, besides what replicas may take to finish; it takes 4 to 8
 LOOPBACK = "127.0.0.1"
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
@@ -66,10 +70,12 @@ def serve_here(
             return _run(config, host, port, probe_port, machine.num_gpus)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
-            return 1
+            if not isinstance(error, RayLost):
+                return 1
         except KeyboardInterrupt:
             typer.echo("\nStopped before serving.", err=True)
             return 130
+    os._exit(1)  # what Ray does when Python ends waits ten seconds for who is gone, then crashes
 
 
 def _port_after(port: int) -> int:
@@ -120,10 +126,11 @@ def _check(config: ServeConfig, *, anonymous_to_others: bool) -> None:
 
 
 def _prepare_model(settings: Settings) -> None:
-    """Fetch it and build a missing bundle here, where progress is seen, not inside a replica."""
+    """Fetch it, check it and build a missing bundle here, where progress is seen, not inside a
+    replica.
+    """
     from engines.backends.choice import choose_backend
-    from engines.build.source import find
-    from engines.drawing.model import prepare
+    from engines.drawing.model import look, prepare
 
     backend = choose_backend(settings.engine, device=settings.device).backend
     if backend != "torch" and not settings.serve_meanwhile:
@@ -134,7 +141,7 @@ def _prepare_model(settings: Settings) -> None:
                 raise
             typer.echo(f"note: {error}; another engine takes over", err=True)
     else:
-        find(settings.order)
+        look(settings.order)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -154,7 +161,8 @@ def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: i
 
     typer.echo("Starting Ray Serve ...")
     num_replicas = sum(app.max_replicas for app in config.applications)
-    serving, output = False, Output()
+    serving, output, family, lost = False, Output(), Family(), False
+    drain_s = sum(app.settings.drain_s for app in config.applications)
     try:
         _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus, output)
         _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
@@ -169,27 +177,62 @@ def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: i
         serving = True  # a replica may answer before run_many knows of it
         serve.run_many(targets)
         _announce(config, host, port, probe_port)
+        family.remember()
         while True:
-            signal.pause()
+            time.sleep(LOOK_EVERY_S)
+            family.check()
     except KeyboardInterrupt:
         if not serving:
             raise
         typer.echo("\nFinishing what runs, then stopping ...")
         return 0
+    except RayLost:
+        lost = True
+        raise
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ServeError(_cause(error)) from error
     finally:
         output.serving = False
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-        descendants = psutil.Process().children(recursive=True)
-        if ray.is_initialized():
-            if serving:  # replicas drain while the proxy still carries their answers
-                with contextlib.suppress(RuntimeError, ray.exceptions.RayError):
-                    for app in config.applications:
-                        serve.delete(app.name)
-            serve.shutdown()
-            ray.shutdown()
-        _end(descendants)
+        family.remember()
+        if lost:
+            family.finish(drain_s)
+            family.end(by_themselves_s=0)
+        else:
+            with _within(drain_s + STOP_WITHIN_S, family):
+                if ray.is_initialized():
+                    _stop_ray(config if serving else None)
+            family.end()
+
+
+def _stop_ray(config: ServeConfig | None) -> None:
+    """With the applications' replicas first: they drain while the proxy still carries answers."""
+    import ray
+    from ray import serve
+
+    with contextlib.suppress(RuntimeError, ray.exceptions.RayError):
+        for app in config.applications if config is not None else ():
+            serve.delete(app.name)
+    serve.shutdown()
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def _within(seconds: float, family: Family) -> Iterator[None]:
+    """Where it takes longer all is ended, this process too: Ray waits for itself without end."""
+
+    def give_up() -> None:
+        typer.echo(f"error: Ray did not stop within {seconds:.0f} s and was ended", err=True)
+        family.end(by_themselves_s=0)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
@@ -220,19 +263,6 @@ def _cause(error: Exception) -> str:
             if app.status == "DEPLOY_FAILED" and raised:
                 return f"application {name!r} cannot start: {' '.join(raised[-1].split())}"
     return " ".join(str(error).split())
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    """End what Ray left behind (its HAProxy, above all): only our own descendants, by id."""
-    for send in (None, psutil.Process.terminate, psutil.Process.kill):
-        alive = [process for process in processes if process.is_running()]
-        if send is not None:
-            for process in alive:
-                try:
-                    send(process)
-                except psutil.NoSuchProcess:
-                    continue
-        _, processes = psutil.wait_procs(alive, timeout=EXIT_WAIT_S / 3)
 
 
 def _announce(config: ServeConfig, host: str, port: int, probe_port: int) -> None:

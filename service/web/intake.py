@@ -14,9 +14,11 @@ from typing import TypeVar
 
 from service.batching.backlog import PUNCTUAL
 from service.errors import DeadlineExceeded, Overloaded
+from service.web.heap import Heap
 
 T = TypeVar("T")
 COST_WEIGHT = 0.2  # of the newest upload in the average cost
+TRIM_AFTER_S = 2.0  # from a body that was let go to giving its memory back, with all that followed
 
 
 class Intake:
@@ -31,6 +33,8 @@ class Intake:
         self._num_held_bytes = 0
         self._num_open = 0  # uploads that wait or are decoded
         self._s_each = 0.0  # seconds that an upload costs, measured
+        self._heap = Heap()
+        self._will_trim = self._is_closed = False
 
     def hold(self, num_bytes: int) -> None:
         """More of a body has come.
@@ -47,8 +51,16 @@ class Intake:
         self._num_held_bytes += num_bytes
 
     def release(self, num_bytes: int) -> None:
-        """What was held is gone."""
+        """What was held is gone, or what was made of it."""
         self._num_held_bytes -= num_bytes
+        if not self._will_trim:
+            self._will_trim = True
+            asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim)
+
+    def _trim(self) -> None:
+        self._will_trim = False
+        if not self._is_closed:
+            self._workers.submit(self._heap.trim)
 
     async def decode(self, work: Callable[[], T], left_s: float) -> T:
         """What ``work`` returns, once it is its turn.
@@ -83,6 +95,7 @@ class Intake:
 
     def close(self) -> None:
         """Begin no more; what is being decoded ends by itself."""
+        self._is_closed = True
         self._workers.shutdown(wait=False, cancel_futures=True)
 
 

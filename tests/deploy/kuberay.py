@@ -128,6 +128,8 @@ def _autoscaler(ray: Object, options: Object) -> Object:
         "command": ["/bin/bash", "-c", "--"],
         "args": [f"ray kuberay-autoscaler --cluster-name {CLUSTER} --cluster-namespace fourstep"],
     }
+    _refer(container, RAY_HEAD_POD_NAME="metadata.name")
+    _set(container, KUBERAY_CRD_VER="v1")
     _authenticate(container)
     for key in ("resources", "securityContext", "envFrom", "volumeMounts"):
         if key in options:
@@ -157,7 +159,11 @@ def _finish(pod: Object, cluster: Object, command: str, parameters: dict[str, st
         f"ulimit -n ${{RAY_START_ULIMIT_OPEN_FILES:-65536}}; {command} {' '.join(words)}"
     ]
     _set(ray, RAY_timeout_ms_task_wait_for_death_info="0", RAY_SERVE_KV_TIMEOUT_S="5")
-    _set(ray, RAY_gcs_server_request_timeout_seconds="5", RAY_ADDRESS="127.0.0.1:6379")
+    head = parameters.get("address", "127.0.0.1:6379")
+    _set(ray, RAY_gcs_server_request_timeout_seconds="5", RAY_ADDRESS=head)
+    # By these autoscaler v2 knows which pod a Ray node is.
+    _refer(ray, RAY_CLOUD_INSTANCE_ID="metadata.name")
+    _refer(ray, RAY_NODE_TYPE_NAME="metadata.labels['ray.io/group']")
     _authenticate(ray)
     if "metrics" not in [port["name"] for port in ray["ports"]]:
         ray["ports"].append({"name": "metrics", "containerPort": 8080})
@@ -187,6 +193,13 @@ def _set(container: Object, **values: str) -> None:
     own = container.setdefault("env", [])
     taken = {each["name"] for each in own}
     own += [{"name": name, "value": value} for name, value in values.items() if name not in taken]
+
+
+def _refer(container: Object, **paths: str) -> None:
+    """Variables that have the value of a field of the pod."""
+    own = container.setdefault("env", [])
+    own += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+            for name, path in paths.items()]  # fmt: skip
 
 
 def _bytes(quantity: str) -> int:

@@ -21,7 +21,7 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 VERSIONS = ("1.30", "1.37")  # the oldest that these manifests are for, and the newest known
-CLUSTER_WIDE = {"Namespace", "StorageClass"}
+CLUSTER_WIDE = {"Namespace", "PriorityClass", "StorageClass"}
 WITHOUT_SCHEMA = {"PodMonitoring", "Rules"}  # GKE's own kinds: none is at hand
 Object = dict[str, Any]
 

@@ -28,15 +28,18 @@ from tests.deploy.manifests import (
     with_component,
 )
 
-EXAMPLES = ("alb-ingress.yaml", "headroom.yaml", "own-cache.yaml", "secrets.yaml")
+EXAMPLES = (
+    "alb-ingress.yaml", "cluster-autoscaler.yaml", "dcgm.yaml", "gpu-sharing.yaml", "headroom.yaml",
+    "own-cache.yaml", "secrets.yaml",
+)  # fmt: skip
 OF_OTHERS = {"keda.sh/v1alpha1"}  # whose schema is not at hand
 
 
 def test_what_there_is() -> None:
     assert OVERLAYS == ["aks-a100", "eks-a10g", "gke-l4", "local-cpu", "multi-model"]
     assert COMPONENTS == [
-        "disruption-budget", "gcs-fault-tolerance", "incremental-upgrade", "model-cache",
-        "observability", "observability-gke", "scale-to-zero", "spot",
+        "disruption-budget", "gcs-fault-tolerance", "incremental-upgrade", "mig", "model-cache",
+        "observability", "observability-gke", "priority", "scale-to-zero", "spot",
     ]  # fmt: skip
 
 
@@ -44,14 +47,15 @@ def test_every_object_is_valid(objects: list[Object]) -> None:
     check_all(objects)
 
 
-@pytest.mark.parametrize("name", ["eks-a10g", "gke-l4"])
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_what_is_applied_needs_no_custom_resources_but_rays_and_gkes_own(
     kubectl: None, name: str
 ) -> None:
     """One kind that the cluster does not know, and `kubectl apply` fails."""
+    one_of_gke = name in ("gke-l4", "multi-model")
     groups = {thing["apiVersion"].rpartition("/")[0] for thing in overlay(name)}
     of_others = {group for group in groups if "." in group and not group.endswith(".k8s.io")}
-    assert of_others == {"ray.io"} | ({"monitoring.googleapis.com"} if name == "gke-l4" else set())
+    assert of_others == {"ray.io"} | ({"monitoring.googleapis.com"} if one_of_gke else set())
 
 
 @pytest.mark.parametrize("file", EXAMPLES)
@@ -63,8 +67,9 @@ def test_examples_are_valid(file: str) -> None:
 
 @pytest.mark.parametrize(
     "component",
-    ["disruption-budget", "incremental-upgrade", "observability", "scale-to-zero", "spot"],
-)
+    ["disruption-budget", "incremental-upgrade", "mig", "observability", "priority",
+     "scale-to-zero", "spot"],
+)  # fmt: skip
 def test_a_component_goes_onto_an_overlay(kubectl: None, component: str, tmp_path: Path) -> None:
     objects = with_component("eks-a10g", component, tmp_path)
     check_all(objects)

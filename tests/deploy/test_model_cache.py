@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from engines.build.bundle import MANIFEST, open_bundle
 from engines.drawing.model import prepare
+from engines.errors import CheckpointError
 from engines.order import Order
 from tests.deploy.manifests import KUBERNETES, ROOT, overlay, replica
 
@@ -67,3 +69,11 @@ def test_a_pod_waits_for_the_bundle_and_for_nothing_without_one(
     (bundle / MANIFEST).touch()
     pod.communicate(timeout=30)
     assert pod.returncode == 0
+
+
+def test_without_a_bundle_the_checkpoint_itself_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `aks-a100` has it; here there is no hub, and that is what it says."""
+    (program,) = re.findall(r"exec python -c '([^']+)' \"\$MODEL\"", SCRIPT.read_text())
+    monkeypatch.setattr(sys, "argv", ["-c", "nobody/nothing"])
+    with pytest.raises(CheckpointError, match="nobody/nothing"):
+        exec(program, {})

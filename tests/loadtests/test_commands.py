@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,9 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
+from loadtests.abuse.attacks import KINDS
+from loadtests.abuse.page import maltreat, page
+from loadtests.abuse.sessions import drop_sessions
+from loadtests.gpu.models import TINY
+from loadtests.laptop import ways
+from loadtests.laptop.command import BY_LABEL, compare
+from loadtests.laptop.page import Found, How
+from loadtests.laptop.page import write_page as write_laptop_page
+from loadtests.laptop.task import Drawn, Kind, Task
 from loadtests.overload import press
 from loadtests.peers import BY_NAME, PEERS
 from loadtests.peers.command import measure
@@ -23,6 +34,7 @@ from loadtests.serving import ROOT, Service
 from loadtests.soak import watch
 from loadtests.traffic import UNIFORM
 from tests.engines.checkpoints import make_lora
+from tests.engines.peers import MIN_PSNR_DB, psnr_db
 
 POINT = {"backend": "double", "precision": "fp16", "size_px": 128, "num_steps": 4, "memory_mib": 1,
          "step_flops": 1, "peak_flops_per_s": 1, "served_batch": 8,
@@ -70,10 +82,42 @@ def test_overhead(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: 
     assert abs(alone["missing"]) < 0.25  # a busy machine; the command itself says above 5 %
 
 
+def test_decoders(service: Service, out: Path) -> None:
+    """By the one that the double's model has; the checker reads its grey as nothing right."""
+    found = run(
+        out, "decoders", "--url", service.url, "--decoder", "full", "--steps", "1", "--rounds", "1",
+        "--count", "8", "--clients", "2", "--size-px", "64", "--num-prompts", "2",
+    )  # fmt: skip
+    (point,) = found["points"]
+    assert point["rates"]["full"][0] > 0
+    assert 0 <= found["accuracy"]["1"]["full"] < 1
+
+
 def test_soak(service: Service, out: Path) -> None:
     watch(service, count=250, clients=16, seed=1).write(out)
     found = json.loads((out / "soak.json").read_text())
     assert min(found["mib"]) > 50
+
+
+def test_soak_under_abuse(service: Service, out: Path) -> None:
+    """All kinds for a few seconds: each acts, and ordinary clients and probes get their answers."""
+    page(maltreat(service, seconds=5, seed=1), 5).write(out)
+    found = json.loads((out / "soak-abuse.json").read_text())
+    assert found["outcomes"].keys() == KINDS.keys()
+    for name, outcomes in found["outcomes"].items():
+        assert sum(outcomes.values()) >= KINDS[name].at_a_time, name
+    assert found["beside"]["statuses"].keys() == {"200"}
+    assert found["beside"]["failed_probes"] == 0
+    assert set(found["left"].values()) == {0}
+    assert found["held"].keys() == {"replica", "HAProxy"}
+
+
+def test_live_sessions_dropped(service: Service, out: Path) -> None:
+    drop_sessions(service, 40).write(out)
+    found = json.loads((out / "live-drop.json").read_text())
+    assert sum(found["outcomes"].values()) == 40
+    assert all(outcome.startswith("dropped") for outcome in found["outcomes"])
+    assert all(set(left.values()) == {0} for left in found["left"])
 
 
 def test_live(service: Service, out: Path) -> None:
@@ -154,6 +198,30 @@ def test_tiles(out: Path) -> None:
     assert all(peak_gb >= 0 for peak_gb in peaks_gb)
     assert all_s[0] > longest_s[0] > 0
     assert all_s[1] == longest_s[1] > 0
+
+
+def test_laptop(cache_dir: Path, out: Path) -> None:
+    """In this process, what the command has a process each for."""
+    kinds = [BY_LABEL[label] for label in ("torch_cpu:fp32", "torch_cpu:bf16", "diffusers:fp32")]
+    shape = dataclasses.replace(TINY, precision="fp16")
+
+    def run(kind: Kind, task: Task) -> Drawn:
+        if kind.precision == "bf16":
+            raise RuntimeError("it is not here")
+        return Drawn.from_json(ways.measure(Task.from_json(task.to_json())).to_json())
+
+    how = How(1, num_steps=3, num_threads=torch.get_num_threads(), clock="cpu")
+    found = Found({}, {}, {})
+    assert list(compare(found, kinds, how, shape, cache_dir, run)) == kinds
+    write_laptop_page(found, shape, how, "a test run").save(out)
+    page = (out / "laptop.md").read_text()
+    assert "Absent: Fourstep, torch (torch_cpu:bf16): it is not here" in page
+    ours, theirs = found.pixels["torch_cpu:fp32"], found.pixels["diffusers:fp32"]
+    assert psnr_db(ours, theirs) >= MIN_PSNR_DB
+    for _, (drawn,) in found.drawn.values():
+        assert len(drawn.step_s) == 3
+        assert 0 < sum(drawn.step_s) < drawn.image_s
+        assert set(drawn.decode_s) == {"full", "tiny"}
 
 
 def test_peers(service: Service, lcm_checkpoint: Path, cache_dir: Path, out: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtests.soak import quarters
+from loadtests.resources import quarters
 
 
 def test_quarters_are_medians_in_order() -> None:

@@ -18,7 +18,6 @@ from service.web.parsing import bad_request
 from service.web.schema import Input
 
 PROTOCOL = "fourstep.v1"
-SESSION_FIELDS = ("max_fps", "similarity", "prompt_blend")
 
 
 class LiveOptions(Input):
@@ -35,6 +34,13 @@ class LiveOptions(Input):
     prompt_blend: int = Field(
         0, ge=0, le=600, description="Frames over which a new prompt takes the place of the old."
     )
+    prompt_b: str | None = Field(None, min_length=1, description="A prompt to move towards.")
+    prompt_b_share: float = Field(
+        0, ge=0, le=1, description="How far: 0 is `prompt` alone, 1 `prompt_b` alone."
+    )
+
+
+SESSION_FIELDS = tuple(LiveOptions.model_fields)
 
 
 class SessionUpdate(BaseModel):

@@ -237,9 +237,12 @@ class LiveSession:
         check_limits(params, self._replica.settings)
         check_model(params.model, self._replica.runner.info.model_id, self._replica.settings)
         if self._replica.safety is not None:
-            await in_worker(self._replica, self._replica.safety.check_prompt, params.prompt)
+            for text in filter(None, (params.prompt, options.prompt_b)):
+                await in_worker(self._replica, self._replica.safety.check_prompt, text)
         deadline = begun + self._replica.settings.request_timeout_s
         prompt, blends = self._slide.next(params.prompt, options.prompt_blend)
+        if options.prompt_b is not None and options.prompt_b_share:
+            blends += (Blend(options.prompt_b, options.prompt_b_share),)
         started = params.model_copy(update={"prompt": prompt})
         prepare = functools.partial(self._prepare, frame, started, blends, options, values)
         look, admitted = await self._intake.decode(

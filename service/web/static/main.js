@@ -3,7 +3,6 @@
 import { ask } from "./api.js";
 import { $, choose, chosen, say } from "./dom.js";
 import { Drawing } from "./drawing.js";
-import { Glide } from "./glide.js";
 import { startHand } from "./hand.js";
 import { History } from "./history.js";
 import { askForKey } from "./key.js";
@@ -24,13 +23,21 @@ const webcam = new Webcam(sketch);
 const screen = new Screen();
 const history = new History(bringBack);
 const drawing = new Drawing({ finished: (file, made) => history.add(file, made), use, refused });
-const glide = new Glide(() => live.touch());
 const live = new LiveSession(
-  () => ({ ...values(), ...glide.values(), seed: $("lock").checked ? nextSeed() : null }),
+  () => ({ ...values(), ...towards(), seed: $("lock").checked ? nextSeed() : null }),
   () => pictures("image/jpeg"),
 );
 
 const isLive = () => document.body.dataset.mode === "live";
+
+/** Where the slider stands between prompt A and prompt B. */
+function towards() {
+  const prompt_b = $("prompt-b").value.trim();
+  return prompt_b ? { prompt_b, prompt_b_share: Number($("share").value) } : { prompt_b: null };
+}
+
+/** The prompt that says most of the picture. */
+const nearer = () => (towards().prompt_b_share > 0.5 ? towards().prompt_b : $("prompt").value);
 
 /** What the canvas gives to a frame or an edit. One that nobody has touched has nothing to say. */
 function pictures(type) {
@@ -180,6 +187,11 @@ on("dice", "click", () => {
   $("lock").checked = true;
   live.touch();
 });
+for (const id of ["prompt", "prompt-b", "share"])
+  on(id, "input", () => {
+    $("share").disabled = !$("prompt-b").value.trim();
+    live.touch();
+  });
 on("strength", "input", () => ($("strength").dataset.moved = "yes"));
 on("tool", "change", () => {
   if (chosen("tool") !== "mask" || $("strength").dataset.moved) return;
@@ -194,7 +206,7 @@ on("webcam", "click", toggleWebcam);
 on("use", "click", async () => use((await screen.file()).file));
 on("save", "click", async () => {
   const { file, seed, size } = await screen.save();
-  history.add(file, { ...values(), prompt: glide.values().prompt, seed, size });
+  history.add(file, { ...values(), prompt: nearer(), seed, size });
 });
 on("open-key", "click", async () => (await askForKey()) && connect());
 on("open-help", "click", () => $("help").showModal());
@@ -219,10 +231,9 @@ sketch.addEventListener("undoable", () => {
   $("redo").disabled = !sketch.steps.redo;
 });
 live.addEventListener("picture", async ({ detail }) => {
-  await screen.show(detail, glide.values().prompt);
+  await screen.show(detail, nearer());
   $("seed").value = detail.seed;
   say(detail.warnings.join("; "));
-  if (glide.advance()) live.touch();
 });
 live.addEventListener("refused", ({ detail }) => refused(detail));
 live.addEventListener("state", ({ detail }) => ($("connection").textContent = detail));

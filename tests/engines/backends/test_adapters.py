@@ -226,9 +226,8 @@ def test_a_lora_fused_at_build_time_draws_as_one_switched_on(
     fused = tuple((loras[name], weight) for name, weight in chosen.items())
     defaults = Defaults("lcm", guidance_scale=1.0, timesteps=(999, 499, 249))
     source = checkpoints / "tiny-sd"
-    bundle = build_bundle(
-        Blueprint(source, loras=fused, defaults=defaults), tmp_path / "fused", lambda *_: None
-    )
+    blueprint = Blueprint(source, loras=fused, defaults=defaults)
+    bundle = build_bundle(blueprint, tmp_path / "fused", lambda *_: None, cache_dir)
     names = [entry["weight"] for entry in bundle.manifest["loras"]]
     assert names == list(chosen.values())
     built = Runner.open(Order(str(bundle.folder), num_threads=1))

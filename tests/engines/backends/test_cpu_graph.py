@@ -14,6 +14,10 @@ from torch.nn import functional
 
 from engines.backends.cpu_graph import quick_graph
 from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
+from engines.build.export import export_onnx
+from engines.drawing.model import prepare
+from engines.families.part import Part
+from engines.order import Order
 
 
 def write(folder: Path, num_groups: int, scale: torch.Tensor, bias: torch.Tensor) -> Path:
@@ -40,7 +44,10 @@ def write(folder: Path, num_groups: int, scale: torch.Tensor, bias: torch.Tensor
 
 
 def operators(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load_from_string(quick_graph(path)).graph.node]
+    return [
+        node.op_type
+        for node in onnx.load_from_string(quick_graph(path, few_threads=True)).graph.node
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +83,53 @@ def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
     """Its one operator rounds once; two would round twice."""
     weights = torch.ones(4, dtype=torch.float16)
     assert operators(write(tmp_path, 2, weights, weights)) == ["GroupNormalization"]
+
+
+@pytest.mark.parametrize("name", ["tiny-lcm", "tiny-demo"])
+def test_attention_without_a_mask_is_one_operator(
+    name: str, checkpoints: Path, cache_dir: Path
+) -> None:
+    """All of it; what it computes is held to diffusers by every test that draws."""
+    order = Order(str(checkpoints / name), "onnxruntime", cache_dir=cache_dir)
+    bundle = prepare(order, lambda *_: None)
+    for part in ("denoiser", "vae_decoder", "text_encoder"):
+        path = bundle.part(part)
+        before = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+        after = operators(path)
+        num_masked = 2 if part == "text_encoder" else 0
+        assert after.count("Softmax") == num_masked
+        assert after.count("MultiHeadAttention") == before.count("Softmax") - num_masked
+        assert ("MultiHeadAttention" in after) == (not num_masked)
+
+
+def test_heads_of_any_number_and_length(tmp_path: Path) -> None:
+    """A cross-attention with a scale of its own, exported as the parts are."""
+    part = Part(
+        "attention", _Attention(num_heads=3),
+        {"x": torch.randn(2, 10, 24), "y": torch.randn(2, 7, 24)},
+        {"x": (("batch", 1), ("rows", 1), None), "y": (("batch", 1), None, None)}, ("out",),
+    )  # fmt: skip
+    path = tmp_path / "attention.onnx"
+    export_onnx(part, path)
+    assert "MultiHeadAttention" in operators(path)
+    engine = OnnxRuntimeEngine(path, Cores(2))
+    for batch, length in ((1, 130), (3, 9)):
+        x, y = torch.randn(batch, length, 24), torch.randn(batch, 7, 24)
+        found = engine.run({"x": x, "y": y})["out"]
+        assert torch.allclose(found, part.module(x, y), atol=1e-5)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        def heads(value: torch.Tensor) -> torch.Tensor:
+            return value.view(x.shape[0], -1, self.num_heads, 24 // self.num_heads).transpose(1, 2)
+
+        mixed = functional.scaled_dot_product_attention(
+            heads(self.q(x)), heads(self.k(y)), heads(self.v(y)), scale=0.3
+        )
+        return self.o(mixed.transpose(1, 2).reshape(x.shape[0], -1, 24))

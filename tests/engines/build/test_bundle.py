@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import engines.build.bundle as bundle_of_engines
 from engines.build.bundle import (
     MANIFEST,
     Blueprint,
@@ -171,11 +173,21 @@ def test_two_processes_build_once(checkpoints: Path, tmp_path: Path) -> None:
 def test_a_whole_bundle_is_opened_without_the_lock(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else pods that start together would hash gigabytes one after the other."""
+    """Else pods that start together would hash gigabytes one after the other; each does it once."""
     blueprint = Blueprint(checkpoints / "tiny-lcm")
     built = ensure_bundle(blueprint, tmp_path, _no_progress)
     monkeypatch.delattr("engines.build.bundle.FileLock")
+    hashed: Counter[str] = Counter()
+
+    def counting(path: Path) -> str:
+        if path.is_relative_to(built.folder):
+            hashed[path.name] += 1
+        return hash_of(path)
+
+    hash_of = bundle_of_engines._sha256
+    monkeypatch.setattr(bundle_of_engines, "_sha256", counting)
     assert ensure_bundle(blueprint, tmp_path, _no_progress).folder == built.folder
+    assert set(hashed.values()) == {1}
 
 
 def test_a_killed_build_resumes(checkpoints: Path, tmp_path: Path) -> None:

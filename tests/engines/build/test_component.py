@@ -141,7 +141,9 @@ def test_pictures_are_those_of_a_folder_with_these_weights(
     assert_agree(ours, Peer(whole).draw(wanted), wanted)
 
 
-def test_a_bundle_says_what_is_in_it(other: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_a_bundle_says_what_is_in_it(
+    other: Path, checkpoints: Path, cache_dir: Path, tmp_path: Path
+) -> None:
     base = checkpoints / "tiny-sd"
     overrides = Overrides({"unet": other / "unet", "vae": other / "vae"})
     blueprints = [
@@ -152,7 +154,7 @@ def test_a_bundle_says_what_is_in_it(other: Path, checkpoints: Path, tmp_path: P
         )
     ]  # fmt: skip
     assert len({blueprint.key for blueprint in blueprints}) == len(blueprints)
-    bundle = build_bundle(blueprints[0], tmp_path / "bundle", lambda *_: None)
+    bundle = build_bundle(blueprints[0], tmp_path / "bundle", lambda *_: None, cache_dir)
     assert bundle.facts.components == {"unet": "unet", "vae": "vae"}
     done = CliRunner().invoke(app, ["inspect", str(bundle.folder)])
     for name, (_, digest) in blueprints[0].beside.items():

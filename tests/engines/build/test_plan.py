@@ -55,10 +55,11 @@ def parts() -> dict[str, Part]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def built(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Bundle:
     """The shipped demo model in fp16, exported and compiled."""
     blueprint = Blueprint(DEMO, "fp16", TARGET)
-    return build_bundle(blueprint, tmp_path_factory.mktemp("plans") / "b", _no_progress)
+    folder = tmp_path_factory.mktemp("plans") / "b"
+    return build_bundle(blueprint, folder, _no_progress, cache_dir)
 
 
 def _network(onnx_file: Path) -> tuple[Any, ...]:
@@ -154,8 +155,9 @@ def test_profiles_of_tiles(parts: dict[str, Part]) -> None:
     assert len(shapes) == 7
 
 
-def test_manifest_says_the_same_twice(built: Bundle, tmp_path: Path) -> None:
-    again = build_bundle(Blueprint(DEMO, "fp16", TARGET), tmp_path / "again", _no_progress)
+def test_manifest_says_the_same_twice(built: Bundle, cache_dir: Path, tmp_path: Path) -> None:
+    blueprint = Blueprint(DEMO, "fp16", TARGET)
+    again = build_bundle(blueprint, tmp_path / "again", _no_progress, cache_dir)
     assert _steady(again.manifest) == _steady(built.manifest)
     other = dataclasses.replace(TARGET, max_batch=2)
     assert again.manifest["key"] == Blueprint(DEMO, "fp16", TARGET).key

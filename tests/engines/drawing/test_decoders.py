@@ -82,8 +82,9 @@ def peer(checkpoints: Path) -> Peer:
     return Peer(checkpoints / "tiny-sd")
 
 
-def _tiny_pixels(vae: AutoencoderTiny, latents: np.ndarray) -> np.ndarray:
+def tiny_pixels(tiny_vae: Path, latents: np.ndarray) -> np.ndarray:
     """uint8 ``[H, W, 3]`` as diffusers' pipelines make them of latents ``[C, h, w]``."""
+    vae = AutoencoderTiny.from_pretrained(tiny_vae)
     with torch.inference_mode():
         decoded = vae.decode(torch.from_numpy(latents)[None] / vae.config.scaling_factor).sample
     return np.asarray(VaeImageProcessor().postprocess(decoded, output_type="pil")[0])
@@ -93,8 +94,7 @@ def _theirs(peer: Peer, wanted: Any, tiny_vae: Path) -> Any:
     found = peer.draw(dataclasses.replace(wanted, decoder="full"))
     if wanted.decoder == "full":
         return found
-    vae = AutoencoderTiny.from_pretrained(tiny_vae)
-    return dataclasses.replace(found, pixels=_tiny_pixels(vae, found.latents))
+    return dataclasses.replace(found, pixels=tiny_pixels(tiny_vae, found.latents))
 
 
 def test_rows_of_both_share_steps_and_agree(
@@ -122,7 +122,7 @@ def test_previews_are_by_the_tiny_one(drawing: tuple[Runner, Calls], tiny_vae: P
         runner.denoise([row])
     assert row.stage is Stage.PREVIEW
     assert row.denoised is not None
-    expected = _tiny_pixels(AutoencoderTiny.from_pretrained(tiny_vae), row.denoised.numpy())
+    expected = tiny_pixels(tiny_vae, row.denoised.numpy())
     calls.clear()
     runner.decode([row])
     assert calls == [("tiny_vae_decoder", 1)]
@@ -177,7 +177,7 @@ def test_what_is_no_tiny_vae_of_this_model_is_refused(checkpoints: Path, tmp_pat
 
 
 def test_a_bundle_keeps_it_and_the_default(
-    checkpoints: Path, tiny_vae: Path, tmp_path: Path
+    checkpoints: Path, cache_dir: Path, tiny_vae: Path, tmp_path: Path
 ) -> None:
     overrides = Overrides({"tiny_vae": tiny_vae})
     base, defaults = checkpoints / "tiny-sd", Defaults(decoder="tiny")
@@ -185,7 +185,7 @@ def test_a_bundle_keeps_it_and_the_default(
     with pytest.raises(InvalidInput, match="decoder is 'tiny'; tiny-sd is loaded with full"):
         build_bundle(Blueprint(base, defaults=defaults), tmp_path / "none", lambda *_: None)
     blueprint = Blueprint(base, defaults=defaults, overrides=overrides)
-    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None)
+    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None, cache_dir)
     runner = Runner.open(Order(str(bundle.folder), num_threads=1))
     assert runner.info.decoders == ("full", "tiny")
     assert runner.default_recipe(0).decoder == "tiny"

@@ -16,11 +16,12 @@ from engines.build.single_file import Header, architecture_of
 from engines.build.source import Overrides
 from engines.drawing.runner import Runner
 from engines.order import Order
-from tests.engines.checkpoints import make_checkpoint, make_xl_checkpoint
+from tests.engines.checkpoints import make_checkpoint, make_tiny_vae, make_xl_checkpoint
 from tests.engines.drawing.test_agreement import _image
+from tests.engines.drawing.test_decoders import tiny_pixels
 from tests.engines.drawing.test_inpainting import WAYS, _mask, masked
 from tests.engines.ldm import checkpoint_state
-from tests.engines.peers import Peer, assert_agree, draw_together, recipe
+from tests.engines.peers import Peer, Result, assert_agree, draw_together, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 KINDS = [("sd", "torch"), ("sd", "onnxruntime"), ("sdxl", "torch")]
@@ -105,6 +106,20 @@ def test_what_the_mask_leaves_decides(runners: dict[tuple[str, str], Runner]) ->
     ]
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.allclose(drawn[0], drawn[2], atol=1e-3)
+
+
+def test_an_lcm_and_a_tiny_vae(tmp_path: Path) -> None:
+    """A guidance embedding beside the mask, and a decoder beside the model's own."""
+    folder = make_checkpoint(tmp_path / "lcm", lcm=True, inpainting=True)
+    tiny_vae = make_tiny_vae(tmp_path / "tiny-vae")
+    order = Order(str(folder), "torch", tiny_vae=str(tiny_vae), max_batch=4, num_threads=1)
+    runner, peer = Runner.open(order), Peer(folder)
+    wanted = [masked(4, 8.5, 1.0), masked(3, 1.0, 0.7, decoder="tiny")]
+    first, second = draw_together(runner, wanted)
+    runner.close()
+    assert_agree(first, peer.draw(wanted[0]))
+    theirs = peer.draw(wanted[1])
+    assert_agree(second, Result(theirs.latents, tiny_pixels(tiny_vae, theirs.latents)))
 
 
 def test_warming_up_draws_every_part(runners: dict[tuple[str, str], Runner]) -> None:

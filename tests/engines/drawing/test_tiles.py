@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,9 +250,18 @@ def test_warming_up_decodes_all_tiles(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tile_of_parts_of_latents_is_refused(
-    backend: str, checkpoints: Path, cache_dir: Path
+@pytest.mark.parametrize("vae", [None, "folder", "pipeline", "file"])
+def test_a_tile_of_parts_of_latents_is_refused_before_anything_is_built(
+    backend: str, vae: str | None, checkpoints: Path, tmp_path: Path
 ) -> None:
-    order = Order(str(checkpoints / "tiny-sd"), backend, cache_dir=cache_dir)
+    folder = checkpoints / "tiny-sd"
+    places = {"folder": folder / "vae", "pipeline": folder}
+    places["file"] = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    order = Order(
+        str(folder), backend, cache_dir=tmp_path, vae_tiling_px=72,
+        vae=str(places[vae]) if vae else None,
+    )  # fmt: skip
+    built: list[str] = []
     with pytest.raises(InvalidInput, match="--vae-tiling-px is 72; it must be a multiple of 32"):
-        Runner.open(dataclasses.replace(order, vae_tiling_px=72))
+        Runner.open(order, progress=lambda what, *_: built.append(what))
+    assert not built

@@ -209,7 +209,11 @@ def test_a_key_asks_for_no_more_priority_than_it_has(limited: openai.OpenAI) -> 
 @pytest.mark.parametrize(
     "path",
     ["//v1/models", "/v1//models", "/V1/models", "/v1/./models", "/x/../v1/models", "/%761/models",
-     "/v1%2fmodels", "/v1/models/", "/v1/models%00", "/;/v1/models", "/v1\\models"],
+     "/v1%2fmodels", "/v1/models/", "/v1/models%00", "/;/v1/models", "/v1\\models",
+     "/v1/%6dodels", "/%2e/v1/models", "/v1/models.", "/v1./models", "/v1;/models",
+     "/v1;a=b/models", "/v1/models;a", "/v1/models%20", "/v1/MODELS", "/v1%00/models",
+     "/v1/x/../models", "/.//v1/models", "/v1/images/files/../../models",
+     "/v1/images/files/%2e%2e/%2e%2e/models", "/v1/images%2ffiles/../../models"],
 )  # fmt: skip
 def test_no_way_of_writing_a_path_goes_past_the_keys(http: TestClient, path: str) -> None:
     """Whatever form reaches a protected route is protected; the others are no paths here."""

@@ -28,6 +28,7 @@ from engines.drawing.model import prepare
 from engines.order import Order
 from service.ray_serve.environment import REPLAY_BYTES, free_port, haproxy_available
 from tests.service.processes import start, wait_until_ready
+from tests.service.ray_serve import wedging
 
 CLIENTS = 8
 MAX_STEPS = 1000  # many seconds of work: what is cancelled here was not nearly done
@@ -43,6 +44,7 @@ class Service:
 
     process: subprocess.Popen[str]
     port: int
+    wedge: Path  # where an engine call without end is ordered
 
     @property
     def url(self) -> str:
@@ -101,15 +103,20 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[Service]:
+def service(
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     prepare(Order(str(lcm_checkpoint), "onnxruntime", "fp32", cache_dir), lambda *_: None)
-    port = free_port()
+    port, wedge = free_port(), tmp_path_factory.mktemp("wedge") / "hang"
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("FOURSTEP_MAX_STEPS", str(MAX_STEPS))
+        environment.setenv("FOURSTEP_MAX_CALL_S", "5")  # a call of this model takes milliseconds
+        environment.setenv("FOURSTEP_SAFETY", f"{wedging.__name__}:{wedging.Filter.__name__}")
+        environment.setenv(wedging.VARIABLE, str(wedge))
         process = start(lcm_checkpoint, cache_dir, port, "--replicas", "2")
     try:
         wait_until_ready(process, port)
-        yield Service(process, port)
+        yield Service(process, port, wedge)
     finally:
         process.terminate()
         process.communicate(timeout=60)
@@ -230,6 +237,22 @@ def test_a_replica_that_hangs_is_replaced_and_costs_no_answer(service: Service) 
     assert not hung.is_running(), "what it had in hand was drawn by another"
 
 
+def test_a_replica_whose_engine_hangs_is_replaced_and_costs_no_answer(service: Service) -> None:
+    """It answers all the while, so Ray goes by what the replica says of its engine."""
+    service.wait_for_replicas()
+    replicas = service.processes("ServeReplica")
+    load = Load(_generate(service))
+
+    def hang() -> None:
+        service.wedge.touch()
+        _wait_until(lambda: not all(replica.is_running() for replica in replicas))
+
+    load.run(hang)
+    assert not service.wedge.exists()
+    assert sum(replica.is_running() for replica in replicas) == 1
+    assert _failures(load) == []
+
+
 def test_the_controller_killed_under_load_costs_no_answer(service: Service) -> None:
     service.wait_for_replicas()
     load = Load(_generate(service))
@@ -286,16 +309,3 @@ def test_haproxy_killed_under_load_comes_back_and_the_client_tries_again(service
     load = Load(ask)
     load.run(service.haproxy.kill)
     assert _failures(load) == []
-
-
-def test_only_its_port_and_ray_calls_among_replicas_listen_to_others(service: Service) -> None:
-    own = psutil.Process(service.process.pid)
-    loopback = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-    open_to_others = [
-        process.name()
-        for process in (own, *own.children(recursive=True))
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in loopback
-    ]
-    others = [name for name in open_to_others if not name.startswith("ray::ServeReplica")]
-    assert others == [], "Ray asks nobody who they are"

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import socket
+import struct
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,32 @@ def test_one_address_leaves_half_to_others_and_nobody_locks_out_probes(ports: Po
     answer = httpx.get(f"http://127.0.0.1:{ports.probes}/v1/models")
     assert answer.status_code == 404
     assert "/metrics alone" in answer.json()["error"]["message"]
+
+
+def test_connections_opened_and_dropped_leave_nothing(ports: Ports) -> None:
+    """Of one address, at every point of a request, each ended by a reset."""
+    process = psutil.Process(ports.pid)
+    httpx.get(f"http://127.0.0.1:{ports.clients}/")
+    before = process.num_fds()
+    whole = POST % 9 + b"something"
+    for turn in range(1000):
+        with connect(ports.clients, whole[: turn % (len(whole) + 1)], source="127.0.0.4") as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_for(lambda: process.num_fds() <= before, "what was there before")
+    for source in ("127.0.0.1", "127.0.0.4"):
+        assert not is_refused(ports.clients, source)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//v1/models", "/V1/models", "/%761/models", "/v1/%6dodels", "/v1%2fmodels", "/v1;/models",
+     "/x/../v1/models", "/v1/models.", "/v1/models%00"],
+)  # fmt: skip
+def test_a_path_reaches_the_application_as_it_was_written(ports: Ports, path: str) -> None:
+    """Whose API keys go by what it sees: nothing between makes another path of it."""
+    sent = b"GET %s HTTP/1.0\r\nhost: x\r\n\r\n" % path.encode()
+    (told,) = parts_of(rest_of(connect(ports.clients, sent)))
+    assert told["path"] == urllib.parse.unquote(path)
 
 
 def headers_of(ports: Ports, *headers: tuple[str, bytes]) -> list[list[str]]:

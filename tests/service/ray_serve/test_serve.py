@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,6 +21,7 @@ from engines.drawing.model import prepare
 from engines.order import Order
 from service.ray_serve.environment import free_port
 from service.settings import SettingsError, load_settings
+from tests.engines.checkpoints import make_tiny_vae
 from tests.service.processes import start, wait_until_ready
 
 
@@ -87,8 +88,9 @@ OUR_WORDS = re.compile(
 
 
 def test_a_terminal_shows_our_words_alone(lcm_checkpoint: Path, tmp_path: Path) -> None:
-    port = free_port()
-    process = start(lcm_checkpoint, tmp_path, port)  # a bundle is built first
+    port, tiny_vae = free_port(), make_tiny_vae(tmp_path / "vae")
+    # A bundle is built first, of what libraries have doubts about.
+    process = start(lcm_checkpoint, tmp_path / "cache", port, "--tiny-vae", tiny_vae)
     try:
         wait_until_ready(process, port)
         httpx.get(f"http://127.0.0.1:{port}/v1/models", headers={"x-request-id": "given"})
@@ -104,29 +106,58 @@ def test_a_terminal_shows_our_words_alone(lcm_checkpoint: Path, tmp_path: Path) 
     assert "given" in [json.loads(line)["request_id"] for line in log]
 
 
+def draw(base: str, seed: int) -> int:
+    """The status of an answer that takes a second or two of work."""
+    body = {"prompt": "a red star", "n": 4, "num_inference_steps": 50, "seed": seed}
+    return httpx.post(f"{base}/v1/images/generations", json=body, timeout=60).status_code
+
+
+def wait_until_running(base: str, answers: list[Future[int]]) -> None:
+    """Some requests must be running when something is broken."""
+    in_flight = 0.0
+    while in_flight < 4 and not any(answer.done() for answer in answers):
+        metrics = httpx.get(f"{base}/metrics").text
+        found = re.search(r"^fourstep_running_rows.* (\S+)$", metrics, re.M)
+        in_flight = float(found[1]) if found else 0.0
+    assert in_flight >= 4
+
+
 def test_sigterm_finishes_what_was_accepted(server: tuple[subprocess.Popen[str], int]) -> None:
     process, port = server
     wait_until_ready(process, port)
     base = f"http://127.0.0.1:{port}"
-    body = {"prompt": "a red star", "n": 4, "num_inference_steps": 50}
-
-    def draw(seed: int) -> int:
-        url = f"{base}/v1/images/generations"
-        return httpx.post(url, json=body | {"seed": seed}, timeout=60).status_code
-
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(draw, seed) for seed in range(6)]
-        in_flight = 0.0
-        while in_flight < 4 and not any(answer.done() for answer in answers):
-            found = re.search(
-                r"^fourstep_running_rows.* (\S+)$", httpx.get(f"{base}/metrics").text, re.M
-            )
-            in_flight = float(found[1]) if found else 0.0
-        assert in_flight >= 4, "some requests must be running when the signal comes"
+        answers = [pool.submit(draw, base, seed) for seed in range(6)]
+        wait_until_running(base, answers)
         process.send_signal(signal.SIGTERM)
         assert [answer.result() for answer in answers] == [200] * 6
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+def test_without_ray_itself_it_ends_and_leaves_nothing(
+    server: tuple[subprocess.Popen[str], int], name: str
+) -> None:
+    """Ray would replace nothing any more: what had come in is drawn, then a supervisor's turn."""
+    process, port = server
+    wait_until_ready(process, port)
+    base = f"http://127.0.0.1:{port}"
+    family = psutil.Process(process.pid).children(recursive=True)
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(draw, base, seed) for seed in range(6)]
+        wait_until_running(base, answers)
+        (lost,) = [each for each in family if each.name() == name]
+        lost.kill()
+        assert [answer.result() for answer in answers] == [200] * 6
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"^error: Ray's \w+ is gone ", output, re.M), output
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
 
 
 def test_a_busy_port_is_one_clear_line(lcm_checkpoint: Path, cache_dir: Path) -> None:

@@ -195,6 +195,23 @@ def test_a_new_prompt_slides_in(session: WebSocketTestSession, lcm_checkpoint: P
     assert psnr_db(last, Peer(lcm_checkpoint).draw(wanted).pixels) >= 50
 
 
+def test_a_picture_between_two_prompts_stays_there(session: WebSocketTestSession) -> None:
+    pictures = {}
+    for share in (0.0, 0.5, 1.0):
+        say(session, "session.update", prompt_b="a blue sphere", prompt_b_share=share)
+        hear(session)
+        say(session, "frame", id=0)
+        pictures[share] = pixels_of(hear(session))
+    say(session, "frame", id=1, prompt="a blue sphere", prompt_b=None)
+    assert np.array_equal(pixels_of(hear(session)), pictures[1.0])
+    say(session, "frame", id=2, prompt_b_share=0.0)
+    assert np.array_equal(pixels_of(hear(session)), pictures[0.0])
+    between = pictures[0.5]
+    assert not any(np.array_equal(between, pictures[end]) for end in (0.0, 1.0))
+    say(session, "frame", id=3, prompt_b_share=0.5)
+    assert np.array_equal(pixels_of(hear(session)), between), "it holds"
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [

@@ -1,0 +1,87 @@
+"""The processes that `fourstep serve` has started: whether Ray's own live, and how all of them end.
+
+Without its raylet or its GCS Ray replaces nothing that dies, and does not stop when it is told to;
+a minute after its GCS it ends this process, and leaves HAProxy on its port. So they are looked at
+here, and all is ended without Ray's help where one is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator
+
+import psutil
+
+from service.ray_serve.machine import ServeError
+
+VITAL = {"raylet": "raylet", "gcs_server": "GCS"}  # process → Ray's name for it
+KEEPERS = ("ray::HAProxyMan", "ray::ServeContr")  # what would start another HAProxy
+EXIT_WAIT_S = 10.0
+
+
+class RayLost(ServeError):
+    """One of Ray's own processes is gone."""
+
+
+class Family:
+    """All descendants of this process, those too whose parents have died since they were seen."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, psutil.Process] = {}
+        self._vital: dict[str, psutil.Process] = {}  # by Ray's name for it
+
+    def remember(self) -> None:
+        """See who is there; to be called once Ray runs, and now and then."""
+        found = psutil.Process().children(recursive=True)
+        self._seen |= {process.pid: process for process in found}
+        for process in found if not self._vital else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (name := process.name()) in VITAL:
+                    self._vital[VITAL[name]] = process
+
+    def check(self) -> None:
+        """Raise `RayLost` where Ray cannot go on."""
+        for name, process in self._vital.items():
+            if not _alive(process):
+                raise RayLost(
+                    f"Ray's {name} is gone (killed? no memory?): nothing would replace a replica "
+                    "that fails. What had come in was finished; start the service again"
+                )
+
+    def finish(self, within_s: float) -> None:
+        """Without Ray: no connection comes in any more, and those that are open get answers."""
+        self.remember()
+        for process in self._named(*KEEPERS):
+            process.kill()
+        proxies = list(self._named("haproxy"))
+        for process in proxies:
+            process.send_signal(signal.SIGUSR1)
+        psutil.wait_procs(proxies, timeout=within_s)
+
+    def end(self, *, by_themselves_s: float = EXIT_WAIT_S / 3) -> None:
+        """End what is left, HAProxy above all: only our own descendants, by their ids.
+
+        They have ``by_themselves_s`` to go before they are told to.
+        """
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.remember()
+        processes: Iterable[psutil.Process] = self._seen.values()
+        _, processes = psutil.wait_procs(processes, timeout=by_themselves_s)
+        for send in (psutil.Process.terminate, psutil.Process.kill):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    send(process)
+            _, processes = psutil.wait_procs(processes, timeout=EXIT_WAIT_S / 3)
+
+    def _named(self, *beginnings: str) -> Iterator[psutil.Process]:
+        for process in list(self._seen.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if _alive(process) and process.name().startswith(beginnings):
+                    yield process
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
