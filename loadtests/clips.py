@@ -159,10 +159,11 @@ def _serve(report: Report, url: str, seconds: float, rounds: int) -> None:
                  beside["p95_ms"], f"{ratio:.2f}×", len(drawn) / seconds,
                  beside["error_share"]]
             )  # fmt: skip
-    report.data["served"] = {"rate": rate, "runs": found}
+    median = statistics.median(run["p95_ratio"] for run in found)
+    report.data["served"] = {"rate": rate, "median_p95_ratio": median, "runs": found}
     report.text(
         f"Through the service, {rate:.1f} pictures a second ({LOADS[1]:.0%} of what "
-        f"{NUM_CLIENTS} clients got of it):"
+        f"{NUM_CLIENTS} clients got of it); p95 {median:.2f}×, median of the runs:"
     )
     report.table(
         ["round", "clips open", "p50 alone, ms", "p95 alone", "p50 beside", "p95 beside", "p95",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from loadtests.clips import LOADS, PROMISE, simulated
+from loadtests.clips import capacity as pictures_at_most
 from loadtests.simulate import (
     CPU_SHAPED,
     ENGINES,
@@ -37,3 +39,11 @@ def test_ahead_of_request_level_batching_at_70_percent(
     found = ratio(engine, rate, count=3000, seed=0)
     assert found[0] <= p50
     assert found[1] <= p95
+
+
+@pytest.mark.parametrize("num_open", [1, 8])
+def test_pictures_keep_their_pace_beside_clips(num_open: int) -> None:
+    rate = LOADS[1] * pictures_at_most()
+    alone, beside = (simulated(rate, 3000, count, seed=1) for count in (0, num_open))
+    assert beside.pictures_s[1] <= PROMISE * alone.pictures_s[1]
+    assert beside.clips_per_s > 0.4  # they are not stopped

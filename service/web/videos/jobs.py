@@ -66,6 +66,7 @@ class VideoJobs:
         self._open: dict[str, OpenJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._drain_began_at: float | None = None
+        self._beats = False  # there is a beat of this replica's
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         replica.when_draining(self.drain)
@@ -203,22 +204,22 @@ class VideoJobs:
     # -- the thread ---------------------------------------------------------------------------
 
     def _beat_on(self) -> None:
-        swept_at = -SWEEP_S
-        while True:
+        sweep_at, is_last = 0.0, False
+        while not is_last:
             is_last = self._closed.wait(BEAT_S)
             try:
                 self._beat()
-                if time.monotonic() - swept_at >= SWEEP_S:
-                    swept_at = time.monotonic()
+                if time.monotonic() >= sweep_at:
+                    sweep_at = time.monotonic() + SWEEP_S
                     self._replica.metrics.clips.kept(*self._store.sweep())
             except OSError as error:
                 logger.error("video_files_dir cannot be used: %s", error)
-            if is_last:
-                return
 
     def _beat(self) -> None:
         opened = list(self._open.values())
-        self._store.beat({each.id: each.state for each in opened})
+        if opened or self._beats:
+            self._store.beat({each.id: each.state for each in opened})
+            self._beats = bool(opened)
         for each in opened:
             if not self._store.exists(each.id, each.key):  # deleted, by way of another replica
                 self.cancel(each.id)

@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from service.access.safety import Verdict
 from tests.monitoring import wait_for
 from tests.service.web.videos.conftest import client_of, headers_of, replica_client
 from tests.service.web.videos.test_clips import read_mp4
@@ -75,6 +76,10 @@ def test_openais_client_creates_polls_downloads_lists_and_deletes(
     frames, rate, _ = read_mp4(content.content)
     assert frames.shape == (4, 72, 64, 3)
     assert rate == 4
+    part = client.videos.with_raw_response.download_content(
+        video.id, extra_headers={"range": "bytes=4-7"}
+    )
+    assert (part.http_response.status_code, part.content) == (206, b"ftyp")
     picture = client.videos.download_content(video.id, variant="thumbnail")
     assert Image.open(io.BytesIO(picture.content)).size == (64, 72)
     with pytest.raises(openai.BadRequestError, match="there are 'video' and 'thumbnail'"):
@@ -210,6 +215,46 @@ def test_clips_are_counted(http: TestClient) -> None:
         f"fourstep_images_total{of_model}": 0,
     }.items():
         assert after[series] - before[series] == expected, series
+
+
+class Sees:
+    """A safety filter that lets so many pictures pass, and no more."""
+
+    num_left = 0
+
+    def check_prompt(self, text: str) -> Verdict:
+        return Verdict("gore" not in text, "it asks for gore")
+
+    def check_images(self, pixels: np.ndarray) -> list[Verdict]:
+        assert pixels.shape[1:] == (64, 64, 3)
+        self.num_left -= len(pixels)
+        return [Verdict(index + self.num_left >= 0) for index in range(len(pixels))]
+
+
+SEES = Sees()
+
+
+def test_a_safety_filter_sees_every_frame(clip_settings: dict[str, Any]) -> None:
+    values = clip_settings | {"safety": f"{__name__}:SEES"}
+    with replica_client(values) as http:
+        refused = http.post(VIDEOS, json={"prompt": "gore"}, headers=headers_of())
+        assert refused.json()["error"]["code"] == "content_policy_violation"
+        for num_seen, status in ((8, "completed"), (7, "failed")):
+            SEES.num_left = num_seen
+            video = create(http, **SHORT)
+            wait_for(
+                lambda video=video: read(http, video)["completed_at"] or read(http, video)["error"],
+                "it is over",
+            )
+            shown = read(http, video)
+            assert shown["status"] == status
+        assert shown["error"]["code"] == "content_policy_violation"
+        SEES.num_left = 7
+        headers = headers_of(accept="video/mp4")
+        answer = http.post(VIDEOS, json={"prompt": "x"} | SHORT, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (
+            400, "content_policy_violation",
+        )  # fmt: skip
 
 
 # -- what becomes of jobs where replicas come and go -----------------------------------------------
