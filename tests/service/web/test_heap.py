@@ -42,7 +42,7 @@ async def _take_in() -> None:
         return held_bytes()
 
     decode(files[0])  # which imports what it needs
-    intake._heap.trim()
+    intake._heap.trim(idle=True)
     before = held_bytes()
     held = await asyncio.gather(*(intake.decode(lambda d=d: decode(d), WAIT_S) for d in files * 2))
     intake.release(0)
