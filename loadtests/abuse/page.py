@@ -184,7 +184,8 @@ def page(found: Abused, seconds: float) -> Report:
     report.figure("held", _plot(found), "Memory, file descriptors and threads over time")
     report.data |= {
         "alone": runs["alone"], "beside": runs["beside abuse"], "again": runs["after it"],
-        "outcomes": found.outcomes, "left": found.left, "load": found.load, "scraped": found.scraped,
+        "outcomes": found.outcomes, "left": found.left, "load": found.load,
+        "scraped": found.scraped,
         "held": {kind: _held(found, kind) for kind in found.fresh},
         "mib": {kind: [round(mib, 1) for mib in found.watch.mib(kind)] for kind in found.fresh},
     }  # fmt: skip
