@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import Counter
@@ -75,6 +76,7 @@ class Abused:
     again: Run  # when it was over
     outcomes: Outcomes
     left: dict[str, float]
+    load: float  # processes that ran or wanted to, before any abuse: more than cores are others'
     scraped: list[tuple[float, float, float]] = field(default_factory=list)
 
     @property
@@ -89,7 +91,7 @@ def told(counts: Counter[str]) -> str:
 
 def maltreat(service: Service, seconds: float, seed: int) -> Abused:
     """Abuse a running service for so long; everything else lasts in proportion."""
-    client = Client(service.url)
+    load, client = os.getloadavg()[0], Client(service.url)
     client.closed_loop(SIZES.asks(64, seed), MANY_CLIENTS)
     with ProcessPoolExecutor(2, get_context("spawn")) as others:
         list(others.map(time.sleep, [0.01, 0.01]))  # they are there
@@ -103,7 +105,7 @@ def maltreat(service: Service, seconds: float, seed: int) -> Abused:
             after = _settled(service, min(SETTLE_S, max(2.0, seconds / 5)))
         again = _run(service, others, max(1.0, seconds / 20), seed)
     left = left_in(service)
-    return Abused(fresh, after, watch, alone, beside, again, outcomes, left, scraped)
+    return Abused(fresh, after, watch, alone, beside, again, outcomes, left, load, scraped)
 
 
 def _run(service: Service, others: ProcessPoolExecutor, seconds: float, seed: int) -> Run:
@@ -139,7 +141,11 @@ def _settled(service: Service, seconds: float) -> dict[str, Held]:
 
 def page(found: Abused, seconds: float) -> Report:
     report = Report("soak-abuse", f"{seconds:.0f} seconds of abuse beside ordinary load")
-    report.text(ABOUT)
+    report.text(
+        f"{ABOUT} Before the first request the machine's load was {found.load:.1f}, on "
+        f"{os.cpu_count()} cores: where that is more than they are, other work had much of them, "
+        "and times are theirs as much as the service's; compare them with those `alone`."
+    )
     runs = {
         "alone": found.alone.told(),
         "beside abuse": found.beside.told(),
@@ -161,7 +167,7 @@ def page(found: Abused, seconds: float) -> Report:
     rows = ", ".join(f"`{name}` {value:g}" for name, value in found.left.items())
     report.text(
         f"When it was over: {rows}. MiB are anonymous memory, sampled once a second; `after` is "
-        f"up to {SETTLE_S:.0f} s after the last act."
+        f"some {SETTLE_S:.0f} s after the last act, or a fifth of a shorter run."
     )
     report.table(
         ["abuse", "at a time", "acts", "outcomes"],
@@ -178,7 +184,8 @@ def page(found: Abused, seconds: float) -> Report:
     report.figure("held", _plot(found), "Memory, file descriptors and threads over time")
     report.data |= {
         "alone": runs["alone"], "beside": runs["beside abuse"], "again": runs["after it"],
-        "outcomes": found.outcomes, "left": found.left, "scraped": found.scraped,
+        "outcomes": found.outcomes, "left": found.left, "load": found.load,
+        "scraped": found.scraped,
         "held": {kind: _held(found, kind) for kind in found.fresh},
         "mib": {kind: [round(mib, 1) for mib in found.watch.mib(kind)] for kind in found.fresh},
     }  # fmt: skip

@@ -52,8 +52,8 @@ class Family:
     def finish(self, within_s: float) -> None:
         """Without Ray: no connection comes in any more, and those that are open get answers."""
         self.remember()
-        for process in self._named(*KEEPERS):
-            process.kill()
+        for process in self._named(*KEEPERS):  # killed, a raylet would end HAProxy with them
+            process.suspend()
         proxies = list(self._named("haproxy"))
         for process in proxies:
             process.send_signal(signal.SIGUSR1)

@@ -19,17 +19,17 @@ class Heap:
 
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-        self._least_bytes = 0  # since it was last given back
+        # Held after the last time that it was given back, or less: with nothing in use by uploads,
+        # and at any other time, when what is in use counts too.
+        self._least_bytes = {True: 0, False: 0}
 
-    def trim(self) -> bool:
-        """Give back what is free if more is held than after the last time; whether it was."""
+    def trim(self, *, idle: bool) -> None:
+        """Give back what is free if more is held than after the last time that was as ``idle``."""
         held = held_bytes()
-        self._least_bytes = min(self._least_bytes, held)
-        if self._trim is None or held <= self._least_bytes + KEPT_BYTES:
-            return False
-        self._trim(0)  # ctypes lets other threads have the interpreter meanwhile
-        self._least_bytes = held_bytes()
-        return True
+        least = self._least_bytes[idle] = min(self._least_bytes[idle], held)
+        if self._trim is not None and held > least + KEPT_BYTES:
+            self._trim(0)  # ctypes lets other threads have the interpreter meanwhile
+            self._least_bytes[idle] = held_bytes()
 
 
 def held_bytes() -> int:

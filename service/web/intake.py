@@ -60,7 +60,8 @@ class Intake:
     def _trim(self) -> None:
         self._will_trim = False
         if not self._is_closed:
-            self._workers.submit(self._heap.trim)
+            idle = not (self._num_open or self._num_held_bytes)
+            self._workers.submit(self._heap.trim, idle=idle)
 
     async def decode(self, work: Callable[[], T], left_s: float) -> T:
         """What ``work`` returns, once it is its turn.

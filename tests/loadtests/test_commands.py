@@ -101,7 +101,7 @@ def test_soak(service: Service, out: Path) -> None:
 
 def test_soak_under_abuse(service: Service, out: Path) -> None:
     """All kinds for a few seconds: each acts, and ordinary clients and probes get their answers."""
-    page(maltreat(service, seconds=5, seed=1), 5).write(out)
+    page(maltreat(service, seconds=3, seed=1), 3).write(out)
     found = json.loads((out / "soak-abuse.json").read_text())
     assert found["outcomes"].keys() == KINDS.keys()
     for name, outcomes in found["outcomes"].items():
