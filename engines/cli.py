@@ -62,7 +62,9 @@ def show_progress(what: str, done: int, total: int) -> None:
 def build(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, or int8 for onnxruntime: convolutions in 8 bits.")
+    ] = "fp32",
     engine: Annotated[
         str, typer.Option(help="onnxruntime; tensorrt or tensorrt-rtx compile plans too.")
     ] = "onnxruntime",
@@ -109,11 +111,12 @@ def build(
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
 ) -> None:
     """Compile a model's parts into a bundle."""
-    from engines.backends.choice import Machine
+    from engines.backends.choice import Machine, check_precision
     from engines.build.bundle import Blueprint, build_bundle
     from engines.build.checkpoint import DTYPES
     from engines.build.plan import HARDWARE_COMPATIBILITY, MODULES, PlanTarget
     from engines.build.source import find, find_lora
+    from engines.drawing.calibrating import quantise_parts
     from engines.samplers import SAMPLERS
 
     check_choice("--engine", engine, ("onnxruntime", *MODULES))
@@ -121,6 +124,7 @@ def build(
     check_choice("--hardware-compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY)
     check_choice("--sampler", sampler, ("", *SAMPLERS))
     check_choice("--decoder", decoder, ("", *DECODERS))
+    check_precision(engine, precision)
     target = None
     if engine in MODULES:
         target = PlanTarget(
@@ -150,7 +154,7 @@ def build(
         )
     )  # fmt: skip
     blueprint = Blueprint(sources.model, precision, target, fused, defaults, sources.overrides)
-    bundle = build_bundle(blueprint, out, show_progress, cache_dir)
+    bundle = build_bundle(blueprint, out, show_progress, cache_dir, quantise_parts)
     num_bytes = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     typer.echo(f"{out}: {num_bytes / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s")
 
@@ -174,6 +178,11 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
     }
     for what, entry in manifest.get("beside", {}).items():  # absent in older manifests
         lines[what] = f"{entry['name']} ({entry['sha256'][:16]})"
+    for part, found in manifest.get("quantised", {}).items():
+        lines[f"  {part}"] = (
+            f"{found['num_convolutions']} convolutions in 8 bits, images at {found['psnr_db']} dB "
+            "of fp32's at least"
+        )
     if timesteps := facts.get("default_timesteps"):
         lines["timesteps"] = ", ".join(map(str, timesteps))
     if plans := manifest.get("plans"):
@@ -213,7 +222,7 @@ def verify(
 ) -> None:
     """Compare a build with fp32 on ONNX Runtime, part by part; exit code 1 if it is too far off."""
     from engines.drawing.model import load_model
-    from engines.drawing.parity import MAX_RELATIVE_ERROR, MIN_PSNR_DB, compare
+    from engines.drawing.parity import MIN_IMAGE_PSNR_DB, compare, image_psnrs_db
 
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
@@ -230,14 +239,19 @@ def verify(
         pixels = result.output == "pixels"
         distance = (
             "finite is enough" if result.tells_finite
-            else f"{result.psnr_db:.1f} dB (at least {MIN_PSNR_DB:g})" if pixels
-            else f"{result.relative_error:.1e} relative (at most {MAX_RELATIVE_ERROR:g})"
+            else f"{result.psnr_db:.1f} dB (at least {result.min_psnr_db:g})" if pixels
+            else f"{result.relative_error:.1e} relative (at most {result.max_relative_error:g})"
         )  # fmt: skip
         typer.echo(
             f"{result.part + '.' + result.output:<28}{result.num_values:>10}"
             f"{result.num_not_finite:>12}{result.largest_error:>15.2g}  {distance}"
         )
-    if too_far := [f"{r.part}.{r.output}" for r in results if not r.good]:
+    images_db = image_psnrs_db(truth, built, prompts)
+    for prompt, found_db in zip(prompts, images_db, strict=True):
+        typer.echo(f"{found_db:.1f} dB, image of {prompt!r} (at least {MIN_IMAGE_PSNR_DB:g})")
+    too_far = [f"{r.part}.{r.output}" for r in results if not r.good]
+    too_far += ["an image"] * (min(images_db) < MIN_IMAGE_PSNR_DB)
+    if too_far:
         raise BundleError(
             f"{', '.join(too_far)} of {model} is too far from fp32 on {built.choice.backend} with "
             f"{built.precision}; serve it with --precision bf16 or fp32"

@@ -115,6 +115,15 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
     return Choice("torch", "; ".join(passed_over))
 
 
+def check_precision(backend: str, precision: str) -> None:
+    """Raise BackendUnavailable for weights in 8 bits on another backend than ONNX Runtime."""
+    if precision == "int8" and backend != "onnxruntime":
+        raise BackendUnavailable(
+            f"precision 'int8' is for engine 'onnxruntime', not {backend!r}: choose --engine "
+            "onnxruntime with --device cpu, or another precision"
+        )
+
+
 def draws_on_gpu(backend: str, machine: Machine, device: str = "auto") -> bool:
     """Whether a backend that was chosen takes a GPU: plans do, and torch where there is one."""
     on_gpu = machine.only(device).compute_capability is not None

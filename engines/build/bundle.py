@@ -47,6 +47,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 BUILT_WITH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+# Puts the parts in a folder into 8 bits; what the manifest says of them. It draws: passed in.
+Quantise = Callable[[Path, Facts, Progress], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,9 @@ class Blueprint:
 def _toolchain() -> str:
     """Of all code that makes the graphs, as 16 hex digits: an edit there makes other bundles."""
     here = Path(__file__).parents[1]
-    own = [here / "build" / name for name in ("export.py", "plan.py", "structure.py")]
+    own = [
+        here / "build" / name for name in ("export.py", "plan.py", "quantising.py", "structure.py")
+    ]
     rooms = [here / name for name in ("families", "loras")]
     files = [*own, *(file for room in rooms for file in sorted(room.glob("*.py")))]
     versions = [f"{name}={importlib.metadata.version(name)}".encode() for name in BUILT_WITH]
@@ -158,7 +162,9 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest, facts)
 
 
-def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> Bundle:
+def ensure_bundle(
+    blueprint: Blueprint, cache_dir: Path, progress: Progress, quantise: Quantise | None = None
+) -> Bundle:
     """The bundle of a blueprint from the cache, built first where it is not there.
 
     Two processes asking at once build once: the second waits and opens. A damaged cache entry is
@@ -171,7 +177,7 @@ def ensure_bundle(blueprint: Blueprint, cache_dir: Path, progress: Progress) -> 
     with FileLock(f"{folder}.lock"):
         if (found := _whole(folder)) is not None:
             return found
-        _build(blueprint, folder, progress, cache_dir / "graphs")
+        _build(blueprint, folder, progress, cache_dir / "graphs", quantise)
     return open_bundle(folder)
 
 
@@ -190,7 +196,11 @@ def folder_of(blueprint: Blueprint, cache_dir: Path) -> Path:
 
 
 def build_bundle(
-    blueprint: Blueprint, folder: Path, progress: Progress, cache_dir: Path | None = None
+    blueprint: Blueprint,
+    folder: Path,
+    progress: Progress,
+    cache_dir: Path | None = None,
+    quantise: Quantise | None = None,
 ) -> Bundle:
     """Build into ``folder``, which must be absent, empty, or an older bundle (then replaced).
 
@@ -200,11 +210,18 @@ def build_bundle(
         raise BundleError(f"{folder} exists and is not a bundle; choose another --out")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        _build(blueprint, folder, progress, None if cache_dir is None else cache_dir / "graphs")
+        graphs = None if cache_dir is None else cache_dir / "graphs"
+        _build(blueprint, folder, progress, graphs, quantise)
     return open_bundle(folder)
 
 
-def _build(blueprint: Blueprint, folder: Path, progress: Progress, graphs: Path | None) -> None:
+def _build(
+    blueprint: Blueprint,
+    folder: Path,
+    progress: Progress,
+    graphs: Path | None,
+    quantise: Quantise | None,
+) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
     source, target = blueprint.source, blueprint.target
     overrides = blueprint.overrides
@@ -244,6 +261,12 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress, graphs: Path 
     for window in facts.windows:
         file = partial / f"{window.tokenizer}.json"
         tokenizer_of(pipeline, window.tokenizer).save(str(file))
+    quantised = {}
+    if blueprint.precision == "int8":
+        assert quantise is not None, "who builds in 8 bits says how"
+        for mark in partial.glob("*.done"):  # a killed build exports them anew
+            mark.unlink()
+        quantised = {"quantised": quantise(partial, facts, progress)}
     for mark in partial.glob("*.done"):
         mark.unlink()
     manifest = {
@@ -260,6 +283,7 @@ def _build(blueprint: Blueprint, folder: Path, progress: Progress, graphs: Path 
         "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},
         "facts": facts.to_json(),
         **({"plans": plans} if plans else {}),
+        **quantised,
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(partial.iterdir())

@@ -23,7 +23,8 @@ from engines.facts import MOTION_ADAPTER, TINY_VAE, Facts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# By precision, of the weights as they are exported; those in 8 bits are made of fp32's.
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
 PUT_ONE = "put one of them in its place with diffusers' save_pretrained"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # their folders may be absent
 
@@ -75,7 +76,7 @@ def latent_scale(source: Path, overrides: Overrides = NO_OVERRIDES) -> int | Non
 
 
 def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRIDES) -> Any:
-    """The diffusers pipeline with weights in ``fp32``, ``fp16`` or ``bf16``, on the CPU.
+    """The diffusers pipeline with weights in a precision of `DTYPES`, on the CPU.
 
     Raises:
         CheckpointError: a component is of a class that its family does not know, its weights are

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from engines.backends.adapters import Adapters
-from engines.backends.choice import Choice, Machine, choose_backend
+from engines.backends.choice import Choice, Machine, check_precision, choose_backend
 from engines.backends.engine import Engine
 from engines.build.bundle import (
     Blueprint,
@@ -114,9 +114,13 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     With a TensorRT backend it holds plans for this machine's GPU.
     """
     choice, sources = choose_backend(order.backend, device=order.device), look(order)
+    check_precision(choice.backend, order.precision)
     folder = sources.model
     if not is_bundle(folder):
-        return ensure_bundle(_blueprint(order, choice, sources), order.cache_dir, progress)
+        from engines.drawing.calibrating import quantise_parts
+
+        blueprint = _blueprint(order, choice, sources)
+        return ensure_bundle(blueprint, order.cache_dir, progress, quantise_parts)
     bundle = open_bundle(folder)
     check_tile(order.vae_tiling_px, bundle.facts.vae_scale_factor)
     if sources.overrides != NO_OVERRIDES:
@@ -216,6 +220,7 @@ def load_model(order: Order, progress: Progress) -> Model:
     where there is no checkpoint for torch.
     """
     choice = choose_backend(order.backend, device=order.device)
+    check_precision(choice.backend, order.precision)
     if choice.backend == "torch":
         return _load_torch(order, choice)
     try:
@@ -247,6 +252,11 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     bundle = prepare(order, progress)
     if order.long_prompts:
         check_lengths(bundle, choice)
+    if order.loras and bundle.precision == "int8":
+        raise BundleError(
+            f"{', '.join(order.loras)}: LoRAs change weights, which are in 8 bits here; fourstep "
+            "build MODEL --precision int8 --lora FILE fuses them first, or serve another precision"
+        )
     engines: dict[str, Engine] = {}
     target, max_calls, parts = None, GPU_CALLS, parts_of(bundle.facts)
     if choice.backend in MODULES:

@@ -21,6 +21,8 @@ from engines.families.recipe import Recipe
 
 MIN_PSNR_DB = 35.0  # of the decoder's pixels
 MAX_RELATIVE_ERROR = 0.02  # of every other output; half precision keeps 11 bits
+MIN_IMAGE_PSNR_DB = 30.0  # of whole images in int8, of which single outputs are further off
+MAX_RELATIVE_ERROR_INT8 = 0.2
 NUM_STEPS = 4
 
 
@@ -35,6 +37,8 @@ class Parity:
     squared_error: float = 0.0
     squared_norm: float = 0.0  # of the reference
     largest_error: float = 0.0
+    min_psnr_db: float = MIN_PSNR_DB
+    max_relative_error: float = MAX_RELATIVE_ERROR
 
     def add(self, reference: Tensor, other: Tensor) -> None:
         """Count one call's output."""
@@ -74,23 +78,32 @@ class Parity:
         if self.tells_finite:
             return True
         if self.output == "pixels":
-            return self.psnr_db >= MIN_PSNR_DB
-        return self.relative_error <= MAX_RELATIVE_ERROR
+            return self.psnr_db >= self.min_psnr_db
+        return self.relative_error <= self.max_relative_error
 
 
 class _Both:
     """An engine that answers with the reference's outputs and counts the other's beside them."""
 
-    def __init__(self, part: str, reference: Engine, other: Engine) -> None:
+    def __init__(self, part: str, reference: Engine, other: Engine, precision: str) -> None:
         self._part, self._reference, self._other = part, reference, other
+        self._limits = (
+            (MIN_IMAGE_PSNR_DB, MAX_RELATIVE_ERROR_INT8)
+            if precision == "int8"
+            else (MIN_PSNR_DB, MAX_RELATIVE_ERROR)
+        )
         self.outputs: dict[str, Parity] = {}
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         answer = {name: value.clone() for name, value in self._reference.run(inputs).items()}
         for name, found in self._other.run(inputs).items():
-            parity = self.outputs.setdefault(name, Parity(self._part, name))
+            parity = self.outputs.setdefault(name, self._parity(name))
             parity.add(answer[name], found)
         return answer
+
+    def _parity(self, output: str) -> Parity:
+        low, high = self._limits
+        return Parity(self._part, output, min_psnr_db=low, max_relative_error=high)
 
     def weight(self, name: str) -> Tensor:
         return self._reference.weight(name)
@@ -109,7 +122,10 @@ def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Pari
     one, and compare every output met.
     """
     parts = parts_of(reference.facts)
-    engines = {part: _Both(part, reference.engines[part], other.engines[part]) for part in parts}
+    engines = {
+        part: _Both(part, reference.engines[part], other.engines[part], other.precision)
+        for part in parts
+    }
     runner = Runner(dataclasses.replace(reference, engines=engines))
     recipes = [
         runner.default_recipe(seed, prompt, NUM_STEPS) for seed, prompt in enumerate(prompts)
@@ -123,3 +139,22 @@ def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Pari
 
 def _again(recipe: Recipe, image: np.ndarray | None, decoder: str) -> Recipe:
     return dataclasses.replace(recipe, image=image, strength=0.5, decoder=decoder)
+
+
+def image_psnrs_db(reference: Model, other: Model, prompts: Sequence[str]) -> list[float]:
+    """Of whole images of the same prompts and seeds, each build drawing for itself."""
+    drawn = []
+    for model in (reference, other):
+        runner = Runner(model)
+        recipes = [
+            runner.default_recipe(seed, text, NUM_STEPS) for seed, text in enumerate(prompts)
+        ]
+        drawn.append([drawing.pixels for drawing in runner.draw(recipes)])
+    pairs = zip(*drawn, strict=True)
+    return [psnr_db(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 images."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float(10 * np.log10(255.0**2 / error)) if error else float("inf")
