@@ -18,7 +18,7 @@ from typing import IO
 from tests.deploy.built_image import USER, BuiltImage
 from tests.deploy.kuberay import Object
 
-TOOLS = ("bwrap", "nsenter", "setpriv", "nft", "ip")
+TOOLS = ("bwrap", "nsenter", "prlimit", "setpriv", "nft", "ip")
 
 
 class Container:
@@ -47,6 +47,7 @@ class Container:
         command = spec.get("command", image.config["Entrypoint"])
         arguments = spec.get("args", [] if "command" in spec else image.config["Cmd"])
         self._command = [
+            _tool("prlimit"), "--nofile=1048576",  # containerd's
             _tool("nsenter"), f"--net={network}",
             _tool("setpriv"), f"--reuid={USER}", f"--regid={USER}", f"--groups={USER}",
             _tool("bwrap"), "--unshare-user", "--unshare-pid", "--as-pid-1", "--unshare-ipc",
