@@ -32,6 +32,7 @@ class Autoscaling:
     downscale_delay_s: float = 600.0
     look_back_period_s: float = 30.0
     cold_start_s: float = 20.0  # from the decision to the first request served
+    downscaling_factor: float = 1.0  # of the way to what is wanted, in one step
 
 
 class Autoscaler:
@@ -47,7 +48,11 @@ class Autoscaler:
         config = self._config
         self._ongoing.append(num_open)
         average = sum(self._ongoing) / len(self._ongoing)
-        wanted = math.ceil(average / config.target_ongoing_requests)
+        exactly = average / config.target_ongoing_requests
+        wanted = math.ceil(exactly)
+        if wanted < count:
+            wanted = math.ceil(count + config.downscaling_factor * (exactly - count))
+            wanted = min(wanted, count - 1)  # as Ray has it: a step is never none
         wanted = min(max(wanted, config.min_replicas), config.max_replicas)
         direction = (wanted > count) - (wanted < count)
         if direction != self._wanted_for[0]:

@@ -33,6 +33,8 @@ class Scaling(BaseModel):
     upscale_delay_s: float | None = Field(None, ge=0, description="above target, before one starts")
     downscale_delay_s: float | None = Field(None, ge=0, description="below it, before one stops")
     downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="the same for the last")
+    upscaling_factor: float | None = Field(None, gt=0, description="of a step up that is taken")
+    downscaling_factor: float | None = Field(None, gt=0, description="of a step down; Ray's own: 1")
     look_back_period_s: float | None = Field(None, gt=0, description="requests are averaged over")
     # Kubernetes' own default. 0 stops a replica before its successor is ready: with one replica,
     # requests wait while the model loads. Above 0 there must be room (a GPU) for the surplus.

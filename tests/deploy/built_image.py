@@ -126,7 +126,7 @@ def _build(folder: Path, wheels: Path) -> dict[str, Any]:
         _run(["cp", "--archive", _run([*buildah, "mount", image]), folder / "root"])
     finally:
         subprocess.run([*map(str, buildah), "umount", "--all"], capture_output=True)
-        shutil.rmtree(storage)
+        subprocess.run(["rm", "-rf", storage, folder / "buildah-cache"])
     config: dict[str, Any] = described["Docker"]["config"]
     return config
 

@@ -2,7 +2,8 @@
 
 Its root is read-only, its processes and its host name are its own; no capability, no way to gain
 one. What it is told to run is its first process, so that a signal meets what it would in a cluster.
-(Not made: seccomp's profile, and the limits of CPU and memory, which want a cgroup.)
+(Not made: seccomp's profile, the limits of CPU and memory, which want a cgroup, and more open files
+than this machine allows.)
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ def test_ray_takes_every_key_by_its_name() -> None:
         "upscale_delay_s": 1.0,
         "downscale_delay_s": 2.0,
         "downscale_to_zero_delay_s": 3.0,
+        "upscaling_factor": 0.8,
+        "downscaling_factor": 0.3,
         "look_back_period_s": 20.0,
     }
     config = autoscaling_of(given | {"num_gpus": 1, "num_cpus": 2})
