@@ -1,6 +1,6 @@
 """A safety filter that lets everything pass, and an engine call without end where a file says so.
 
-Ray's replicas load it as they would anybody's filter, and with it the engine is one that can hang.
+Ray's replicas make one as they would anybody's filter, and with it the engine is one that can hang.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _run_or_hang(self: OnnxRuntimeEngine, inputs: Mapping[str, Tensor]) -> dict[
     return _run(self, inputs)
 
 
-OnnxRuntimeEngine.run = _run_or_hang  # type: ignore[method-assign]
-
-
 class Filter:
+    def __init__(self) -> None:
+        OnnxRuntimeEngine.run = _run_or_hang  # type: ignore[method-assign]
+
     def check_prompt(self, text: str) -> Verdict:
         return ALLOWED
 
