@@ -227,6 +227,11 @@ def _build(
     overrides = blueprint.overrides
     described = described_in(source, overrides)
     pipeline_class(described)  # a clear error before anything heavy is imported
+    if blueprint.precision == "int8" and quantise is None:
+        raise BundleError(
+            f"{name_of(source)} is not built in 8 bits yet, and is not while it is loaded; "
+            "fourstep build MODEL --precision int8 --out DIR makes a bundle to serve"
+        )
     if scale := target and target.tile_px and latent_scale(source, overrides):
         check_tile(target.tile_px, scale)
     progress(f"loading {name_of(source)}", 0, 5)
@@ -262,8 +267,7 @@ def _build(
         file = partial / f"{window.tokenizer}.json"
         tokenizer_of(pipeline, window.tokenizer).save(str(file))
     quantised = {}
-    if blueprint.precision == "int8":
-        assert quantise is not None, "who builds in 8 bits says how"
+    if quantise and blueprint.precision == "int8":
         for mark in partial.glob("*.done"):  # a killed build exports them anew
             mark.unlink()
         quantised = {"quantised": quantise(partial, facts, progress)}

@@ -17,6 +17,7 @@ from engines.build.bundle import (
     Blueprint,
     Bundle,
     Progress,
+    Quantise,
     ensure_bundle,
     folder_of,
     is_bundle,
@@ -108,8 +109,9 @@ def look(order: Order) -> Sources:
     return sources
 
 
-def prepare(order: Order, progress: Progress) -> Bundle:
-    """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet.
+def prepare(order: Order, progress: Progress, quantise: Quantise | None = None) -> Bundle:
+    """The bundle of a folder, shipped name, hub id or bundle, built where it is not yet, with
+    ``quantise`` in 8 bits too.
 
     With a TensorRT backend it holds plans for this machine's GPU.
     """
@@ -117,10 +119,8 @@ def prepare(order: Order, progress: Progress) -> Bundle:
     check_precision(choice.backend, order.precision)
     folder = sources.model
     if not is_bundle(folder):
-        from engines.drawing.calibrating import quantise_parts
-
         blueprint = _blueprint(order, choice, sources)
-        return ensure_bundle(blueprint, order.cache_dir, progress, quantise_parts)
+        return ensure_bundle(blueprint, order.cache_dir, progress, quantise)
     bundle = open_bundle(folder)
     check_tile(order.vae_tiling_px, bundle.facts.vae_scale_factor)
     if sources.overrides != NO_OVERRIDES:

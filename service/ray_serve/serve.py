@@ -130,12 +130,13 @@ def _prepare_model(settings: Settings) -> None:
     replica.
     """
     from engines.backends.choice import choose_backend
+    from engines.drawing.calibrating import quantise_parts
     from engines.drawing.model import look, prepare
 
     backend = choose_backend(settings.engine, device=settings.device).backend
     if backend != "torch" and not settings.serve_meanwhile:
         try:
-            prepare(settings.order, show_progress)
+            prepare(settings.order, show_progress, quantise_parts)
         except BuildError as error:
             if settings.engine != "auto":
                 raise

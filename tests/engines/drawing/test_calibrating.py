@@ -89,3 +89,9 @@ def test_other_backends_refuse_it(order: Order, backend: str) -> None:
     wanted = dataclasses.replace(order, backend=backend, precision="int8")
     with pytest.raises(BackendUnavailable, match="engine"):
         Runner.open(wanted)
+
+
+def test_loading_alone_does_not_calibrate(order: Order, tmp_path: Path) -> None:
+    wanted = dataclasses.replace(order, precision="int8", cache_dir=tmp_path)
+    with pytest.raises(BundleError, match="fourstep build MODEL --precision int8"):
+        Runner.open(wanted)
