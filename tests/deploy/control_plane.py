@@ -221,7 +221,8 @@ class ControlPlane:
                 (group,) = self.ray_cluster["spec"]["workerGroupSpecs"]
                 leaving = group.get("scaleStrategy", {}).get("workersToDelete", [])
                 wanted = max(group["replicas"], group["minReplicas"])
-            for name in leaving:
+            ended = [pod.name for pod in self.workers if pod.containers[0].code is not None]
+            for name in (*leaving, *ended):
                 self.delete(name)
             for _ in range(wanted - len(self.workers)):
                 self.add_worker(group)
