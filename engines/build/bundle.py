@@ -111,7 +111,6 @@ class Blueprint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-@functools.cache
 def _toolchain() -> str:
     """Of all code that makes the graphs, as 16 hex digits: an edit there makes other bundles."""
     here = Path(__file__).parents[1]

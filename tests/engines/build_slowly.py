@@ -17,7 +17,7 @@ from engines.families.part import Part
 
 
 def main(checkpoint: str, cache: str, delay_s: str) -> None:
-    def export_onnx(part: Part, path: Path) -> None:
+    def export_onnx(part: Part, path: Path, graphs: Path | None) -> None:
         path.write_bytes(b"half")
         print(part.name, flush=True)
         time.sleep(float(delay_s))

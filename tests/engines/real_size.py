@@ -9,10 +9,12 @@ from engines.build.source import ARCHITECTURES
 from tests.engines.checkpoints import SCHEDULE, make_t5_tokenizer, make_tokenizer
 
 # Of the published denoisers, to 0.1 %: LCM Dreamshaper v7 with its guidance embedding, SDXL base
-# 1.0, PixArt-XL-2-1024-MS.
+# 1.0, PixArt-XL-2-1024-MS; of Stable Diffusion 1.5 and AnimateLCM's motion modules (1.67 GB of
+# floats) the sum of both.
 SD15_LCM_PARAMETERS = 859_600_000
 SDXL_PARAMETERS = 2_567_000_000
 PIXART_PARAMETERS = 611_300_000
+ANIMATELCM_PARAMETERS = 859_500_000 + 417_100_000
 
 
 def make_sd15_lcm(folder: Path) -> None:
@@ -115,3 +117,36 @@ def make_pixart(folder: Path) -> None:
         vae=AutoencoderKL.from_config(AutoencoderKL.load_config(base / "vae")),
         scheduler=LCMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     ).save_pretrained(folder)  # fmt: skip
+
+
+def make_animatelcm(folder: Path) -> None:
+    """Write a random checkpoint of Stable Diffusion 1.5 with motion modules shaped as AnimateLCM's
+    (up to 32 frames, none in the middle), in fp16.
+    """
+    import torch
+    from diffusers import (
+        AnimateDiffPipeline,
+        AutoencoderKL,
+        LCMScheduler,
+        MotionAdapter,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    tokenizer = make_tokenizer(folder.with_name(f"{folder.name}-vocabulary"), 77)
+    base = ARCHITECTURES / "stable-diffusion-v1-5"
+    values = json.loads((base / "text_encoder" / "config.json").read_text())
+    config = CLIPTextConfig.from_dict(values | {"eos_token_id": tokenizer.eos_token_id})
+    pipeline = AnimateDiffPipeline(
+        vae=AutoencoderKL.from_config(AutoencoderKL.load_config(base / "vae")),
+        text_encoder=CLIPTextModel(config), tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet")),
+        motion_adapter=MotionAdapter(use_motion_mid_block=False),
+        scheduler=LCMScheduler(**SCHEDULE | {"beta_schedule": "linear"}),
+    )  # fmt: skip
+    count = sum(weight.numel() for weight in pipeline.unet.parameters())
+    assert abs(count - ANIMATELCM_PARAMETERS) < 1e-3 * ANIMATELCM_PARAMETERS, count
+    pipeline.register_modules(motion_adapter=None)  # its UNet has the modules
+    pipeline.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 By hand, with the figures as a Markdown table on stdout:
 
-    python -m tests.engines.test_real_size sd15-lcm|sdxl|pixart [FOLDER]
+    python -m tests.engines.test_real_size sd15-lcm|sdxl|pixart|animatelcm [FOLDER]
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Architecture:
     precisions: Sequence[str]  # of bundles for ONNX Runtime
     draw: Sequence[str]  # options of `fourstep generate`
     drawn_from: str  # the folder of a bundle, or of the checkpoint itself
-    plans: Sequence[str]  # options of `fourstep build`
+    plans: Sequence[str] | None  # options of `fourstep build`; None: there are none
     max_peak_gb: float
     denoiser: str = "unet"  # of the pipeline
+    image: str = "image.png"
 
 
 ARCHITECTURES = {
@@ -67,6 +68,27 @@ ARCHITECTURES = {
         plans=("--max-batch", "1"),
         max_peak_gb=12.0,
         denoiser="transformer",
+    ),
+    "animatelcm": Architecture(
+        maker="make_animatelcm",
+        size="512x512",
+        precisions=("fp16",),
+        draw=(
+            "--engine",
+            "torch",
+            "--precision",
+            "bf16",
+            "--steps",
+            "1",
+            "--num-frames",
+            "4",
+            "--guidance",
+            "1",
+        ),
+        drawn_from="animatelcm-random",
+        plans=None,
+        max_peak_gb=16.0,
+        image="image.webp",
     ),
 }
 
@@ -99,12 +121,13 @@ def measure(stage: str, command: list[str], made: Path) -> Measured:
 def run_all(name: str, folder: Path) -> list[Measured]:
     """Every stage in a process of its own: checkpoint, bundles, plans, image."""
     wanted = ARCHITECTURES[name]
-    source, plans, image = folder / f"{name}-random", folder / "plans", folder / "image.png"
+    source, plans, image = folder / f"{name}-random", folder / "plans", folder / wanted.image
     make = [sys.executable, "-m", "tests.engines.test_real_size", "--make", name, str(source)]
     results = [measure("make the checkpoint (fp16)", make, source)]
     builds = [(folder / precision, ["--precision", precision]) for precision in wanted.precisions]
     options = ["--precision", "fp16", "--engine", "tensorrt-rtx", "--size", wanted.size]
-    builds.append((plans, [*options, *wanted.plans, "--compute-capability", "89"]))
+    if wanted.plans is not None:
+        builds.append((plans, [*options, *wanted.plans, "--compute-capability", "89"]))
     for out, options in builds:
         stage = f"`fourstep build {' '.join(options)}`"
         build = [FOURSTEP, "build", str(source), *options, "--out", str(out)]
@@ -142,11 +165,12 @@ def test_real_size(name: str, tmp_path: Path) -> None:
     print(as_table(results))
     assert all(result.peak_gb < wanted.max_peak_gb for result in results)
     weights = weights_of(tmp_path / f"{name}-random", wanted.denoiser)
-    for bundle in (*wanted.precisions, "plans"):
+    plans = [] if wanted.plans is None else ["plans"]
+    for bundle in (*wanted.precisions, *plans):
         graph = onnx.load(tmp_path / bundle / "denoiser.onnx", load_external_data=False).graph
         assert weights <= {weight.name for weight in graph.initializer}, bundle
-    assert len(list((tmp_path / "plans").glob("*.plan"))) == 4
-    with Image.open(tmp_path / "image.png") as image:
+    assert len(list((tmp_path / "plans").glob("*.plan"))) == 4 * len(plans)
+    with Image.open(tmp_path / wanted.image) as image:
         assert f"{image.width}x{image.height}" == wanted.size
         assert any(low != high for low, high in image.getextrema())
     shutil.rmtree(tmp_path)

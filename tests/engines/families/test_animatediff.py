@@ -230,12 +230,14 @@ def test_refused(change: dict[str, Any], message: str, runner: Runner) -> None:
     assert refused.value.field == next(iter(change))
 
 
-def test_pictures_have_no_frames(runners: dict[tuple[str, str], Runner]) -> None:
-    info = runners["tiny-sd", "torch"].info
+def test_pictures_have_no_frames(checkpoints: Path, cache_dir: Path) -> None:
+    pictures = open_runner(checkpoints / "tiny-sd", "torch", cache_dir)
+    info = pictures.info
     assert (info.default_num_frames, info.max_num_frames, info.frames_per_second) == (1, 1, 0)
     message = "num_frames is 2; tiny-sd draws pictures, leave it out"
     with pytest.raises(InvalidInput, match=message):
-        runners["tiny-sd", "torch"].start(recipe(num_frames=2))
+        pictures.start(recipe(num_frames=2))
+    pictures.close()
 
 
 @pytest.mark.parametrize("ending", ["webp", "gif"])
