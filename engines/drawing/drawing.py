@@ -42,9 +42,8 @@ class Drawing:
     tables: Mapping[str, np.ndarray]  # float32 [num_steps, ...]: the denoiser's, a line a step
     conditioning: dict[str, Lanewise]  # the denoiser's too; what texts say, by encode_text
     text_encoded: bool = False
-    latents: Tensor | None = (
-        None  # float32 [C, h, w], of a clip [C, F, h, w], by start or encode_image
-    )
+    # float32 [C, h, w], of a clip [C, F, h, w], by start or encode_image
+    latents: Tensor | None = None
     denoised: Tensor | None = None  # as `latents`, by denoise: the current guess
     kept: Kept | None = None  # by encode_image, where there is a mask that the UNet does not see
     step_index: int = 0  # by denoise
