@@ -13,7 +13,7 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/fourstep serve $(ARGS)
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check .

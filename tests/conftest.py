@@ -22,9 +22,37 @@ if TYPE_CHECKING:
     from tests.replicas import ReplicaProcess
 
 
+LONGEST = (  # by the seconds that they took, 2026-11-27
+    "test_serve.py",
+    "test_on_ray.py",
+    "test_parity.py",
+    "test_meanwhile.py",
+    "test_chaos.py",
+    "test_commands.py",
+    "test_gpu_command.py",
+    "test_embeddings.py",
+    "test_animatediff.py",
+    "test_stable_diffusion_xl.py",
+    "test_shipped.py",
+    "test_plan.py",
+    "test_long_prompts.py",
+    "test_older_bundles.py",
+    "test_model_cache.py",
+    "test_agreement.py",
+    "test_kernels.py",
+    "test_bundle.py",
+    "test_pixart.py",
+)
+
+
 def pytest_configure() -> None:
     """Tests see in `/metrics` what they have just done, those of processes that they start too."""
     os.environ["FOURSTEP_METRICS_MAX_AGE_S"] = "0"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: one that is left to the end would be run by one worker alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 99)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -58,6 +86,16 @@ def cache_dir(shared: Path) -> Path:
     """Where the run's bundles are built, once."""
     folder = shared / "cache"
     folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def fresh_cache(cache_dir: Path, tmp_path: Path) -> Path:
+    """A cache without bundles; graphs are the run's, so that a build takes no export."""
+    folder, graphs = tmp_path / "cache", cache_dir / "graphs"
+    folder.mkdir()
+    graphs.mkdir(exist_ok=True)
+    (folder / "graphs").symlink_to(graphs)
     return folder
 
 

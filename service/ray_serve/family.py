@@ -25,15 +25,18 @@ class RayLost(ServeError):
 
 
 class Family:
-    """All descendants of this process, those too whose parents have died since they were seen."""
+    """All descendants of this process, those too whose parents have died since they were seen; and
+    each HAProxy with a configuration in ``folder``, whoever has started it and died.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
         self._seen: dict[int, psutil.Process] = {}
         self._vital: dict[str, psutil.Process] = {}  # by Ray's name for it
 
     def remember(self) -> None:
         """See who is there; to be called once Ray runs, and now and then."""
-        found = psutil.Process().children(recursive=True)
+        found = [*psutil.Process().children(recursive=True), *self._proxies()]
         self._seen |= {process.pid: process for process in found}
         for process in found if not self._vital else ():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -54,6 +57,7 @@ class Family:
         self.remember()
         for process in self._named(*KEEPERS):  # killed, a raylet would end HAProxy with them
             process.suspend()
+        self.remember()  # what they had started meanwhile
         proxies = list(self._named("haproxy"))
         for process in proxies:
             process.send_signal(signal.SIGUSR1)
@@ -73,6 +77,12 @@ class Family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     send(process)
             _, processes = psutil.wait_procs(processes, timeout=EXIT_WAIT_S / 3)
+
+    def _proxies(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "haproxy" and self._folder in " ".join(process.cmdline()):
+                    yield process
 
     def _named(self, *beginnings: str) -> Iterator[psutil.Process]:
         for process in list(self._seen.values()):

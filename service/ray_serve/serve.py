@@ -67,7 +67,7 @@ def serve_here(
             machine = Machine.here()
             config = place(config, machine)
             _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
-            return _run(config, host, port, probe_port, machine.num_gpus)
+            return _run(config, host, port, probe_port, machine.num_gpus, folder)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
             if not isinstance(error, RayLost):
@@ -154,7 +154,9 @@ def _on_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: int) -> int:
+def _run(
+    config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: int, folder: str
+) -> int:
     if not haproxy_available():
         typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
     import ray
@@ -162,7 +164,7 @@ def _run(config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: i
 
     typer.echo("Starting Ray Serve ...")
     num_replicas = sum(app.max_replicas for app in config.applications)
-    serving, output, family, lost = False, Output(), Family(), False
+    serving, output, family, lost = False, Output(), Family(folder), False
     drain_s = sum(app.settings.drain_s for app in config.applications)
     try:
         _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus, output)

@@ -175,6 +175,7 @@ def test_a_whole_bundle_is_opened_without_the_lock(
 ) -> None:
     """Else pods that start together would hash gigabytes one after the other; each does it once."""
     blueprint = Blueprint(checkpoints / "tiny-lcm")
+    subprocess.check_call(_builder(checkpoints / "tiny-lcm", tmp_path, 0))
     built = ensure_bundle(blueprint, tmp_path, _no_progress)
     monkeypatch.delattr("engines.build.bundle.FileLock")
     hashed: Counter[str] = Counter()

@@ -20,12 +20,12 @@ BUILD_S = 600.0  # a build of the tiny model takes seconds, on a machine that is
 
 
 @pytest.fixture
-def order(checkpoints: Path, tmp_path: Path) -> Order:
+def order(checkpoints: Path, fresh_cache: Path) -> Order:
     """Of ONNX Runtime, with nothing built yet."""
     return Order(
         str(checkpoints / "tiny-lcm"),
         backend="onnxruntime",
-        cache_dir=tmp_path / "cache",
+        cache_dir=fresh_cache,
         num_threads=1,
         serve_meanwhile=True,
     )
