@@ -73,9 +73,10 @@ def test_the_building_process_gets_the_order_whole(order: Order) -> None:
     assert _load(_dump(full)) == full
 
 
-def test_a_build_that_fails_leaves_torch(order: Order) -> None:
-    order.cache_dir.write_text("a file, where a folder should be")
-    runner = Runner.open(order)
+def test_a_build_that_fails_leaves_torch(order: Order, tmp_path: Path) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.write_text("a file, where a folder should be")
+    runner = Runner.open(dataclasses.replace(order, cache_dir=no_folder))
     assert runner._build is not None
     assert runner._build.join(BUILD_S)
     draw_together(runner, [recipe()])
