@@ -251,6 +251,7 @@ def _build(
         check_target(target, facts)
     parts = family_named(facts.family).parts(pipeline, facts)
     fuse(parts, blueprint.loras, facts.name)
+    own = None if graphs is None else graphs / _toolchain()
     num_pieces = len(parts) * (2 if target else 1) + 1
     for index, part in enumerate(parts):
         progress(f"exporting {part.name}", index, num_pieces)
@@ -258,7 +259,6 @@ def _build(
         if not done.exists():
             for half_written in partial.glob(f"{part.name}.onnx*"):
                 half_written.unlink()
-            own = None if graphs is None else graphs / _toolchain()
             export_onnx(part, partial / f"{part.name}.onnx", own)
             done.touch()
     plans = _compile(parts, facts, target, partial, progress) if target else None

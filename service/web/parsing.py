@@ -33,6 +33,7 @@ from service.web.schema import (
 
 P = TypeVar("P", bound=DrawParams)
 T = TypeVar("T", bound=ImageParams)
+F = TypeVar("F", bound=str)
 
 JSON = "application/json"
 FILES = {"image": "image", "image[]": "image", "mask": "mask"}  # part of a form → what it is
@@ -339,6 +340,26 @@ def plain(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
+def accepted_format(accept: str, asked: str | None, formats: Mapping[str, F]) -> F | None:
+    """The first format that ``Accept`` lists of ``formats``, by media type; None where it lists
+    none, or JSON. ``asked`` is what the body asks for, None: nothing.
+
+    Raises:
+        BadRequest: another format is asked for in the body.
+    """
+    media_types = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    if "application/json" in media_types:
+        return None
+    wanted = next((formats[media] for media in media_types if media in formats), None)
+    if None not in (wanted, asked) and asked != wanted:
+        raise BadRequest(
+            f"output_format is {asked!r} but the Accept header asks for {wanted!r}; "
+            "send one of them",
+            param="output_format",
+        )
+    return wanted
+
+
 def with_accepted_format(accept: str, params: T) -> tuple[T, bool]:
     """The parameters in the image format that ``Accept`` asks for, if any, and whether one does:
     the answer is a bare image then, and else JSON.
@@ -350,21 +371,13 @@ def with_accepted_format(accept: str, params: T) -> tuple[T, bool]:
         BadRequest: a raw body cannot carry several images, a URL or a stream, or two formats are
             asked.
     """
-    media_types = [part.split(";")[0].strip().lower() for part in accept.split(",")]
-    if "application/json" in media_types:
-        return params, False
     formats: dict[str, OutputFormat] = {
         "image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp",
     }  # fmt: skip
-    wanted = next((formats[media] for media in media_types if media in formats), None)
+    asked = params.output_format if "output_format" in params.model_fields_set else None
+    wanted = accepted_format(accept, asked, formats)
     if wanted is None:
         return params, False
-    if "output_format" in params.model_fields_set and params.output_format != wanted:
-        raise BadRequest(
-            f"output_format is {params.output_format!r} but the Accept header asks for {wanted!r}; "
-            "send one of them",
-            param="output_format",
-        )
     if params.response_format == "url":
         raise BadRequest(
             f"response_format is 'url', but a raw image body ({accept}) is the image itself; ask "

@@ -10,6 +10,7 @@ from service.errors import BadRequest
 from service.settings import Settings
 from service.web.parsing import (
     JSON,
+    accepted_format,
     bad_request,
     check_charset,
     check_plain,
@@ -85,17 +86,9 @@ def accepted_clip(accept: str, params: VideoParams) -> tuple[VideoParams, bool]:
     Raises:
         BadRequest: another format is asked for in the body.
     """
-    media_types = [part.split(";")[0].strip().lower() for part in accept.split(",")]
-    if JSON in media_types:
-        return params, False
     formats: dict[str, ClipFormat] = {media: name for name, media in CLIP_MEDIA_TYPES.items()}
-    wanted = next((formats[media] for media in media_types if media in formats), None)
+    asked = params.output_format if "output_format" in params.model_fields_set else None
+    wanted = accepted_format(accept, asked, formats)
     if wanted is None:
         return params, False
-    if "output_format" in params.model_fields_set and params.output_format != wanted:
-        raise BadRequest(
-            f"output_format is {params.output_format!r} but the Accept header asks for {wanted!r}; "
-            "send one of them",
-            param="output_format",
-        )
     return params.model_copy(update={"output_format": wanted}), True
