@@ -1,17 +1,22 @@
-"""`decoders`: images a second through HTTP by each of a model's decoders, and what they are worth.
+"""`decoders`: images a second through HTTP by each decoder, in fp32 and in 8 bits, and their worth.
 
-Both decode for one service in turns, so that they find the same machine. The demo's checker reads
-what each drew of the same prompts and seeds; of other models it can say nothing.
+All draw in turns in one `fourstep serve`, an application for each precision, so that they find the
+same machine. The demo's checker reads what each drew of the same prompts and seeds; of other models
+it can say nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import math
 import statistics
 import urllib.request
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -26,25 +31,42 @@ from engines.distill.world import ATTRIBUTES
 from engines.facts import DECODERS
 from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
-from loadtests.capacity import started_or_named
-from loadtests.client import PATH, AllowHostOption, Client, UrlOption, require_answers
+from loadtests import serving
+from loadtests.client import PATH, AllowHostOption, Client, UrlOption, check_url, require_answers
 from loadtests.report import RESULTS, OutOption, Report
 from loadtests.traffic import Profile
 
 TIMEOUT_S = 120.0
 NUM_ASKING = 8  # at a time, of the pictures that are read
+PRECISIONS = ("fp32", "int8")
+START_TIMEOUT_S = 600.0  # with an export and a calibration, on a machine that is in use
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A decoder of a service; ``precision`` is empty for one that was not started here."""
+
+    precision: str
+    decoder: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision} {self.decoder}".strip()
 
 
 @dataclasses.dataclass
 class Point:
-    """One number of steps: images a second by decoder, a value for each round."""
+    """One number of steps: images a second by way, a value for each round."""
 
     num_steps: int
     rates: dict[str, list[float]]
 
-    def ratio(self, decoder: str, to: str) -> float:
-        pairs = zip(self.rates[decoder], self.rates[to], strict=True)
+    def ratio(self, way: str, to: str) -> float:
+        pairs = zip(self.rates[way], self.rates[to], strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+Right = dict[str, list[float]]  # by way: the share of each picture's attributes that are right
 
 
 def decoders(
@@ -52,33 +74,57 @@ def decoders(
     allow_host: AllowHostOption = None,
     model: Annotated[str, typer.Option(help="Of the service started here.")] = "demo-lcm",
     decoder: Annotated[list[str] | None, typer.Option(help="full, tiny. Repeat.")] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the service started here: fp32, int8. Repeat; default: both."),
+    ] = None,
     steps: Annotated[list[int] | None, typer.Option(min=1, max=50, help="Repeat.")] = None,
     size_px: Annotated[int, typer.Option(min=64, max=2048, help="Side of the images.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, max=50, help="Alternations.")] = 4,
-    count: Annotated[int, typer.Option(min=4, max=5000, help="Images of a round's turn.")] = 256,
-    clients: Annotated[int, typer.Option(min=1, max=64, help="In a closed loop.")] = 32,
+    count: Annotated[int, typer.Option(min=4, max=5000, help="Images of a round's turn.")] = 96,
+    clients: Annotated[int, typer.Option(min=1, max=64, help="In a closed loop.")] = 16,
     num_prompts: Annotated[
         int, typer.Option(min=0, max=2048, help="Pictures for the demo's checker to read.")
-    ] = 96,
+    ] = 256,
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
     out: OutOption = RESULTS,
 ) -> None:
-    """Images/s at saturation by the full and the tiny decoder, and the checker's accuracy."""
-    chosen = tuple(decoder or DECODERS)
-    points = [Point(each, {name: [] for name in chosen}) for each in steps or (1, 2, 4)]
-    read_right: list[tuple[int, dict[str, float]]] = []
-    with started_or_named(url, allow_host, model, cache_dir) as base:
+    """Images/s at saturation by decoder and precision, and the checker's accuracy."""
+    points = [Point(each, {}) for each in steps or (1, 2, 4)]
+    read_right: dict[int, Right] = {}
+    with _served(url, allow_host, model, precision or list(PRECISIONS), cache_dir) as bases:
+        ways = [Way(kind, each) for kind in bases for each in decoder or DECODERS]
         for index in tqdm(range(rounds), desc="decoders in turns", unit="round"):
             for point in points:
-                for name in chosen[:: 1 if index % 2 else -1]:
+                for way in ways[:: 1 if index % 2 else -1]:
                     profile = Profile("decoders", (point.num_steps,), (size_px,))
-                    point.rates[name].append(_rate(base, profile, name, count, clients, index))
+                    rate = _rate(bases[way.precision], profile, way.decoder, count, clients, index)
+                    point.rates.setdefault(way.name, []).append(rate)
         if num_prompts:
             exam = Exam.of(num_prompts)
-            for point in points:
-                right = {name: _accuracy(base, exam, name, point.num_steps) for name in chosen}
-                read_right.append((point.num_steps, right))
-    _write(points, chosen, read_right, size_px, clients, num_prompts).write(out)
+            read_right = {
+                point.num_steps: {
+                    way.name: _right(bases[way.precision], exam, way.decoder, point.num_steps)
+                    for way in ways
+                }
+                for point in points
+            }
+    names = [way.name for way in ways]
+    _write(points, names, read_right, size_px, clients, num_prompts).write(out)
+
+
+@contextlib.contextmanager
+def _served(
+    url: str, hosts: list[str] | None, model: str, precisions: list[str], cache_dir: Path
+) -> Iterator[Mapping[str, str]]:
+    """Base URLs by precision: of a named service, or of those that run here meanwhile."""
+    if url:
+        yield {"": check_url(url, hosts or ())}
+        return
+    common = {"model": model, "engine": "onnxruntime", "cache_dir": str(cache_dir)}
+    args = {each: common | {"precision": each} for each in precisions}
+    with serving.several(args, START_TIMEOUT_S) as services:
+        yield {name: service.url for name, service in services.items()}
 
 
 def _rate(url: str, profile: Profile, decoder: str, count: int, clients: int, seed: int) -> float:
@@ -90,8 +136,8 @@ def _rate(url: str, profile: Profile, decoder: str, count: int, clients: int, se
     return count / (done_s[count + clients - 1] - done_s[clients - 1])
 
 
-def _accuracy(url: str, exam: Exam, decoder: str, num_steps: int) -> float:
-    """Share of attributes that the checker reads right, from 0 to 1."""
+def _right(url: str, exam: Exam, decoder: str, num_steps: int) -> list[float]:
+    """Of each picture the share of attributes that the checker reads right, from 0 to 1."""
 
     def right(index: int) -> float:
         scene = exam.scenes[index]
@@ -107,24 +153,27 @@ def _accuracy(url: str, exam: Exam, decoder: str, num_steps: int) -> float:
         return statistics.fmean(reading.agrees(scene, name) for name in ATTRIBUTES)
 
     with ThreadPoolExecutor(NUM_ASKING) as pool:
-        return statistics.fmean(pool.map(right, range(len(exam.scenes))))
+        return list(pool.map(right, range(len(exam.scenes))))
 
 
 def _write(
-    points: list[Point], chosen: tuple[str, ...], read_right: list[tuple[int, dict[str, float]]],
-    size_px: int, clients: int, num_prompts: int,
+    points: list[Point], names: list[str], read_right: dict[int, Right], size_px: int,
+    clients: int, num_prompts: int,
 ) -> Report:  # fmt: skip
-    report = Report("decoders", "Images by the full and the tiny decoder, through HTTP")
+    report = Report("decoders", "Images by decoder and precision, through HTTP")
     report.data["points"] = [dataclasses.asdict(point) for point in points]
-    report.data["accuracy"] = dict(read_right)
-    first, *others = chosen
-    header = ["steps", *(f"{name}, images/s" for name in chosen), *(f"{n}/{first}" for n in others)]
+    report.data["accuracy"] = {
+        steps: {name: statistics.fmean(shares) for name, shares in right.items()}
+        for steps, right in read_right.items()
+    }
+    first, *others = names
+    header = ["steps", *(f"{name}, images/s" for name in names), *(f"{n}/{first}" for n in others)]
     report.table(
         header,
         [
             [
                 point.num_steps,
-                *(f"{statistics.median(point.rates[name]):.1f}" for name in chosen),
+                *(f"{statistics.median(point.rates[name]):.1f}" for name in names),
                 *(f"{point.ratio(name, first):.2f}×" for name in others),
             ]
             for point in points
@@ -135,10 +184,28 @@ def _write(
         "within a round."
     )
     if read_right:
-        header = ["steps", *(f"{name}, attributes read right, %" for name in chosen)]
-        rows = [
-            [steps, *(f"{100 * right[name]:.1f}" for name in chosen)] for steps, right in read_right
-        ]
-        report.table(header, rows)
-        report.text(f"The same {num_prompts} prompts and seeds, read by the demo's checker.")
+        header = ["steps", f"{first}, attributes read right, %"]
+        header += [f"{name}, and points more" for name in others]
+        report.table(
+            header,
+            [
+                [steps, _percent(right[first]), *(_beside(right, n, first) for n in others)]
+                for steps, right in read_right.items()
+            ],
+        )
+        report.text(
+            f"The same {num_prompts} prompts and seeds, read by the demo's checker; differences "
+            "with their standard error over the pictures."
+        )
     return report
+
+
+def _percent(shares: list[float]) -> str:
+    return f"{100 * statistics.fmean(shares):.1f}"
+
+
+def _beside(right: Right, name: str, first: str) -> str:
+    """`94.2, -1.1 ± 0.4`."""
+    more = [100 * (a - b) for a, b in zip(right[name], right[first], strict=True)]
+    error = statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else math.nan
+    return f"{_percent(right[name])}, {statistics.fmean(more):+.1f} ± {error:.1f}"

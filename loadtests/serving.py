@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -18,10 +19,12 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from service.ray_serve.environment import free_port, haproxy_available
+from service.ray_serve.serve_config import IMPORT_PATH
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 240.0
@@ -124,6 +127,52 @@ def fourstep(
         yield dataclasses.replace(service, probes=probes)
 
 
+@contextlib.contextmanager
+def several(
+    applications: Mapping[str, Mapping[str, Any]], timeout_s: float = START_TIMEOUT_S
+) -> Iterator[dict[str, Service]]:
+    """Applications of one `fourstep serve --config`, by name, each under a path of its name; their
+    settings are given.
+    """
+    port, probe_port = free_port(), free_port()
+    config = {
+        "applications": [
+            {"name": name, "route_prefix": f"/{name}", "import_path": IMPORT_PATH, "args": dict(a)}
+            for name, a in applications.items()
+        ]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "serve.yaml"
+        file.write_text(json.dumps(config))  # which YAML takes
+        command = [sys.executable, "-m", "service.cli", "serve", "--config", str(file)]
+        command += ["--port", str(port), "--probe-port", str(probe_port)]
+        first, *others = applications
+        with running(command, port, f"/{first}/readyz", timeout_s=timeout_s) as service:
+            for name in others:
+                _await(f"{service.url}/{name}/readyz", timeout_s)
+            yield {
+                name: dataclasses.replace(service, url=f"{service.url}/{name}")
+                for name in applications
+            }
+
+
+def _await(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not _answers(url):
+        if time.monotonic() > deadline:
+            raise StartFailed(f"{url} does not answer within {timeout_s:.0f} s")
+        time.sleep(0.25)
+
+
+def _answers(url: str) -> bool:
+    with (
+        contextlib.suppress(urllib.error.URLError, OSError),
+        urllib.request.urlopen(url, timeout=5) as answer,
+    ):
+        return bool(answer.status == 200)
+    return False
+
+
 def _path() -> str:
     """This tree, then whatever Python was told of packages."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -134,12 +183,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, output: object, timeout_s:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise StartFailed(f"the application ended before it served: {_tail(output)}")
-        with (
-            contextlib.suppress(urllib.error.URLError, OSError),
-            urllib.request.urlopen(url, timeout=5) as answer,
-        ):
-            if answer.status == 200:
-                return
+        if _answers(url):
+            return
         time.sleep(0.25)
     raise StartFailed(f"the application does not answer within {timeout_s:.0f} s: {_tail(output)}")
 

@@ -35,6 +35,7 @@ STAGES = {
     "lcm": "the student: 1 to 8 steps, the guidance embedded",
     "decoder": "the decoder again: sharper pictures from the same latents",
     "tiny-vae": "a tiny autoencoder of the same latents: pictures sooner",
+    "tiny-decoder": "the tiny decoder again: on what the student draws",
     "lcm-lora": "the same acceleration as a LoRA on the teacher",
     "striped": "a style LoRA: light and dark stripes",
     "checkered": "a style LoRA: a chequered background",

@@ -54,7 +54,9 @@ def publish(work: Path, out: Path) -> list[str]:
             _replace(work / name, out / f"demo-{name}")
             written.append(f"demo-{name}")
     if (work / "tiny-vae").exists():
-        tiny = AutoencoderTiny.from_pretrained(work / "tiny-vae", torch_dtype=torch.float16)
+        sharp = work / "tiny-vae-sharp"
+        trained = sharp if sharp.exists() else work / "tiny-vae"
+        tiny = AutoencoderTiny.from_pretrained(trained, torch_dtype=torch.float16)
         written.append(_save(tiny, out / "demo-tiny-vae"))
     if (work / "critic").exists():
         _replace(work / "critic", out / "critic")

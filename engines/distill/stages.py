@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from engines.distill import base, critic, lcm, lora, text, tiny_vae, vae
+from engines.distill import base, critic, lcm, lora, text, tiny_decoder, tiny_vae, vae
 from engines.distill.base import LatentData
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import Course, Place, TrainingError
@@ -96,6 +96,17 @@ def _tiny_vae(course: Course, place: Place) -> None:
     _write(tiny_vae.train_tiny_vae(course, place, build_tokenizer(), sharp), place, "tiny-vae")
 
 
+def _tiny_decoder(course: Course, place: Place) -> None:
+    parts = {
+        "encoder": _load(CLIPTextModel, place, "text"),
+        "student": _load(UNet2DConditionModel, place, "unet-lcm"),
+        "vae": _load(AutoencoderKL, place, "vae-sharp"),
+        "tiny": _load(AutoencoderTiny, place, "tiny-vae"),
+    }
+    tiny = tiny_decoder.train_tiny_decoder(course, place, build_tokenizer(), **parts)
+    _write(tiny, place, "tiny-vae-sharp")
+
+
 def _student_parts(place: Place, style: str = "plain") -> dict[str, Any]:
     return {
         "data": _data(place, style),
@@ -139,6 +150,7 @@ STAGES: dict[str, Stage] = {
     "lcm": Stage(lcm.COURSE, "unet-lcm", _lcm),
     "decoder": Stage(vae.DECODER_COURSE, "vae-sharp", _decoder),
     "tiny-vae": Stage(tiny_vae.COURSE, "tiny-vae", _tiny_vae),
+    "tiny-decoder": Stage(tiny_decoder.COURSE, "tiny-vae-sharp", _tiny_decoder),
     "lcm-lora": Stage(lcm.LORA_COURSE, "lcm-lora", _lcm_lora),
     **{look: Stage(lora.STYLE_COURSE, f"{look}-lora", _style(look)) for look in LOOKS},
     "critic": Stage(critic.COURSE, "critic", _critic),
