@@ -12,7 +12,7 @@ import typer
 
 from engines.distill.cli import app as distill
 from engines.errors import BundleError, EngineError
-from engines.facts import DECODERS, MAX_CHUNKS, Defaults
+from engines.facts import DECODERS, EIGHT_BITS, MAX_CHUNKS, Defaults
 from engines.options import (
     ArchitectureOption,
     CacheOption,
@@ -63,7 +63,8 @@ def build(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, or int8 for onnxruntime: convolutions in 8 bits.")
+        str,
+        typer.Option(help="fp32, fp16, bf16, or convolutions in 8 bits: int8, fp8 (plans alone)."),
     ] = "fp32",
     engine: Annotated[
         str, typer.Option(help="onnxruntime; tensorrt or tensorrt-rtx compile plans too.")
@@ -161,7 +162,7 @@ def build(
 
 def _build_in_8_bits(order: Order) -> None:
     """Where it is wanted and not there yet: it draws, which loading does not."""
-    if order.precision == "int8":
+    if order.precision in EIGHT_BITS:
         from engines.drawing.calibrating import quantise_parts
         from engines.drawing.model import prepare
 
@@ -188,9 +189,9 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
     for what, entry in manifest.get("beside", {}).items():  # absent in older manifests
         lines[what] = f"{entry['name']} ({entry['sha256'][:16]})"
     for part, found in manifest.get("quantised", {}).items():
-        lines[f"  {part}"] = (
-            f"{found['num_convolutions']} convolutions in 8 bits, images at {found['psnr_db']} dB "
-            "of fp32's at least"
+        lines[f"  {part} in 8 bits"] = (
+            f"{found['num_convolutions']} convolutions, images at {found['psnr_db']} dB of those "
+            "before at least"
         )
     if timesteps := facts.get("default_timesteps"):
         lines["timesteps"] = ", ".join(map(str, timesteps))

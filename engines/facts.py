@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+EIGHT_BITS = ("int8", "fp8")  # precisions; the latter is TensorRT's alone
 DECODERS = ("full", "tiny")  # a model's own VAE, and a tiny one beside it
 TINY_VAE = "tiny_vae"  # name of the component that decodes beside the model's own VAE
 MOTION_ADAPTER = "motion_adapter"  # of the one that makes a UNet of pictures one of clips

@@ -23,7 +23,7 @@ EngineOption = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    str, typer.Option(help="auto, fp32, fp16, bf16 or int8.", envvar="FOURSTEP_PRECISION")
+    str, typer.Option(help="auto, fp32, fp16, bf16, int8 or fp8.", envvar="FOURSTEP_PRECISION")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.", envvar="FOURSTEP_DEVICE")]
 SamplerOption = Annotated[str, typer.Option(help="Default sampler; empty: the model's.")]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engines.build.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 from engines.errors import BackendUnavailable
+from engines.facts import EIGHT_BITS
 
 # Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
 DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -116,11 +117,13 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
 
 
 def check_precision(backend: str, precision: str) -> None:
-    """Raise BackendUnavailable for weights in 8 bits on another backend than ONNX Runtime."""
-    if precision == "int8" and backend != "onnxruntime":
+    """Raise BackendUnavailable for weights in 8 bits on a backend that has no such kernels."""
+    takers = tuple(MODULES) if precision == "fp8" else ("onnxruntime", *MODULES)
+    if precision in EIGHT_BITS and backend not in takers:
+        way_out = "" if precision == "fp8" else " (onnxruntime with --device cpu)"
         raise BackendUnavailable(
-            f"precision 'int8' is for engine 'onnxruntime', not {backend!r}: choose --engine "
-            "onnxruntime with --device cpu, or another precision"
+            f"precision {precision!r} is for engine {', '.join(takers)}, not {backend!r}: choose "
+            f"one of them{way_out}, or another precision"
         )
 
 

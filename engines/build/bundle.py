@@ -34,8 +34,8 @@ from engines.build.checkpoint import (
 )
 from engines.build.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
 from engines.build.source import NO_OVERRIDES, Overrides, fingerprint, name_of
-from engines.errors import BundleError
-from engines.facts import OWN_DEFAULTS, Defaults, Facts
+from engines.errors import BuildError, BundleError
+from engines.facts import EIGHT_BITS, OWN_DEFAULTS, Defaults, Facts
 from engines.families.tiles import check_tile
 from engines.loras.file import ADAPTER_CONFIG
 from engines.samplers.defaults import with_defaults
@@ -44,11 +44,13 @@ if TYPE_CHECKING:
     from engines.families.part import Part
 
 FORMAT = 1
+FP8_FROM = 89  # compute capability
 MANIFEST = "manifest.json"
 BUILT_WITH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-# Puts the parts in a folder into 8 bits; what the manifest says of them. It draws: passed in.
-Quantise = Callable[[Path, Facts, Progress], dict[str, Any]]
+# Puts the parts in a folder into 8 bits, of a kind (of plans, or none); what the manifest says of
+# them. It draws: passed in.
+Quantise = Callable[[Path, Facts, Progress, str], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ def _toolchain() -> str:
     """Of all code that makes the graphs, as 16 hex digits: an edit there makes other bundles."""
     here = Path(__file__).parents[1]
     own = [
-        here / "build" / name for name in ("export.py", "plan.py", "quantising.py", "structure.py")
+        here / "build" / name
+        for name in ("explicit.py", "export.py", "plan.py", "quantising.py", "structure.py")
     ]
     rooms = [here / name for name in ("families", "loras")]
     files = [*own, *(file for room in rooms for file in sorted(room.glob("*.py")))]
@@ -227,10 +230,17 @@ def _build(
     overrides = blueprint.overrides
     described = described_in(source, overrides)
     pipeline_class(described)  # a clear error before anything heavy is imported
-    if blueprint.precision == "int8" and quantise is None:
+    in_8_bits = blueprint.precision in EIGHT_BITS
+    if in_8_bits and quantise is None:
         raise BundleError(
             f"{name_of(source)} is not built in 8 bits yet, and is not while it is loaded; "
-            "fourstep build MODEL --precision int8 --out DIR makes a bundle to serve"
+            f"fourstep build MODEL --precision {blueprint.precision} --out DIR makes a bundle to "
+            "serve"
+        )
+    if in_8_bits and target and (target.refit or target.strip):
+        raise BuildError(
+            f"precision {blueprint.precision!r} leaves no weights that --refit, --strip or LoRAs "
+            "could replace: leave those out, fuse LoRAs by fourstep build --lora, or build in fp16"
         )
     if scale := target and target.tile_px and latent_scale(source, overrides):
         check_tile(target.tile_px, scale)
@@ -244,7 +254,14 @@ def _build(
         if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
-    pipeline = load_pipeline(source, blueprint.precision, overrides)
+    old = [sm for sm in target.compute_capabilities if sm < FP8_FROM] if target else []
+    if blueprint.precision == "fp8" and old:
+        raise BuildError(
+            f"compute capability {', '.join(map(str, old))} has no fp8, which begins with "
+            f"{FP8_FROM}: build in int8 or fp16 for it"
+        )
+    precision = "fp16" if target and in_8_bits else blueprint.precision  # what is left of plans
+    pipeline = load_pipeline(source, precision, overrides)
     facts = with_defaults(load_facts(source, pipeline, overrides), blueprint.defaults)
     if target:
         target = target.settled(facts)
@@ -261,16 +278,17 @@ def _build(
                 half_written.unlink()
             export_onnx(part, partial / f"{part.name}.onnx", own)
             done.touch()
-    plans = _compile(parts, facts, target, partial, progress) if target else None
-    progress("writing the manifest", num_pieces - 1, num_pieces)
     for window in facts.windows:
         file = partial / f"{window.tokenizer}.json"
         tokenizer_of(pipeline, window.tokenizer).save(str(file))
     quantised = {}
-    if quantise and blueprint.precision == "int8":
-        for mark in partial.glob("*.done"):  # a killed build exports them anew
+    if quantise and in_8_bits:
+        for mark in partial.glob("*.done"):  # a killed build exports and compiles them anew
             mark.unlink()
-        quantised = {"quantised": quantise(partial, facts, progress)}
+        kind = blueprint.precision if target else ""
+        quantised = {"quantised": quantise(partial, facts, progress, kind)}
+    plans = _compile(parts, facts, target, partial, progress) if target else None
+    progress("writing the manifest", num_pieces - 1, num_pieces)
     for mark in partial.glob("*.done"):
         mark.unlink()
     manifest = {

@@ -23,8 +23,11 @@ from engines.facts import MOTION_ADAPTER, TINY_VAE, Facts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# By precision, of the weights as they are exported; those in 8 bits are made of fp32's.
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+# By precision, of the weights as they are exported; those in 8 bits are made of them (of plans of
+# fp16's, whatever this says).
+DTYPES = {
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32", "fp8": "float16",
+}  # fmt: skip
 PUT_ONE = "put one of them in its place with diffusers' save_pretrained"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # their folders may be absent
 

@@ -1,8 +1,9 @@
 """Convolutions of an ONNX part in 8 bits: weights by channel, activations by range, both static.
 
-Each gets Q and DQ around it, which ONNX Runtime runs as one integer kernel. Ranges come from calls
-of a real model (`engines.drawing.calibrating`). Kept in fp32: the first and the last convolution,
-whose errors nothing dampens, shortcuts past a block, and all products.
+Each gets Q and DQ around it, which ONNX Runtime runs as one integer kernel; TensorRT's are others
+(`engines.build.explicit`). Ranges come from calls of a real model (`engines.drawing.calibrating`).
+Kept as they were: the first and the last convolution, whose errors nothing dampens, shortcuts past
+a block, and all products.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import onnx
 import onnx.numpy_helper
 from onnx import GraphProto, NodeProto, TensorProto
 from onnx.helper import make_node, make_tensor_value_info
+
+from engines.build.explicit import explicit
 
 # By the weight's name in diffusers. With all 50 of the demo's UNet in 8 bits its images were at
 # 24.6 dB of fp32's (median of 12), but for its ten of these at 47.5 (2026-11-27).
@@ -44,9 +47,11 @@ def watch(path: Path, out: Path) -> None:
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     for value in dict.fromkeys(v for n in _chosen(graph) for v in (n.input[0], n.output[0])):
+        wide = f"{value}.wide"  # there is no such reduction of halves
+        graph.node.append(make_node("Cast", [value], [wide], to=TensorProto.FLOAT))
         for kind in ("Min", "Max"):
             name = f"{WATCHED}{value}:{kind}"
-            graph.node.append(make_node(f"Reduce{kind}", [value], [name], keepdims=1))
+            graph.node.append(make_node(f"Reduce{kind}", [wide], [name], keepdims=1))
             graph.output.append(make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 1, 1]))
     onnx.save(model, out)
 
@@ -60,15 +65,23 @@ def ranges_of(outputs: Mapping[str, tuple[float, float]]) -> Ranges:
     }
 
 
-def quantise(path: Path, ranges: Ranges) -> int:
-    """Rewrite a part and its weights; the number of convolutions in 8 bits."""
+def quantise(path: Path, ranges: Ranges, kind: str = "") -> int:
+    """Rewrite a part and its weights; the number of convolutions in 8 bits.
+
+    ``kind``: int8 or fp8 as TensorRT takes it; none: as ONNX Runtime does.
+    """
     model = onnx.load(path)
     graph = model.graph
     chosen = {node.output[0]: node for node in _chosen(graph) if node.output[0] in ranges}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        nodes += _in_8_bits(graph, node, tensors, ranges) if node.output[0] in chosen else [node]
+        if node.output[0] not in chosen:
+            nodes.append(node)
+        elif kind:
+            nodes += explicit(graph, node, tensors, ranges[node.input[0]], kind)
+        else:
+            nodes += _in_8_bits(graph, node, tensors, ranges)
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}

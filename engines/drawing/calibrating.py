@@ -60,8 +60,13 @@ class _Watched:
         return found
 
 
-def quantise_parts(folder: Path, facts: Facts, progress: Progress) -> dict[str, Any]:
-    """Rewrite the parts of a bundle that is being built; what its manifest says of them."""
+def quantise_parts(
+    folder: Path, facts: Facts, progress: Progress, kind: str = ""
+) -> dict[str, Any]:
+    """Rewrite the parts of a bundle that is being built; what its manifest says of them.
+
+    ``kind`` is as of `quantise`. ONNX Runtime draws in either case, on the CPU.
+    """
     cores = Cores(None)
     names = PARTS
     for name in names:
@@ -92,7 +97,7 @@ def quantise_parts(folder: Path, facts: Facts, progress: Progress) -> dict[str, 
         found = ranges_of(engine.outputs)
         (folder / f"{name}.watched.onnx").unlink()
         trial = _Trial(folder, name)
-        number = quantise(trial.path, found)
+        number = quantise(trial.path, found, kind)
         tried = OnnxRuntimeEngine(trial.path, cores, "cpu")
         images = _draw(model({**engines, **watched, name: tried}), range(NUM_TRIED), first_seed=100)
         pairs = zip(images, exact, strict=True)

@@ -30,7 +30,7 @@ from engines.drawing.batching import FULL_BATCH, denoise_rows
 from engines.drawing.texts import Text, cut
 from engines.drawing.weighting import runs_of
 from engines.errors import BackendUnavailable, BuildError, BundleError
-from engines.facts import MAX_CHUNKS, Facts
+from engines.facts import EIGHT_BITS, MAX_CHUNKS, Facts
 from engines.families import family_named
 from engines.families.family import Family
 from engines.families.tiles import check_tile
@@ -252,10 +252,11 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
     bundle = prepare(order, progress)
     if order.long_prompts:
         check_lengths(bundle, choice)
-    if order.loras and bundle.precision == "int8":
+    if order.loras and bundle.precision in EIGHT_BITS:
         raise BundleError(
             f"{', '.join(order.loras)}: LoRAs change weights, which are in 8 bits here; fourstep "
-            "build MODEL --precision int8 --lora FILE fuses them first, or serve another precision"
+            f"build MODEL --precision {bundle.precision} --lora FILE fuses them first, or serve "
+            "another precision"
         )
     engines: dict[str, Engine] = {}
     target, max_calls, parts = None, GPU_CALLS, parts_of(bundle.facts)

@@ -17,6 +17,7 @@ from torch import Tensor
 from engines.backends.engine import Engine, Variant
 from engines.drawing.model import Model, parts_of
 from engines.drawing.runner import Runner
+from engines.facts import EIGHT_BITS
 from engines.families.recipe import Recipe
 
 MIN_PSNR_DB = 35.0  # of the decoder's pixels
@@ -89,7 +90,7 @@ class _Both:
         self._part, self._reference, self._other = part, reference, other
         self._limits = (
             (MIN_IMAGE_PSNR_DB, MAX_RELATIVE_ERROR_INT8)
-            if precision == "int8"
+            if precision in EIGHT_BITS
             else (MIN_PSNR_DB, MAX_RELATIVE_ERROR)
         )
         self.outputs: dict[str, Parity] = {}

@@ -3,12 +3,13 @@
 `try_ways` exports the decoder of a small model on the spot and gives each way a process of its own,
 which builds a plan, loads it, runs it and compares it with torch: a library may well abort. No way
 goes through `engines.build.plan.compile_plan`, which refuses what it does not know; here that is
-the question.
+the question. Then the same decoder in 8 bits, by explicit Q and DQ.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,8 +23,10 @@ import torch
 import typer
 
 from engines.build.checkpoint import load_facts, load_pipeline, pipeline_class
+from engines.build.explicit import TYPES
 from engines.build.export import export_onnx
 from engines.build.plan import INSTALL, MODULES, import_tensorrt, make_logger, parse
+from engines.build.quantising import WATCHED, quantise, ranges_of, watch
 from engines.build.source import resolve
 from engines.errors import EngineError
 from engines.families import family_of
@@ -58,6 +61,14 @@ def try_ways(section: Section) -> None:
                 if section.has_time(f"{engine}, {way}", 5):
                     section.row("way of naming the GPU", way=way, engine=engine,
                                 **_try(engine, way, onnx, section))  # fmt: skip
+        for kind in TYPES:
+            with section.attempt(f"plans in {kind}"):
+                small = _quantised(onnx, kind)
+                for engine in present:
+                    way = ways(engine, section.device)[-1]
+                    if section.has_time(f"{engine}, {kind}", 5):
+                        section.row("plan in 8 bits", precision=kind, engine=engine, way=way,
+                                    **_try(engine, way, small, section))  # fmt: skip
 
 
 def ways(engine: str, device: str) -> list[str]:
@@ -85,6 +96,28 @@ def _export(folder: Path, device: str) -> Path:
         outputs = dict(zip(decoder.outputs, decoder.module(latents), strict=True))
         np.savez(folder / "decoder.npz", latents=latents, **outputs)
     return folder / "decoder.onnx"
+
+
+def _quantised(onnx: Path, kind: str) -> Path:
+    """A copy of the decoder in 8 bits, of the ranges that the known latents show."""
+    import onnxruntime  # here: the ways above do without
+
+    folder = onnx.parent / kind
+    folder.mkdir()
+    for file in onnx.parent.glob(f"{onnx.stem}.*"):
+        shutil.copyfile(file, folder / file.name)
+    copy, watched = folder / onnx.name, folder / "watched.onnx"
+    watch(copy, watched)
+    session = onnxruntime.InferenceSession(watched, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    latents = {"latents": np.load(copy.with_suffix(".npz"))["latents"]}
+    found = dict(zip(names, session.run(names, latents), strict=True))
+    seen = {
+        name: (float(value.min()), float(value.max()))
+        for name, value in found.items() if name.startswith(WATCHED)
+    }  # fmt: skip
+    quantise(copy, ranges_of(seen), kind)
+    return copy
 
 
 def _try(engine: str, way: str, onnx: Path, section: Section) -> dict[str, Any]:

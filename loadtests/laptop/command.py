@@ -6,12 +6,13 @@ Each way runs alone in a process of its own, once a round, so that all find the 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -49,6 +50,9 @@ def laptop(
         str, typer.Option(help="wall, or cpu: the process's own seconds, for busy machines.")
     ] = "wall",
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny architecture: a trial.")] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="To the page in --out, of other kinds: a run in parts.")
+    ] = False,
     beside: Annotated[str, typer.Option(help="What else the machine did, for the page.")] = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
     out: OutOption = RESULTS,
@@ -63,6 +67,9 @@ def laptop(
     shape = dataclasses.replace(TINY if tiny else SD15, precision="fp16")
     how = How(rounds, steps, threads, clock)
     found = Found({}, {}, {})
+    if add:
+        asked = dataclasses.asdict(how) | {"shape": shape.name}
+        read_page(found, out, asked, {kind.label for kind in chosen}, _folder(cache_dir, shape))
     run = _in_a_process(cache_dir)
     for _ in compare(found, chosen, how, shape, cache_dir, run):  # a run is long: a page each time
         write_page(found, shape, how, beside).save(out)
@@ -76,11 +83,11 @@ def compare(
     """What each way draws in each round goes into ``found``, then its kind is given; one that fails
     is absent from then on, with the reason.
     """
-    folder = cache_dir / f"laptop-{shape.name.replace(' ', '-')}"
+    folder = _folder(cache_dir, shape)
     checkpoint, tiny_vae = _checkpoint(folder, shape)
     for index in range(how.rounds):
         for kind in [each for each in kinds if each.label not in found.absent]:
-            pixels = folder / f"{kind.label.replace(':', '-')}.npy"
+            pixels = _pixels(folder, kind.label)
             task = Task(
                 kind.name, kind.precision, checkpoint, tiny_vae, cache_dir, shape.size_px,
                 how.num_steps, how.num_threads, how.clock, pixels,
@@ -98,6 +105,38 @@ def compare(
                 f"round {index + 1}/{how.rounds}: {kind.label}, {drawn.image_s:.1f} s", err=True
             )
             yield kind
+
+
+def _folder(cache_dir: Path, shape: Shape) -> Path:
+    return cache_dir / f"laptop-{shape.name.replace(' ', '-')}"
+
+
+def _pixels(folder: Path, label: str) -> Path:
+    return folder / f"{label.replace(':', '-')}.npy"
+
+
+def read_page(found: Found, out: Path, asked: dict[str, Any], anew: set[str], folder: Path) -> None:
+    """What a page has of kinds that are not drawn anew.
+
+    Raises:
+        typer.BadParameter: there is none, or it is of another shape or run.
+    """
+    file = out / "laptop.json"
+    if not file.is_file():
+        raise typer.BadParameter(f"--add: {out} has no laptop.json yet; run without it first")
+    page = json.loads(file.read_text())
+    if page["how"] != asked:
+        raise typer.BadParameter(
+            f"--add: {file} is of {page['how']}, this run is of {asked}; give the same options, or "
+            "another --out"
+        )
+    for label, drawn in page["drawn"].items():
+        if label not in anew and _pixels(folder, label).is_file():
+            found.drawn[label] = (BY_LABEL[label], [Drawn(**each) for each in drawn])
+            found.pixels[label] = np.load(_pixels(folder, label))
+    for label, why in page["absent"].items():
+        if label not in anew:
+            found.absent[label] = (BY_LABEL[label], why)
 
 
 def _checkpoint(folder: Path, shape: Shape) -> tuple[Path, Path]:

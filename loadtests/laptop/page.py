@@ -41,7 +41,7 @@ def write_page(found: Found, shape: Shape, how: How, beside: str) -> Report:
     """The report, not saved yet."""
     report = Report("laptop", f"{shape.name}, random weights, {shape.size_px} px, on a CPU")
     full, tiny = count_shape(shape), count_shape(with_tiny_decoder(shape))
-    report.data |= {"how": dataclasses.asdict(how)}
+    report.data |= {"how": dataclasses.asdict(how) | {"shape": shape.name}}
     report.data["drawn"] = {
         label: [dataclasses.asdict(each) for each in drawn]
         for label, (_, drawn) in found.drawn.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer import BadParameter
 from typer.testing import CliRunner
 
 from loadtests.__main__ import app
@@ -19,7 +20,7 @@ from loadtests.abuse.page import maltreat, page
 from loadtests.abuse.sessions import drop_sessions
 from loadtests.gpu.models import TINY
 from loadtests.laptop import ways
-from loadtests.laptop.command import BY_LABEL, compare
+from loadtests.laptop.command import BY_LABEL, compare, read_page
 from loadtests.laptop.page import Found, How
 from loadtests.laptop.page import write_page as write_laptop_page
 from loadtests.laptop.task import Drawn, Kind, Task
@@ -216,6 +217,13 @@ def test_laptop(cache_dir: Path, out: Path) -> None:
     write_laptop_page(found, shape, how, "a test run").save(out)
     page = (out / "laptop.md").read_text()
     assert "Absent: Fourstep, torch (torch_cpu:bf16): it is not here" in page
+    asked = json.loads((out / "laptop.json").read_text())["how"]
+    again, folder = Found({}, {}, {}), cache_dir / f"laptop-{shape.name.replace(' ', '-')}"
+    read_page(again, out, asked, {"torch_cpu:bf16"}, folder)
+    assert again.drawn == found.drawn, "a run in parts keeps what it has, all but what is anew"
+    assert not again.absent
+    with pytest.raises(BadParameter, match="give the same options"):
+        read_page(again, out, asked | {"rounds": 2}, set(), folder)
     ours, theirs = found.pixels["torch_cpu:fp32"], found.pixels["diffusers:fp32"]
     assert psnr_db(ours, theirs) >= MIN_PSNR_DB
     for _, (drawn,) in found.drawn.values():

@@ -7,17 +7,20 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx.numpy_helper
 import pytest
 
-from engines.build.bundle import MANIFEST
+from engines.build.bundle import MANIFEST, Blueprint, build_bundle
+from engines.build.plan import PlanTarget, compile_plan
 from engines.build.quantising import KEPT
 from engines.drawing.calibrating import PARTS, quantise_parts
 from engines.drawing.model import load_model, prepare
 from engines.drawing.parity import MIN_IMAGE_PSNR_DB, compare, image_psnrs_db
 from engines.drawing.runner import Runner
-from engines.errors import BackendUnavailable, BundleError
+from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.order import Order
 from tests.engines.checkpoints import make_lora
 
@@ -84,11 +87,85 @@ def test_loras_are_fused_before(
         Runner.open(wanted)
 
 
-@pytest.mark.parametrize("backend", ["torch", "tensorrt-rtx"])
-def test_other_backends_refuse_it(order: Order, backend: str) -> None:
-    wanted = dataclasses.replace(order, backend=backend, precision="int8")
-    with pytest.raises(BackendUnavailable, match="engine"):
+@pytest.mark.parametrize(("backend", "precision"), [("torch", "int8"), ("onnxruntime", "fp8")])
+def test_other_backends_refuse_it(order: Order, backend: str, precision: str) -> None:
+    wanted = dataclasses.replace(order, backend=backend, precision=precision)
+    with pytest.raises(BackendUnavailable, match=f"precision '{precision}' is for engine"):
         Runner.open(wanted)
+
+
+def _assert_explicit(file: Path, kind: int, num_convolutions: int) -> None:
+    """Q and DQ of one type before as many convolutions, symmetric; none behind them."""
+    graph = onnx.load(file).graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    types = {each.name: each.data_type for each in graph.initializer}
+    made_by = {node.output[0]: node for node in graph.node}
+    quantisers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantisers) == num_convolutions > 5
+    for node in quantisers:
+        assert types[node.input[2]] == kind
+        assert not constants[node.input[2]].astype("float32").any()
+        assert made_by.get(node.input[0], node).op_type != "Conv"
+    for conv in (node for node in graph.node if node.op_type == "Conv"):
+        weight = made_by.get(conv.input[1])
+        if weight is not None and weight.op_type == "DequantizeLinear":
+            assert types[weight.input[0]] == kind
+            assert len(constants[weight.input[1]]) == len(constants[weight.input[0]])
+            assert made_by[conv.input[0]].op_type == "DequantizeLinear"
+
+
+def test_plans_in_8_bits(order: Order, checkpoints: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """Built and compiled without a GPU; ONNX Runtime draws by the graph that was compiled."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
+    target = PlanTarget("tensorrt-rtx", ((64, 64),), 1, compute_capabilities=(89,))
+    blueprint = Blueprint(checkpoints / "tiny-lcm", "int8", target)
+    built = build_bundle(blueprint, tmp_path / "b", lambda *_: None, cache_dir, quantise_parts)
+    for part in PARTS:
+        found = built.manifest["quantised"][part]
+        assert found["psnr_db"] >= MIN_IMAGE_PSNR_DB
+        _assert_explicit(built.part(part), onnx.TensorProto.INT8, found["num_convolutions"])
+        assert built.part(part).with_suffix(".plan").stat().st_size > 10_000
+    exact = load_model(order, lambda *_: None)
+    int8 = load_model(dataclasses.replace(order, model=str(built.folder)), lambda *_: None)
+    assert min(image_psnrs_db(exact, int8, PROMPTS)) >= MIN_IMAGE_PSNR_DB
+    for model in (exact, int8):
+        model.close()
+
+
+def test_a_plan_in_fp8(order: Order, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
+    bundle = prepare(order, lambda *_: None)
+    folder = tmp_path / "b"
+    shutil.copytree(bundle.folder, folder)
+    report = quantise_parts(folder, bundle.facts, lambda *_: None, "fp8")
+    for part, found in report.items():
+        assert found["psnr_db"] >= MIN_IMAGE_PSNR_DB
+        _assert_explicit(
+            folder / f"{part}.onnx", onnx.TensorProto.FLOAT8E4M3FN, found["num_convolutions"]
+        )
+    target = PlanTarget("tensorrt-rtx", ((64, 64),), 1, compute_capabilities=(89,))
+    shape = (1, bundle.facts.latent_channels, 8, 8)
+    plan = folder / "vae_decoder.plan"
+    profiles = [{"latents": (shape, shape, shape)}]
+    compile_plan(folder / "vae_decoder.onnx", plan, profiles, target)
+    assert plan.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "message"),
+    [
+        ("fp8", {"compute_capabilities": (86, 89)}, "compute capability 86 has no fp8"),
+        ("int8", {"refit": True}, "leaves no weights that --refit"),
+    ],
+)
+def test_plans_that_cannot_be(
+    checkpoints: Path, tmp_path: Path, precision: str, changes: dict[str, Any], message: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
+    target = dataclasses.replace(PlanTarget("tensorrt-rtx", (), 1), **changes)
+    blueprint = Blueprint(checkpoints / "tiny-lcm", precision, target)
+    with pytest.raises(BuildError, match=message):
+        build_bundle(blueprint, tmp_path / "b", lambda *_: None, None, quantise_parts)
 
 
 def test_loading_alone_does_not_calibrate(order: Order, tmp_path: Path) -> None:
