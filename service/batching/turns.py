@@ -31,8 +31,8 @@ R = TypeVar("R", bound="Schedulable")
 # Denoise calls. Simulated as above: 8 gives 1.5 to 1.7 and a third more clips, 32 gives 1.2 to 1.45
 # and 0.6 of them.
 CLIP_PATIENCE = 16
-# Calls of any kind. Simulated as above with one session: 16 on a CPU gives 1.11 and no more pictures,
-# for the gaps have them; on a GPU 2 gives 1.08 and 8 pictures a second, 3 gives 1.06 and 6.5.
+# Calls of any kind. Simulated as above with one session: 16 on a CPU gives 1.11 and no more frames,
+# for the gaps have them; on a GPU 2 gives 1.08 and 8 frames a second, 3 gives 1.06 and 6.5.
 LIVE_PATIENCE, SHARED_PATIENCE = 24, 3
 
 
