@@ -63,5 +63,6 @@ def explicit(
 
 def _scale(largest: np.ndarray, top: float, dtype: Any) -> np.ndarray:
     """Of the largest absolute values, in the graph's type; never below what it tells from 0."""
-    scale = np.asarray(largest, np.float32) / top
-    return np.maximum(scale, np.finfo(np.float16).tiny).astype(dtype)
+    least = np.finfo(np.float16).tiny
+    scale: np.ndarray = np.maximum(np.asarray(largest, np.float32) / top, least).astype(dtype)
+    return scale
