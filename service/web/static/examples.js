@@ -28,6 +28,19 @@ const DEMO = {
     `${any(WORLD.backgrounds)} background${any(["", ", at night"])}${any(["", ", outlined"])}`,
   inks: INKS,
 };
+const MOTIONS = ["moving left", "moving right", "moving up", "moving down", "growing", "shrinking"];
+const MOVING = {
+  ...DEMO,
+  about: `${DEMO.about.slice(0, -1)}; ${listed(MOTIONS)}, or standing still.`,
+  prompts: [
+    "a large red star at the center on a yellow background, moving right",
+    "a small purple heart at the top on a pink background, moving down",
+    "a large orange moon on a blue background, at night, growing",
+    "a small navy house at the left on a white background, outlined, moving right",
+    "a large teal circle on a green background, shrinking",
+  ],
+  surprise: () => `${DEMO.surprise()}, ${any(MOTIONS)}`,
+};
 const ANY = {
   about: "",
   prompts: [
@@ -45,7 +58,10 @@ const ANY = {
 };
 
 /** For a model of `GET /v1/models`: words about it, prompts, one by chance (or none), colours. */
-export const examplesFor = (model) => (model.id.startsWith("demo-") ? DEMO : ANY);
+export function examplesFor({ id, details }) {
+  if (!id.startsWith("demo-")) return ANY;
+  return details.frames_per_second ? MOVING : DEMO;
+}
 
 function listed(words) {
   return `${words.slice(0, -1).join(", ")} or ${words.at(-1)}`;

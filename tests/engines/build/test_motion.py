@@ -23,27 +23,21 @@ from engines.drawing.runner import Runner
 from engines.errors import BuildError, CheckpointError
 from engines.loras.file import read_lora
 from engines.order import Order
-from tests.engines.checkpoints import (
-    make_animatediff_checkpoint,
-    make_checkpoint,
-    make_lora,
-    make_motion_adapter,
-)
+from tests.engines.checkpoints import make_checkpoint, make_lora, make_motion_adapter
 from tests.engines.ldm import checkpoint_state
 from tests.engines.peers import draw_together, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_motion_adapter(tmp_path_factory.mktemp("motion") / "tiny-motion")
+@pytest.fixture
+def adapter(tiny_motion: Path) -> Path:
+    return tiny_motion
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("animatediff") / "tiny-animatediff"
-    return make_animatediff_checkpoint(made, checkpoints / "tiny-sd", adapter)
+@pytest.fixture
+def folder(tiny_clips: Path) -> Path:
+    return tiny_clips
 
 
 def _as_original(adapter: Path) -> dict[str, Tensor]:
