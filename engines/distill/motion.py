@@ -48,10 +48,11 @@ from engines.motion_unet import join
 WORDS_COURSE = Course(
     num_steps=300, batch_size=64, learning_rate=1e-3, warmup_steps=20, average=0.98
 )
-COURSE = Course(num_steps=1_400, batch_size=8, learning_rate=1e-3, warmup_steps=50, average=0.995)
+COURSE = Course(num_steps=700, batch_size=4, learning_rate=2e-3, warmup_steps=30, average=0.99)
 NUM_CLIPS = 1_600
 CANONICAL_SHARE = 0.4  # of captions; the others are paraphrases
 PICTURE_SHARE = 0.12  # of steps
+FIRST_SHARE = 0.5  # of rows
 KEEP_WEIGHT = 0.5  # of what motion's words change besides motion
 PAINTED_AT_ONCE = 64
 
@@ -152,7 +153,7 @@ def train_motion(
     """Train and return the MotionAdapter; ``student``, the LCM's UNet, stays.
 
     The loss is how far the student's x0 of every frame is from the painted one, at timesteps of
-    the solver's grid, more often late ones: of few steps most are there.
+    the solver's grid, more often at that of a clip's first step: how it moves is decided there.
     """
     torch.manual_seed(place.seed)
     adapter = build_motion_adapter(NUM_FRAMES)
@@ -168,8 +169,9 @@ def train_motion(
         latents, texts = data.draw(draws.numpy, course.batch_size)  # [B, 4, F, h, w]
         latents, (rows, _, frames) = latents.to(place.device), latents.shape[:3]
         noise = torch.randn(latents.shape, generator=draws.torch).to(place.device)
-        share = torch.rand(rows, generator=draws.torch).sqrt()
-        t = ((share * 50).long() * solver.spacing + solver.spacing - 1).to(place.device)
+        t = solver.draw_timesteps(rows, draws.torch)
+        first = torch.rand(rows, generator=draws.torch) < FIRST_SHARE
+        t = torch.where(first.to(place.device), solver.last_timestep, t)
         w = draw_guidance(rows, draws.torch).to(place.device)
         noisy = schedule.add_noise(latents, noise, t)
         with torch.no_grad():
