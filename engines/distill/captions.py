@@ -6,7 +6,7 @@ import numpy as np
 
 from engines.distill.world import BACKGROUND_COLORS, COLUMNS, OBJECT_COLORS, ROWS, SHAPES, Scene
 
-SYNONYMS: dict[str, tuple[str, ...]] = {
+_SYNONYMS: dict[str, tuple[str, ...]] = {
     "small": ("small", "small", "little", "tiny"),
     "large": ("large", "large", "big", "huge"),
     "center": ("center", "centre", "middle"),
@@ -25,7 +25,7 @@ WORDS = tuple(
                 "a an the one of on over in at by with and , . picture drawing photo",
                 "background backdrop night day outlined flat outline outlines style",
                 "halftone sunburst dots rays left right side",
-                *(word for options in SYNONYMS.values() for word in options),
+                *(word for options in _SYNONYMS.values() for word in options),
                 *SHAPES,
                 *OBJECT_COLORS,
                 *BACKGROUND_COLORS,
@@ -61,7 +61,7 @@ def paraphrase(scene: Scene, rng: np.random.Generator) -> str:
     """
 
     def word(name: str) -> str:
-        options = SYNONYMS.get(name, (name,))
+        options = _SYNONYMS.get(name, (name,))
         return options[int(rng.integers(len(options)))]
 
     if rng.random() < 0.4:

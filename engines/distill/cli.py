@@ -38,7 +38,6 @@ STAGES = {
     "lcm-lora": "the same acceleration as a LoRA on the teacher",
     "striped": "a style LoRA: light and dark stripes",
     "checkered": "a style LoRA: a chequered background",
-    "motion-words": "the text encoder's copy that knows how things move",
     "motion": "a motion adapter on the student: clips of things that move",
     "critic": "the classifier whose features compare pictures",
 }

@@ -1,6 +1,6 @@
 """Scores clips: the checker reads every frame, and the way of the thing through them.
 
-What is asked is drawn from both sides of the split, every kind of motion alike. Trains nothing.
+What is asked is drawn from both sides of the split. Trains nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +14,10 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler, MotionAdapter, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from engines.distill.captions import caption
 from engines.distill.checker import Box, read
 from engines.distill.consistency import NUM_SOLVER_STEPS, guidance_embedding
-from engines.distill.moving import (
-    DIRECTIONS,
-    GROWN,
-    MOTIONS,
-    NUM_FRAMES,
-    STILL,
-    TRAVEL,
-    frames_of,
-    moving_caption,
-)
+from engines.distill.moving import NUM_FRAMES, TRAVEL, frames_of
 from engines.distill.networks import GUIDANCE_WIDTH, SIZE_PX, build_motion_adapter
 from engines.distill.painter import Floats, Pixels, box, paint
 from engines.distill.samples import tokenize
@@ -35,30 +27,35 @@ from engines.motion_unet import join
 
 MODEL = "demo-motion"
 AT_ONCE = 8
+ASKED = tuple(name for name in ATTRIBUTES if name != "position")  # which changes on the way
+GROWTH = np.log(1.5)  # of what would be told to grow
+WAYS = {
+    "still": (0, 0, 0), "left": (-1, 0, 0), "right": (1, 0, 0), "up": (0, -1, 0),
+    "down": (0, 1, 0), "growing": (0, 0, 1), "shrinking": (0, 0, -1),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipExam:
     """The same questions for everyone."""
 
-    clips: tuple[tuple[Scene, str], ...]
+    scenes: tuple[Scene, ...]
     seed: int
 
     @classmethod
     def of(cls, num_prompts: int, seed: int = 1) -> ClipExam:
-        """Half the scenes from each side of the split, each kind of motion as often."""
+        """Half the scenes from each side of the split."""
         rng = np.random.default_rng((seed, num_prompts, NUM_FRAMES))
-        scenes = [draw_scene(rng, held_out=index % 2 == 1) for index in range(num_prompts)]
-        kinds = [MOTIONS[index % len(MOTIONS)] for index in range(num_prompts)]
-        return cls(tuple(zip(scenes, kinds, strict=True)), seed)
+        scenes = (draw_scene(rng, held_out=index % 2 == 1) for index in range(num_prompts))
+        return cls(tuple(scenes), seed)
 
     @property
     def prompts(self) -> list[str]:
-        return [moving_caption(*clip) for clip in self.clips]
+        return [caption(scene) for scene in self.scenes]
 
     def paint(self) -> Pixels:
         """What is asked for: uint8 ``[N, F, H, W, 3]``."""
-        return np.stack([[paint(frame) for frame in frames_of(*clip)] for clip in self.clips])
+        return np.stack([[paint(frame) for frame in frames_of(scene)] for scene in self.scenes])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +64,7 @@ class ClipScore:
 
     frames: float  # of what the checker reads in all frames, right
     whole: float  # of clips, with every frame right in all that is asked
-    motion: float  # of clips, moving as they should
+    motion: float  # of clips, moving to the right
     # Of those that have a thing in every frame:
     way_px: float  # mean distance from the way that was asked for, both middles in one place
     jitter_px: float  # mean change, from one frame to the next, of how far the thing went
@@ -76,30 +73,22 @@ class ClipScore:
 def score(exam: ClipExam, clips: Pixels) -> ClipScore:
     """Read uint8 ``[N, F, H, W, 3]``, one clip for each of the exam's."""
     right, whole, moving, ways, jitters = [], [], [], [], []
-    for (scene, motion), frames in zip(exam.clips, clips, strict=True):
-        asked = [name for name in ATTRIBUTES if name not in _changing(motion)]
+    for scene, frames in zip(exam.scenes, clips, strict=True):
         readings = [read(frame) for frame in frames]
-        found = [[reading.agrees(scene, name) for name in asked] for reading in readings]
+        found = [[reading.agrees(scene, name) for name in ASKED] for reading in readings]
         right += [share for frame in found for share in frame]
         whole.append(bool(np.all(found)))
         boxes = [reading.box for reading in readings if reading.box is not None]
         told = way_of(boxes) if len(boxes) == len(frames) else None
-        moving.append(told is not None and kind_of(told) == motion)
+        moving.append(told is not None and kind_of(told) == "right")
         if told is None:
             continue
-        truth = way_of([box(frame, SIZE_PX, SIZE_PX) for frame in frames_of(scene, motion)])
+        truth = way_of([box(frame, SIZE_PX, SIZE_PX) for frame in frames_of(scene)])
         apart = (told - told.mean(axis=0)) - (truth - truth.mean(axis=0))
         ways.append(np.linalg.norm(apart[:, :2], axis=1).mean())
         jitters.append(np.linalg.norm(np.diff(told[:, :2], n=2, axis=0), axis=1).mean())
     means = (float(np.mean(each or [np.nan])) for each in (right, whole, moving, ways, jitters))
     return ClipScore(*means)
-
-
-def _changing(motion: str) -> tuple[str, ...]:
-    """Attributes that are not asked of a clip, as its motion changes them."""
-    if motion == STILL:
-        return ()
-    return ("position",) if motion in DIRECTIONS else ("size",)
 
 
 def way_of(boxes: list[Box]) -> Floats:
@@ -113,10 +102,8 @@ def kind_of(way: Floats) -> str:
     """The kind of motion that a way ``[F, 3]`` is nearest to, by its slope."""
     time = np.linspace(-0.5, 0.5, len(way))
     dx, dy, growth = (time @ way) / (time @ time)  # over the whole clip
-    told = np.array([dx / SIZE_PX / TRAVEL, dy / SIZE_PX / TRAVEL, growth / np.log(1 / GROWN[0])])
-    kinds = {name: (*way, 0) for name, way in DIRECTIONS.items()}
-    kinds |= {STILL: (0, 0, 0), "growing": (0, 0, 1), "shrinking": (0, 0, -1)}
-    return min(kinds, key=lambda name: float(np.linalg.norm(told - kinds[name])))
+    told = np.array([dx / SIZE_PX / TRAVEL, dy / SIZE_PX / TRAVEL, growth / GROWTH])
+    return min(WAYS, key=lambda name: float(np.linalg.norm(told - WAYS[name])))
 
 
 class ClipModel:

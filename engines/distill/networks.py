@@ -118,8 +118,7 @@ def build_motion_adapter(max_frames: int) -> Any:
 
     It begins without effect, as AnimateDiff's does (``zero_initialize``): each frame is a picture.
     The first attention of each module begins by looking at its own frame: from small random
-    weights, which look at all frames alike, nothing tells one frame from another, and after 150
-    steps nothing moved yet.
+    weights, which look at all frames alike, little tells one frame from another.
     """
     adapter = MotionAdapter(
         block_out_channels=UNET_CHANNELS,

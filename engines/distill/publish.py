@@ -20,7 +20,6 @@ from diffusers import (
 )
 from transformers import CLIPTextModel
 
-from engines.distill import moving
 from engines.distill.consistency import NUM_SOLVER_STEPS
 from engines.distill.networks import NOISE, noise_schedule
 from engines.distill.tokenizer import build_tokenizer
@@ -88,10 +87,6 @@ class _Clips:
 
     def __init__(self, work: Path) -> None:
         self._parts = _parts(work, "unet-lcm") | {
-            "text_encoder": CLIPTextModel.from_pretrained(
-                work / "motion-text", torch_dtype=torch.float16
-            ),
-            "tokenizer": build_tokenizer(moving.WORDS),
             "motion_adapter": MotionAdapter.from_pretrained(
                 work / "motion-adapter", torch_dtype=torch.float16
             ),

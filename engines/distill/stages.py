@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from engines.distill import base, critic, lcm, lora, motion, moving, text, tiny_vae, vae
+from engines.distill import base, critic, lcm, lora, motion, text, tiny_vae, vae
 from engines.distill.base import LatentData
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import Course, Place, TrainingError
@@ -131,19 +131,11 @@ def _critic(course: Course, place: Place) -> None:
     save_file(halves, folder / "model.safetensors")
 
 
-def _motion_words(course: Course, place: Place) -> None:
-    encoder = _load(CLIPTextModel, place, "text")
-    pool = _load(UNet2DConditionModel, place, "unet-lcm").add_embedding
-    tokenizer = build_tokenizer(moving.WORDS)
-    student = motion.train_words(course, place, tokenizer, encoder, pool)
-    _write(student, place, "motion-text")
-
-
 def _motion(course: Course, place: Place) -> None:
     data = motion.ClipData(_load(AutoencoderKL, place, "vae"), place)
     adapter = motion.train_motion(
-        course, place, data, build_tokenizer(moving.WORDS),
-        _load(CLIPTextModel, place, "motion-text"), _load(UNet2DConditionModel, place, "unet-lcm"),
+        course, place, data, build_tokenizer(),
+        _load(CLIPTextModel, place, "text"), _load(UNet2DConditionModel, place, "unet-lcm"),
     )  # fmt: skip
     _write(adapter, place, "motion-adapter")
 
@@ -158,7 +150,6 @@ STAGES: dict[str, Stage] = {
     "tiny-vae": Stage(tiny_vae.COURSE, "tiny-vae", _tiny_vae),
     "lcm-lora": Stage(lcm.LORA_COURSE, "lcm-lora", _lcm_lora),
     **{look: Stage(lora.STYLE_COURSE, f"{look}-lora", _style(look)) for look in LOOKS},
-    "motion-words": Stage(motion.WORDS_COURSE, "motion-text", _motion_words),
     "motion": Stage(motion.COURSE, "motion-adapter", _motion),
     "critic": Stage(critic.COURSE, "critic", _critic),
 }

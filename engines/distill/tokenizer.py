@@ -18,27 +18,13 @@ MAX_TOKENS = 32  # start and end included; the longest canonical caption has 22
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_vocabulary(
-    more_words: tuple[str, ...] = (),
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges: 256 bytes, 256 final bytes, then each word by left-most merges.
-
-    ``more_words`` come after all that there is without them, whose ids and merges stay.
-    """
+def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges: 256 bytes, 256 final bytes, then each word by left-most merges."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = dict.fromkeys([*alphabet, *(f"{letter}</w>" for letter in alphabet)])
     merges: dict[tuple[str, str], None] = {}
-    _add_words(WORDS, tokens, merges)
-    tokens |= dict.fromkeys((START, END))
-    _add_words(more_words, tokens, merges)
-    return {token: index for index, token in enumerate(tokens)}, list(merges)
-
-
-def _add_words(
-    words: tuple[str, ...], tokens: dict[str, None], merges: dict[tuple[str, str], None]
-) -> None:
     # Longer words last: a merge made for a short word is then already there for its longer kin.
-    for word in sorted(words, key=lambda w: (len(w), w)):
+    for word in sorted(WORDS, key=lambda w: (len(w), w)):
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
             pair = next(
@@ -48,6 +34,8 @@ def _add_words(
             merges.setdefault(pair)
             tokens.setdefault("".join(pair))
             parts = _merge(parts, pair)
+    ordered = [*tokens, START, END]
+    return {token: index for index, token in enumerate(ordered)}, list(merges)
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
@@ -60,9 +48,9 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def build_tokenizer(more_words: tuple[str, ...] = ()) -> Any:
+def build_tokenizer() -> Any:
     """A CLIPTokenizer padding with the end token to MAX_TOKENS, as Stable Diffusion's does."""
-    vocabulary, merges = build_vocabulary(more_words)
+    vocabulary, merges = build_vocabulary()
     return CLIPTokenizer(
         vocab=vocabulary, merges=merges, pad_token=END, model_max_length=MAX_TOKENS
     )
