@@ -53,11 +53,13 @@ def test_the_shipped_model_draws_what_is_asked_and_moves_it() -> None:
         dataclasses.replace(runner.default_recipe(seed, prompt, 4), guidance_scale=GUIDANCE)
         for seed, prompt in enumerate(exam.prompts)
     ]
-    clips = np.stack([drawing.pixels for drawing in runner.draw(recipes) if drawing.pixels is not None])
+    clips = np.stack(
+        [drawing.pixels for drawing in runner.draw(recipes) if drawing.pixels is not None]
+    )
     runner.close()
     told = score(exam, clips)
-    assert told.frames >= FRAMES_FLOOR
-    assert told.motion >= MOTION_FLOOR
+    assert told.frames >= 0.85
+    assert told.motion >= 0.75
 
 
 def test_its_weights_are_small() -> None:
