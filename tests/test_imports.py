@@ -29,6 +29,7 @@ FLOORS = (  # from the top: a room imports from its own floor's room and from th
     "engines/families",
     "engines/samplers",
     "engines/distill",
+    "engines/motion_unet",
     "engines/order",
     "engines/facts",
     "engines/errors",

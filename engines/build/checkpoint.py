@@ -110,9 +110,11 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
                 f"--{each.replace('_', '-')} out"
             )
     _check_components(folder, own)
+    halves = motion.apart(folder, own) if source.is_dir() else {}
+    own = {each: own[each] for each in own if each not in halves}
     put = {
         each: load_component(each, path, known[each], folder, dtype)
-        for each, path in overrides.components.items()
+        for each, path in {**halves, **overrides.components}.items()
     }
     unread = [each for each in COMPONENTS if each not in own]
     absent = {each: None for each in (*UNUSED, *unread) if each in described}

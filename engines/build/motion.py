@@ -6,12 +6,13 @@ A checkpoint of pictures becomes one of clips so, as diffusers' ``AnimateDiffPip
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.build.folder import read_json
 from engines.errors import CheckpointError
 from engines.facts import MOTION_ADAPTER
-from engines.loras.file import MOTION_KEY
 
 if TYPE_CHECKING:
     from engines.build.single_file import Header
@@ -31,6 +32,13 @@ def has_motion(index: Any) -> bool:
     """Whether the UNet that a ``model_index.json`` names has motion modules of its own."""
     entry = index.get("unet")
     return isinstance(entry, list) and entry[-1] == "UNetMotionModel"
+
+
+def is_of_clips(index: Any) -> bool:
+    """Whether a ``model_index.json`` names a pipeline of clips."""
+    from engines.families import animatediff
+
+    return index.get("_class_name") in animatediff.PIPELINES
 
 
 def of_file(header: Header, dtype: Any) -> Any:
@@ -81,26 +89,41 @@ def of_file(header: Header, dtype: Any) -> Any:
     return adapter.to(dtype).eval()
 
 
-def with_motion(pipeline: Any, adapter: Any, source: Path) -> Any:
-    """The pipeline of clips: its UNet with the modules of ``adapter``, or with its own.
+def apart(folder: Path, own: Collection[str]) -> dict[str, Path]:
+    """What a folder of clips has in two halves: the places of its UNet of pictures and its adapter,
+    of those that are its ``own``. Neither, where its UNet has motion modules.
+    """
+    index = read_json(folder / "model_index.json")
+    if not is_of_clips(index) or ("unet" in own and has_motion(index)):
+        return {}
+    return {name: folder / name for name in ("unet", MOTION_ADAPTER) if name in own}
 
-    What has no adapter and draws pictures is left as it is. Motion modules were trained on linear
-    betas, so the scheduler of a checkpoint of pictures gets them. ``source`` is where ``adapter``
-    came from.
+
+def with_motion(pipeline: Any, adapter: Any, source: Path) -> Any:
+    """The pipeline of clips: its UNet with the modules of ``adapter``; without one, as it is.
+
+    Motion modules were trained on linear betas, so the scheduler of a checkpoint of pictures gets
+    them. ``source`` is where ``adapter`` came from.
 
     Raises:
         CheckpointError: the adapter was made for another UNet.
     """
-    from diffusers import AnimateDiffPipeline, UNetMotionModel
+    from diffusers import AnimateDiffPipeline
 
-    of_clips = isinstance(pipeline, AnimateDiffPipeline)
+    from engines.motion_unet import join
+
     if adapter is None:
-        if not of_clips or isinstance(pipeline.unet, UNetMotionModel):
-            return pipeline
-        adapter = pipeline.motion_adapter
-        assert adapter is not None, "a folder without one was refused, or its UNet has the modules"
+        return pipeline
     _check_fit(adapter, pipeline.unet, source)
-    unet = _joined(pipeline.unet, adapter)
+    of_clips = isinstance(pipeline, AnimateDiffPipeline)
+    if pipeline.unet.config.time_cond_proj_dim and not of_clips:
+        raise CheckpointError(
+            f"{MOTION_ADAPTER} {source} is put on a UNet with a guidance embedding (an LCM), which "
+            "no adapter by itself was made for: put it on a plain Stable Diffusion checkpoint and "
+            "add AnimateLCM's own LoRA by --lora, or give a folder of both that were trained "
+            "together"
+        )
+    unet = join(pipeline.unet, adapter)
     if of_clips:
         pipeline.register_modules(unet=unet, motion_adapter=None)
         return pipeline
@@ -115,25 +138,18 @@ def with_motion(pipeline: Any, adapter: Any, source: Path) -> Any:
     )
 
 
-def _joined(unet: Any, adapter: Any) -> Any:
-    """What ``UNetMotionModel.from_unet2d`` makes of them, but of their own weights, not of copies:
-    a UNet's names and an adapter's are those of the whole.
-    """
-    import torch
-    from diffusers import UNetMotionModel
-
-    with torch.device("meta"):
-        whole = UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
-    weights = {key: value for key, value in unet.state_dict().items() if MOTION_KEY not in key}
-    whole.load_state_dict(weights | adapter.state_dict(), assign=True)
-    return whole.eval()
-
-
 def _check_fit(adapter: Any, unet: Any, source: Path) -> None:
+    from engines.motion_unet import KNOWN_ADDITIONS
+
     if adapter.config.conv_in_channels:
         raise CheckpointError(
             f"{MOTION_ADAPTER} {source} is PIA's, whose UNet sees a picture beside the latents: "
             "clips are drawn from text alone, use an adapter without conv_in"
+        )
+    if unet.config.addition_embed_type not in KNOWN_ADDITIONS:
+        raise CheckpointError(
+            f"{MOTION_ADAPTER} {source} is put on a UNet with {unet.config.addition_embed_type!r} "
+            "conditioning, which clips are drawn without: use a Stable Diffusion 1.x checkpoint"
         )
     made_for, has = (
         (tuple(config["block_out_channels"]), _layers(config, key))

@@ -34,6 +34,7 @@ from engines.distill.world import (
 )
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Box = tuple[float, float, float, float]
 
 MIN_IOU = 0.7  # of the object's mask with the drawn truth in its box; below it there is no shape
 OBJECT_DISTANCE = 20.0  # RGB units from every shade of the background: another thing
@@ -57,6 +58,7 @@ class Reading:
     time: str
     line: str
     style: str
+    box: Box | None = None  # of the object: left, top, right and bottom in pixels
 
     def agrees(self, scene: Scene, attribute: str) -> bool:
         """Whether the picture shows what the scene asks for."""
@@ -93,6 +95,7 @@ def read(pixels: Pixels) -> Reading:
         time=time,
         line="outlined" if _distance(edge_rgb, INK) < 0.5 * _distance(inner_rgb, INK) else "flat",
         style=style,
+        box=box_px,
     )
 
 
@@ -136,7 +139,7 @@ def _erode(mask: Mask, size_px: int) -> Mask:
     return _filter(mask, ImageFilter.MinFilter(size_px)) if size_px >= 3 else mask
 
 
-def _shape(mask: Mask, box_px: tuple[float, float, float, float]) -> str:
+def _shape(mask: Mask, box_px: Box) -> str:
     height, width = mask.shape
     overlaps = {}
     for shape in SHAPES:

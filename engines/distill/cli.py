@@ -39,6 +39,7 @@ STAGES = {
     "lcm-lora": "the same acceleration as a LoRA on the teacher",
     "striped": "a style LoRA: light and dark stripes",
     "checkered": "a style LoRA: a chequered background",
+    "motion": "a motion adapter on the student: clips of things that move",
     "critic": "the classifier whose features compare pictures",
 }
 SHIPPED = Path(__file__).parents[1] / "demo"
@@ -150,6 +151,21 @@ def evaluate(
     exam = Exam.of(num_prompts, seed)
     scores = examine(models, rows, exam, load_critic(models / "critic"), place.device)
     typer.echo(table(scores), nl=False)
+
+
+@app.command()
+def evaluate_motion(
+    models: ModelsOption = SHIPPED,
+    num_prompts: Annotated[int, typer.Option(min=7, help="Half of them held out.")] = 84,
+    max_steps: Annotated[int, typer.Option(min=1, help="Leave slower rows out.")] = 8,
+    threads: ThreadsOption = 0,
+    seed: SeedOption = 1,
+) -> None:
+    """Print the table of how things move in clips as Markdown, from published weights."""
+    from engines.distill.clips import ClipExam, examine, table
+
+    _place(models, "cpu", seed, threads, False)
+    typer.echo(table(examine(models, ClipExam.of(num_prompts, seed), max_steps)), nl=False)
 
 
 @app.command()

@@ -33,6 +33,11 @@ class Solver:
         """Timesteps between neighbours on the grid."""
         return len(self.alphas_cumprod) // NUM_SOLVER_STEPS
 
+    @property
+    def last_timestep(self) -> int:
+        """Of the grid, where all is noise and drawing begins."""
+        return len(self.alphas_cumprod) - 1
+
     def draw_timesteps(self, rows: int, generator: torch.Generator) -> Tensor:
         """t_{n+k}: grid points 19, 39, ... 999, the timesteps that LCMScheduler also uses."""
         index = torch.randint(1, NUM_SOLVER_STEPS + 1, (rows,), generator=generator)

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    MotionAdapter,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -31,8 +33,8 @@ _MACHINE_KEYS = ("_name_or_path",)  # where a part was loaded from is nobody's b
 def publish(work: Path, out: Path) -> list[str]:
     """Write every model whose parts the work folder has into ``out``; returns their names.
 
-    `demo-base` and `demo-lcm` become pipelines, the tiny autoencoder is halved, LoRAs and critic
-    are copied. Each folder is replaced whole.
+    `demo-base`, `demo-lcm` and `demo-motion` become pipelines, the tiny autoencoder is halved,
+    LoRAs and critic are copied. Each folder is replaced whole.
     """
     written = []
     if (work / "unet").exists():
@@ -43,9 +45,8 @@ def publish(work: Path, out: Path) -> list[str]:
         )  # fmt: skip
         written.append(_save(base, out / "demo-base"))
     if (work / "unet-lcm").exists():
-        scheduler = LCMScheduler(**NOISE, original_inference_steps=NUM_SOLVER_STEPS)
         lcm = LatentConsistencyModelPipeline(
-            **_parts(work, "unet-lcm"), scheduler=scheduler,
+            **_parts(work, "unet-lcm"), scheduler=_lcm_schedule(),
             requires_safety_checker=False, **options,
         )  # fmt: skip
         written.append(_save(lcm, out / "demo-lcm"))
@@ -58,6 +59,8 @@ def publish(work: Path, out: Path) -> list[str]:
         trained = sharp if sharp.exists() else work / "tiny-vae"
         tiny = AutoencoderTiny.from_pretrained(trained, torch_dtype=torch.float16)
         written.append(_save(tiny, out / "demo-tiny-vae"))
+    if (work / "motion-adapter").exists():
+        written.append(_save(_Clips(work), out / "demo-motion"))
     if (work / "critic").exists():
         _replace(work / "critic", out / "critic")
         written.append("critic")
@@ -75,6 +78,40 @@ def _parts(work: Path, unet: str) -> dict[str, Any]:
         "tokenizer": build_tokenizer(),
         "unet": UNet2DConditionModel.from_pretrained(work / unet, **half),
     }
+
+
+class _Clips:
+    """What diffusers calls an AnimateDiffPipeline: the student's UNet and an adapter, side by side.
+
+    The pipeline itself would put the adapter into the UNet, for which it has no room: see
+    `engines.motion_unet`.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._parts = _parts(work, "unet-lcm") | {
+            "motion_adapter": MotionAdapter.from_pretrained(
+                work / "motion-adapter", torch_dtype=torch.float16
+            ),
+            "scheduler": _lcm_schedule(),
+        }
+
+    def save_pretrained(self, folder: Path, *, safe_serialization: bool) -> None:
+        """As diffusers writes a pipeline."""
+        assert safe_serialization
+        for name, part in self._parts.items():
+            part.save_pretrained(folder / name)
+        index: dict[str, Any] = {"_class_name": "AnimateDiffPipeline"}
+        index |= {"_diffusers_version": diffusers.__version__}
+        for name, part in self._parts.items():
+            library = type(part).__module__.split(".")[0]
+            index[name] = [library, type(part).__name__]
+        index |= dict.fromkeys(("feature_extractor", "image_encoder"), (None, None))
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / "model_index.json").write_text(f"{text}\n")
+
+
+def _lcm_schedule() -> Any:
+    return LCMScheduler(**NOISE, original_inference_steps=NUM_SOLVER_STEPS)
 
 
 def _save(model: Any, folder: Path) -> str:

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from engines.distill import base, critic, lcm, lora, text, tiny_decoder, tiny_vae, vae
+from engines.distill import base, critic, lcm, lora, motion, text, tiny_decoder, tiny_vae, vae
 from engines.distill.base import LatentData
 from engines.distill.tokenizer import build_tokenizer
 from engines.distill.training import Course, Place, TrainingError
@@ -142,6 +142,15 @@ def _critic(course: Course, place: Place) -> None:
     save_file(halves, folder / "model.safetensors")
 
 
+def _motion(course: Course, place: Place) -> None:
+    data = motion.ClipData(_load(AutoencoderKL, place, "vae"), place)
+    adapter = motion.train_motion(
+        course, place, data, build_tokenizer(),
+        _load(CLIPTextModel, place, "text"), _load(UNet2DConditionModel, place, "unet-lcm"),
+    )  # fmt: skip
+    _write(adapter, place, "motion-adapter")
+
+
 STAGES: dict[str, Stage] = {
     "vae": Stage(vae.COURSE, "vae", _vae),
     "text": Stage(text.COURSE, "text", _text),
@@ -153,6 +162,7 @@ STAGES: dict[str, Stage] = {
     "tiny-decoder": Stage(tiny_decoder.COURSE, "tiny-vae-sharp", _tiny_decoder),
     "lcm-lora": Stage(lcm.LORA_COURSE, "lcm-lora", _lcm_lora),
     **{look: Stage(lora.STYLE_COURSE, f"{look}-lora", _style(look)) for look in LOOKS},
+    "motion": Stage(motion.COURSE, "motion-adapter", _motion),
     "critic": Stage(critic.COURSE, "critic", _critic),
 }
 

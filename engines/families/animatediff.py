@@ -40,18 +40,20 @@ class Denoiser(sd.Denoiser):
     """One whole step in one graph; its own inputs and outputs are those of `engines.families.step`,
     with latents float32 ``[B, C, F, h, w]``.
 
-    Conditioning: ``prompt_embeds`` float32 ``[B, L, D]``, the same for all frames.
+    Conditioning: ``prompt_embeds`` float32 ``[B, L, D]``, the same for all frames;
+    ``timestep_cond`` float32 ``[B, K]`` for models with a guidance embedding.
     """
 
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, coefficients: Tensor, noise: Tensor,
         previous: Tensor, guidance: Tensor, uncond_index: Tensor, prompt_embeds: Tensor,
+        timestep_cond: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         each = prompt_embeds[:, None].expand(-1, sample.shape[2], -1, -1)
         repeated = each.flatten(0, 1)  # [B F, L, D], the frames of a row side by side
 
         def predict(scaled: Tensor) -> Tensor:
-            return self.predict(scaled, timestep, repeated, None)
+            return self.predict(scaled, timestep, repeated, timestep_cond)
 
         return guided_step(predict, sample, coefficients, noise, previous, guidance, uncond_index)
 
@@ -63,12 +65,6 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
         CheckpointError: its UNet takes what this family's pipelines do not give.
     """
     unet = pipeline.unet.config
-    if unet.time_cond_proj_dim:
-        raise CheckpointError(
-            f"{name} has a UNet with a guidance embedding (an LCM), which AnimateDiff gives none: "
-            "put the motion adapter on a plain Stable Diffusion checkpoint and add AnimateLCM's "
-            "own LoRA by --lora"
-        )
     if unet.in_channels != unet.out_channels:
         raise CheckpointError(
             f"{name} has a UNet with {unet.in_channels} input channels for "
@@ -84,12 +80,12 @@ def facts(name: str, pipeline: Any, scheduler: Mapping[str, Any]) -> Facts:
             sd.window_of(pipeline.tokenizer, pipeline.text_encoder, "tokenizer", "input_ids"),
         ),
         scheduler=given_options(pipeline.scheduler) | dict(scheduler),
-        guidance_scale=7.5,
+        guidance_scale=8.5 if unet.time_cond_proj_dim else 7.5,
         default_num_frames=min(NUM_FRAMES, limit),
         max_num_frames=limit,
         frames_per_second=FRAMES_PER_SECOND,
     )
-    if found.default_sampler != "lcm":
+    if found.default_sampler != "lcm" or found.time_cond_dim:
         return found
     return dataclasses.replace(
         found, default_num_steps=LCM_STEPS, default_guidance_scale=LCM_GUIDANCE
@@ -108,6 +104,7 @@ def parts(pipeline: Any, known: Facts) -> list[Part]:
     frames = [example_latents(known) for _ in range(EXAMPLE_FRAMES)]
     width = pipeline.unet.config.cross_attention_dim
     conditioning = {"prompt_embeds": torch.randn(2, 2 * known.max_tokens, width)}
+    conditioning |= sd.optional_conditioning(known)
     return [
         sd.text_part(sd.TextEncoder(pipeline.text_encoder), known, ("prompt_embeds",)),
         *vae_parts(pipeline, known),

@@ -60,7 +60,8 @@ class StudioFiles(StaticFiles):
 def content_security_policy(html: str) -> str:
     """Let a page run its own inline scripts and styles, known by their hashes, and no others.
 
-    It may load files of its own host, show images of its own (``data:``) and call its own API.
+    It may load files of its own host, show images and clips of its own (``data:``, ``blob:``) and
+    call its own API.
     """
     sources = {}
     for tag in ("script", "style"):
@@ -68,7 +69,7 @@ def content_security_policy(html: str) -> str:
         sources[tag] = " ".join(["'self'", *map(_hash, inline)])
     return (
         f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "img-src 'self' data: blob:; connect-src 'self'; "
+        "img-src 'self' data: blob:; media-src blob:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 

@@ -46,6 +46,28 @@ def checkpoints(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_motion(shared: Path) -> Path:
+    """A motion adapter for ``tiny-sd``."""
+    from tests.engines.checkpoints import make_motion_adapter
+
+    with FileLock(shared / "tiny-motion.lock"):
+        folder = shared / "tiny-motion"
+        return folder if folder.exists() else make_motion_adapter(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(shared: Path, checkpoints: Path, tiny_motion: Path) -> Path:
+    """The folder ``tiny-animatediff`` of both."""
+    from tests.engines.checkpoints import make_animatediff_checkpoint
+
+    with FileLock(shared / "tiny-animatediff.lock"):
+        folder = shared / "tiny-animatediff"
+        if not folder.exists():
+            make_animatediff_checkpoint(folder, checkpoints / "tiny-sd", tiny_motion)
+        return folder
+
+
+@pytest.fixture(scope="session")
 def runners(checkpoints: Path, cache_dir: Path) -> Iterator[dict[tuple[str, str], Runner]]:
     """Runners by (checkpoint, backend)."""
     opened = {

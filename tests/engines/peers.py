@@ -39,6 +39,7 @@ from PIL import Image
 from engines.drawing.runner import Runner
 from engines.drawing.stage import Stage
 from engines.families.recipe import Recipe
+from engines.order import Order
 
 SCHEDULERS = {
     "lcm": LCMScheduler,
@@ -262,6 +263,20 @@ def _unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
         torch.tensor(vae[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std")
     )
     return latents * std / vae.scaling_factor + mean
+
+
+def open_runner(checkpoint: Path, backend: str, cache_dir: Path, **more: Any) -> Runner:
+    """For batches of 8; ``more`` is of the order."""
+    ordered = {"backend": backend, "cache_dir": cache_dir, "max_batch": 8, "num_threads": 1} | more
+    return Runner.open(Order(str(checkpoint), **ordered))
+
+
+def assert_alone(runner: Runner, peer: Peer, recipes: Sequence[Recipe]) -> None:
+    """Each agrees, drawn by itself, and is of its own size."""
+    for wanted in recipes:
+        (ours,) = draw_together(runner, [wanted])
+        assert ours.pixels.shape[-3:] == (wanted.height_px, wanted.width_px, 3)
+        assert_agree(ours, peer.draw(wanted), wanted)
 
 
 def draw_together(runner: Runner, recipes: Sequence[Recipe]) -> list[Result]:

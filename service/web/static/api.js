@@ -13,8 +13,8 @@ export class Refusal extends Error {
 }
 
 /** A question to `/v1/…`, with a JSON body where there is one. Throws a `Refusal`. */
-export async function ask(path, body, signal) {
-  const options = { headers: header(), signal };
+export async function ask(path, { body, headers, ...options } = {}) {
+  options.headers = { ...header(), ...headers };
   if (body !== undefined) {
     options.method = "POST";
     options.headers["Content-Type"] = "application/json";
@@ -39,7 +39,7 @@ async function reason(answer) {
 
 /** The events of a streamed answer, parsed; an error among them is thrown. */
 export async function* events(path, body, signal) {
-  const answer = await ask(path, { ...body, stream: true }, signal);
+  const answer = await ask(path, { body: { ...body, stream: true }, signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (let chunk; !(chunk = await reader.read()).done; ) {

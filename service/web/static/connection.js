@@ -44,7 +44,7 @@ export class Connection extends EventTarget {
     this.#returning = true;
     this.#tell("connecting …");
     try {
-      const { token } = await (await ask("realtime/tokens", {})).json();
+      const { token } = await (await ask("realtime/tokens", { body: {} })).json();
       if (this.#wanted && !this.#socket) this.#open(token);
     } catch (error) {
       if (error.status === 401) this.#refuse(error);

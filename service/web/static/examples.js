@@ -28,6 +28,7 @@ const DEMO = {
     `${any(WORLD.backgrounds)} background${any(["", ", at night"])}${any(["", ", outlined"])}`,
   inks: INKS,
 };
+const MOVING = { ...DEMO, about: `${DEMO.about} What it draws moves to the right.` };
 const ANY = {
   about: "",
   prompts: [
@@ -45,7 +46,10 @@ const ANY = {
 };
 
 /** For a model of `GET /v1/models`: words about it, prompts, one by chance (or none), colours. */
-export const examplesFor = (model) => (model.id.startsWith("demo-") ? DEMO : ANY);
+export function examplesFor({ id, details }) {
+  if (!id.startsWith("demo-")) return ANY;
+  return details.frames_per_second ? MOVING : DEMO;
+}
 
 function listed(words) {
   return `${words.slice(0, -1).join(", ")} or ${words.at(-1)}`;

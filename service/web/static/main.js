@@ -47,7 +47,9 @@ function pictures(type) {
 }
 
 function draw() {
-  drawing.start({ ...values(), seed: nextSeed() }, pictures("image/png"), Number($("count").value));
+  const parameters = { ...values(), seed: nextSeed() };
+  if (chosen("mode") === "clips") drawing.startClip(parameters, Number($("frames").value));
+  else drawing.start(parameters, pictures("image/png"), Number($("count").value));
 }
 
 // -- the service -------------------------------------------------------------------------------

@@ -25,9 +25,16 @@ export function fitTo(served) {
   const details = model.details;
   const steps = details.default_num_inference_steps;
   memory.pictures = { steps, strength: 0.8, lock: false, start: "words" };
+  memory.clips = { ...memory.pictures };
   memory.live = { ...LIVE, steps: Math.min(LIVE.steps, steps), lock: true, start: "canvas" };
   $("steps").max = Math.min(details.max_num_inference_steps, 50);
   $("count").max = details.max_images;
+  $("frames").max = details.max_num_frames;
+  $("frames").value = details.default_num_frames;
+  const clips = details.frames_per_second > 0;
+  if (clips && $("clips").hidden) choose("mode", "clips");
+  $("clips").hidden = !clips;
+  $("start").hidden = clips; // they are drawn from words alone
   $("guidance").value = details.default_guidance_scale;
   $("size").placeholder = details.default_size;
   $("sizes").replaceChildren(...sizes(details).map((size) => new Option(size)));

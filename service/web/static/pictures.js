@@ -22,45 +22,59 @@ export class Figures {
 
   /** One event of the stream. The finished picture's file, if it is one; else null. */
   show(event) {
-    const figure = (this.#figures[event.image_index] ??= add(this.prompt, "drawing …"));
+    const figure = (this.#figures[event.image_index] ??= add(picture(this.prompt), "drawing …"));
     const data = bytesOf(event.b64_json);
     const type = `image/${event.output_format}`;
     figure.firstChild.src = `data:${type};base64,${event.b64_json}`;
     if (!event.type.endsWith("completed")) return null;
     const file = new File([data], `fourstep-${event.seed}.${event.output_format}`, { type });
-    const about = [`seed ${event.seed}, ${event.size}`, timeline(event.timings)];
-    finish(figure, file, this.use, ...about, ...event.warnings.map(paragraph));
+    finish(figure, buttons(file, this.use), ...about(`seed ${event.seed}, ${event.size}`, event));
     return file;
   }
 
   /** Of a request that did not end well: what was not finished goes. */
   abandon() {
-    for (const figure of this.#figures) if (figure?.className === "preview") figure.remove();
+    for (const figure of this.#figures) if (figure) abandon(figure);
   }
 }
 
 /** A picture that was finished long ago. */
 export function showFile(file, { prompt, seed, size }, use) {
-  const figure = add(prompt, "");
+  const figure = add(picture(prompt), "");
   figure.firstChild.src = URL.createObjectURL(file);
-  finish(figure, file, use, `seed ${seed}, ${size}`);
+  finish(figure, buttons(file, use), `seed ${seed}, ${size}`);
 }
 
-function add(prompt, caption) {
+/** A new figure of what is on its way, before all earlier ones. */
+export function add(shown, caption) {
   const figure = element("figure", { className: "preview" });
-  figure.append(element("img", { alt: prompt }), element("figcaption", { textContent: caption }));
+  figure.append(shown, element("figcaption", { textContent: caption }));
   $("images").prepend(figure);
   for (const old of [...$("images").children].slice(MAX_SHOWN)) old.remove();
   return figure;
 }
 
-function finish(figure, file, use, ...caption) {
+/** A figure that did not get finished goes. */
+export function abandon(figure) {
+  if (figure.className === "preview") figure.remove();
+}
+
+/** What a figure shows is done. */
+export function finish(figure, buttons, ...caption) {
   figure.className = "";
-  const buttons = [button("Draw on it", () => use(file)), button("Save", () => save(file, file.name))];
   figure.lastChild.replaceChildren(...caption, element("span", { className: "row" }, ...buttons));
 }
 
-const paragraph = (textContent) => element("p", { textContent });
+/** A caption: what is shown, where its time went, and what the service has to say of it. */
+export function about(shown, { timings, warnings }) {
+  return [shown, timeline(timings), ...warnings.map((textContent) => element("p", { textContent }))];
+}
+
+const picture = (alt) => element("img", { alt });
+const buttons = (file, use) => [
+  button("Draw on it", () => use(file)),
+  button("Save", () => save(file, file.name)),
+];
 
 /** Where a request's time went, as a bar. */
 function timeline(timings) {

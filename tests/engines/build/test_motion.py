@@ -22,28 +22,23 @@ from engines.build.source import Overrides, find_overrides
 from engines.drawing.runner import Runner
 from engines.errors import BuildError, CheckpointError
 from engines.loras.file import read_lora
+from engines.motion_unet import join
 from engines.order import Order
-from tests.engines.checkpoints import (
-    make_animatediff_checkpoint,
-    make_checkpoint,
-    make_lora,
-    make_motion_adapter,
-)
+from tests.engines.checkpoints import make_checkpoint, make_lora, make_motion_adapter
 from tests.engines.ldm import checkpoint_state
 from tests.engines.peers import draw_together, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_motion_adapter(tmp_path_factory.mktemp("motion") / "tiny-motion")
+@pytest.fixture
+def adapter(tiny_motion: Path) -> Path:
+    return tiny_motion
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("animatediff") / "tiny-animatediff"
-    return make_animatediff_checkpoint(made, checkpoints / "tiny-sd", adapter)
+@pytest.fixture
+def folder(tiny_clips: Path) -> Path:
+    return tiny_clips
 
 
 def _as_original(adapter: Path) -> dict[str, Tensor]:
@@ -147,6 +142,28 @@ def test_another_unet_or_adapter_of_a_folder(
         assert torch.equal(found.conv_out.weight, before.conv_out.weight)  # of one seed all
         module, own = (unet.down_blocks[1].motion_modules[0] for unet in (found, before))
         assert torch.equal(module.proj_in.weight, own.proj_in.weight)
+
+
+def test_what_the_unet_of_clips_of_diffusers_has_no_room_for(checkpoints: Path) -> None:
+    """Guidance embedding, pooled text, norms that are scaled and shifted: a module without effect
+    leaves each frame what the UNet of pictures makes of it.
+    """
+    unet, pictures = (load_pipeline(checkpoints / "tiny-demo", "fp32").unet for _ in range(2))
+    adapter = MotionAdapter(
+        block_out_channels=(32, 64, 64), motion_layers_per_block=1, motion_norm_num_groups=8,
+        motion_max_seq_length=4,
+    )  # fmt: skip
+    for name, weight in adapter.named_parameters():
+        if ".proj_out." in name:
+            torch.nn.init.zeros_(weight)
+    clips = join(unet, adapter)
+    sample, embeds = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 16, 32)
+    timesteps, cond = torch.tensor([999, 19]), torch.randn(2, 32)
+    with torch.no_grad():
+        found = clips(sample, timesteps, embeds.repeat_interleave(3, 0), timestep_cond=cond).sample
+        for frame in range(3):
+            expected = pictures(sample[:, :, frame], timesteps, embeds, timestep_cond=cond).sample
+            assert torch.allclose(found[:, :, frame], expected, atol=1e-5)
 
 
 def test_it_is_in_the_bundles_key(adapter: Path, checkpoints: Path) -> None:

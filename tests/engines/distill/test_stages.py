@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,13 @@ from typer.testing import CliRunner
 
 from engines.cli import app
 from engines.distill import cli
+from engines.distill.clips import ClipModel
 from engines.distill.publish import publish
 from engines.distill.stages import STAGES, run_stage
 from engines.distill.training import Place, TrainingError
+from engines.drawing.runner import Runner
+from engines.order import Order
+from tests.engines.peers import psnr_db
 
 TINY = {"num_steps": 2, "batch_size": 4}
 
@@ -28,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not run_stage(name, place, TINY), "a finished stage is kept"
     out = tmp_path_factory.mktemp("models")
     names = ["demo-base", "demo-lcm", "demo-lcm-lora", "demo-striped-lora", "demo-checkered-lora"]
-    assert publish(work, out) == [*names, "demo-tiny-vae", "critic"]
+    assert publish(work, out) == [*names, "demo-tiny-vae", "demo-motion", "critic"]
     return out
 
 
@@ -80,6 +85,32 @@ def test_the_table_and_the_sheet_come_from_published_weights(models: Path, tmp_p
     )  # fmt: skip
     assert result.exit_code == 0
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+
+
+def test_the_clips_of_what_is_published(models: Path) -> None:
+    """They are drawn by the engine as the exam draws them, pictures too; each is examined."""
+    runner = Runner.open(Order(str(models / "demo-motion"), "torch", num_threads=1))
+    info = runner.info
+    assert (info.default_num_frames, info.max_num_frames, info.default_num_steps) == (8, 8, 4)
+    assert info.guidance_embedding
+    prompt = "a large red star at the left on a pink background"
+    plain = runner.default_recipe(7, prompt, 2)
+    clip = dataclasses.replace(plain, guidance_scale=3.0)
+    picture = dataclasses.replace(clip, num_frames=1)
+    drawn = [drawing.pixels for drawing in runner.draw([clip, picture])]
+    runner.close()
+    assert [each.shape for each in drawn if each is not None] == [
+        (8, 128, 128, 3),
+        (1, 128, 128, 3),
+    ]
+    expected = ClipModel(models).draw([prompt], 2, 3.0, 7)[0]
+    assert drawn[0] is not None
+    assert psnr_db(drawn[0], expected) >= 50
+    options = ["--models", str(models), "--num-prompts", "7", "--max-steps", "1", "--threads", "1"]
+    result = CliRunner().invoke(app, ["distill", "evaluate-motion", *options])
+    assert result.exit_code == 0, result.exception
+    assert "| demo-motion | 1 |" in result.stdout
+    assert "| painted |  | 100.0 | 100.0 | 100.0 |" in result.stdout
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:

@@ -25,13 +25,15 @@ from engines.drawing.stage import Stage
 from engines.errors import InvalidInput
 from engines.families.recipe import Recipe
 from engines.order import Order
-from tests.engines.checkpoints import (
-    make_animatediff_checkpoint,
-    make_lora,
-    make_motion_adapter,
-    make_tiny_vae,
+from tests.engines.checkpoints import make_lora, make_tiny_vae
+from tests.engines.peers import (
+    Peer,
+    assert_agree,
+    assert_alone,
+    draw_together,
+    open_runner,
+    psnr_db,
 )
-from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db
 from tests.engines.peers import recipe as plain_recipe
 
 NUM_FRAMES = 5
@@ -57,38 +59,19 @@ RECIPES = [recipe(**way, seed=seed) for seed, way in enumerate(WAYS)]
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_motion_adapter(tmp_path_factory.mktemp("motion") / "tiny-motion")
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("animatediff") / "tiny-animatediff"
-    return make_animatediff_checkpoint(made, checkpoints / "tiny-sd", adapter)
-
-
-def open_runner(checkpoint: Path, backend: str, cache_dir: Path, **more: Any) -> Runner:
-    order = Order(str(checkpoint), backend=backend, cache_dir=cache_dir, max_batch=8, num_threads=1)
-    return Runner.open(dataclasses.replace(order, **more))
-
-
-@pytest.fixture(scope="module")
-def runner(folder: Path, cache_dir: Path) -> Iterator[Runner]:
-    opened = open_runner(folder, "torch", cache_dir)
+def runner(tiny_clips: Path, cache_dir: Path) -> Iterator[Runner]:
+    opened = open_runner(tiny_clips, "torch", cache_dir)
     yield opened
     opened.close()
 
 
 @pytest.fixture(scope="module")
-def peer(folder: Path) -> Peer:
-    return Peer(folder)
+def peer(tiny_clips: Path) -> Peer:
+    return Peer(tiny_clips)
 
 
 def test_alone(runner: Runner, peer: Peer) -> None:
-    for wanted in RECIPES:
-        (ours,) = draw_together(runner, [wanted])
-        assert ours.pixels.shape == (wanted.num_frames, wanted.height_px, wanted.width_px, 3)
-        assert_agree(ours, peer.draw(wanted), wanted)
+    assert_alone(runner, peer, RECIPES)
 
 
 def test_mixed_in_one_batch(runner: Runner, peer: Peer) -> None:
@@ -175,13 +158,13 @@ def test_a_preview_is_a_clip(runner: Runner, decodings: list[list[Decoding]]) ->
     assert np.array_equal(row.previews[0], finished.pixels)
 
 
-def test_tiles_of_frames(folder: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_tiles_of_frames(tiny_clips: Path, cache_dir: Path, tmp_path: Path) -> None:
     """As diffusers tiles each frame; by the tiny decoder too nothing is missing."""
     tiny = make_tiny_vae(tmp_path / "tiny-vae")
-    tiling = open_runner(folder, "torch", cache_dir, vae_tiling_px=64, tiny_vae=str(tiny))
+    tiling = open_runner(tiny_clips, "torch", cache_dir, vae_tiling_px=64, tiny_vae=str(tiny))
     wanted = recipe(num_steps=1, num_frames=3, width_px=104, height_px=128)
     (ours,) = draw_together(tiling, [wanted])
-    peer = AnimateDiffPipeline.from_pretrained(folder)
+    peer = AnimateDiffPipeline.from_pretrained(tiny_clips)
     peer.vae.enable_tiling()
     with torch.inference_mode():
         decoded = peer.decode_latents(torch.from_numpy(ours.latents)[None])
@@ -195,16 +178,16 @@ def test_tiles_of_frames(folder: Path, cache_dir: Path, tmp_path: Path) -> None:
 
 # One of pictures names layers that are in motion modules too, and has nothing for these.
 @pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
-def test_loras(folder: Path, checkpoints: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_loras(tiny_clips: Path, checkpoints: Path, cache_dir: Path, tmp_path: Path) -> None:
     """One of pictures, and one that changes motion modules too, each and together."""
     loras = {
         "style": make_lora(checkpoints / "tiny-sd", tmp_path / "style", ["to_q", "to_v"]),
-        "motion": make_lora(folder, tmp_path / "motion", ["to_k", "to_out.0", "ff.net.2"]),
+        "motion": make_lora(tiny_clips, tmp_path / "motion", ["to_k", "to_out.0", "ff.net.2"]),
     }
     state = load_file(loras["motion"] / "pytorch_lora_weights.safetensors")
     assert any(".motion_modules." in key for key in state)
-    with_loras = open_runner(folder, "torch", cache_dir, loras=loras)
-    theirs = Peer(folder, loras=loras)
+    with_loras = open_runner(tiny_clips, "torch", cache_dir, loras=loras)
+    theirs = Peer(tiny_clips, loras=loras)
     for chosen in ({"style": 0.8}, {"motion": 1.0}, {"style": 0.5, "motion": 0.7}, {}):
         wanted = recipe(num_steps=2, num_frames=3, loras=chosen)
         (ours,) = draw_together(with_loras, [wanted])
@@ -241,10 +224,10 @@ def test_pictures_have_no_frames(checkpoints: Path, cache_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["webp", "gif"])
-def test_from_the_command_line(ending: str, folder: Path, tmp_path: Path) -> None:
+def test_from_the_command_line(ending: str, tiny_clips: Path, tmp_path: Path) -> None:
     out = tmp_path / f"clip.{ending}"
-    command = ["generate", "a cube", "-o", str(out), "--model", str(folder), "--engine", "torch"]
-    command += ["--num-frames", "3", "--steps", "1"]
+    command = ["generate", "a cube", "-o", str(out), "--model", str(tiny_clips)]
+    command += ["--engine", "torch", "--num-frames", "3", "--steps", "1"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     with Image.open(out) as clip:
@@ -257,12 +240,12 @@ def test_from_the_command_line(ending: str, folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_bundle_with_an_adapter(
-    adapter: Path, checkpoints: Path, peer: Peer, cache_dir: Path
+    tiny_motion: Path, checkpoints: Path, peer: Peer, cache_dir: Path
 ) -> None:
     """One graph for every length, size and batch, of a checkpoint of pictures."""
     order = Order(
         str(checkpoints / "tiny-sd"), "onnxruntime", cache_dir=cache_dir, max_batch=8,
-        num_threads=1, motion_adapter=str(adapter),
+        num_threads=1, motion_adapter=str(tiny_motion),
     )  # fmt: skip
     bundle = prepare(order, lambda *_: None)
     assert bundle.manifest["beside"]["motion_adapter"]["name"] == "tiny-motion"
@@ -277,8 +260,8 @@ def test_a_bundle_with_an_adapter(
     built.close()
 
 
-def test_verify_compares_clips(folder: Path) -> None:
-    model = load_model(Order(str(folder), "torch"), lambda *_: None)
+def test_verify_compares_clips(tiny_clips: Path) -> None:
+    model = load_model(Order(str(tiny_clips), "torch"), lambda *_: None)
     short = dataclasses.replace(model.facts, default_num_frames=2)
     found = compare(dataclasses.replace(model, facts=short), model, ["a cube"])
     assert {each.part for each in found} == {"text_encoder", "denoiser", "vae_decoder"}

@@ -27,9 +27,16 @@ from engines.errors import CheckpointError, InvalidInput
 from engines.facts import Facts
 from engines.families import pixart
 from engines.families.recipe import Blend, Recipe
-from engines.order import Order
 from tests.engines.checkpoints import make_lora, make_pixart_checkpoint, with_scheduler
-from tests.engines.peers import Peer, Result, assert_agree, draw_together, psnr_db
+from tests.engines.peers import (
+    Peer,
+    Result,
+    assert_agree,
+    assert_alone,
+    draw_together,
+    open_runner,
+    psnr_db,
+)
 from tests.engines.peers import recipe as plain_recipe
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8).repeat(32, 0).repeat(32, 1)
@@ -68,11 +75,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pixart_checkpoint(tmp_path_factory.mktemp("pixart") / "tiny-pixart")
 
 
-def open_runner(checkpoint: Path, backend: str, cache_dir: Path, **more: Any) -> Runner:
-    order = Order(str(checkpoint), backend=backend, cache_dir=cache_dir, max_batch=8, num_threads=1)
-    return Runner.open(dataclasses.replace(order, **more))
-
-
 @pytest.fixture(scope="module", params=["torch", "onnxruntime"])
 def runner(request: pytest.FixtureRequest, folder: Path, cache_dir: Path) -> Iterator[Runner]:
     opened = open_runner(folder, request.param, cache_dir)
@@ -93,9 +95,7 @@ def peer(folder: Path) -> Peer:
 
 
 def test_alone(runner: Runner, peer: Peer) -> None:
-    for wanted in RECIPES:
-        (ours,) = draw_together(runner, [wanted])
-        assert_agree(ours, peer.draw(wanted), wanted)
+    assert_alone(runner, peer, RECIPES)
 
 
 def test_mixed_in_one_batch(runner: Runner, peer: Peer) -> None:

@@ -25,7 +25,15 @@ from engines.families import stable_diffusion_xl
 from engines.families.recipe import Recipe
 from engines.order import Order
 from tests.engines.checkpoints import make_lora, make_xl_checkpoint, with_scheduler
-from tests.engines.peers import Peer, assert_agree, draw_together, psnr_db, recipe
+from tests.engines.peers import (
+    Peer,
+    assert_agree,
+    assert_alone,
+    draw_together,
+    open_runner,
+    psnr_db,
+    recipe,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SAMPLERS = ("lcm", "ddim", "euler", "euler_ancestral", "tcd", "dpmpp_2m", "dpmpp_2m_sde")
@@ -62,13 +70,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_runner(checkpoint: Path, backend: str, cache_dir: Path, **more: Any) -> Runner:
-    order = Order(
-        str(checkpoint), backend=backend, cache_dir=cache_dir, max_batch=8, num_threads=1, **more
-    )
-    return Runner.open(order)
-
-
 @pytest.fixture(scope="module")
 def runner(folder: Path, cache_dir: Path) -> Iterator[Runner]:
     opened = open_runner(folder / "tiny-xl", "torch", cache_dir)
@@ -82,9 +83,7 @@ def peer(folder: Path) -> Peer:
 
 
 def test_alone(runner: Runner, peer: Peer) -> None:
-    for wanted in RECIPES:
-        (ours,) = draw_together(runner, [wanted])
-        assert_agree(ours, peer.draw(wanted), wanted)
+    assert_alone(runner, peer, RECIPES)
 
 
 def test_mixed_in_one_batch(runner: Runner, peer: Peer) -> None:
