@@ -83,7 +83,11 @@ class ControlPlane:
 
     @property
     def workers(self) -> list[Pod]:
-        return [pod for name, pod in self.pods.items() if name != "head"]
+        return [pod for name, pod in list(self.pods.items()) if name != "head"]
+
+    def ready(self) -> list[str]:
+        """The pods that the Service would have: the head, not being excluded, and ready ones."""
+        return ["head", *(pod.name for pod in self.workers if pod.ready)]
 
     def start(self) -> None:
         """The head, then its workers; returns when the head's containers have started."""

@@ -84,6 +84,8 @@ def test_gkes_nodes_have_gpus_their_driver_and_room_for_images(kubectl: None) ->
     assert accelerator["type"] in pod["nodeSelector"].values()
     assert accelerator["count"] == pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert int(options["max-nodes"]) >= group["maxReplicas"]
+    assert "HttpLoadBalancing" in cluster, "a list of add-ons is all there are; Gateways want it"
+    assert "--gateway-api standard" in cluster
     assert "--enable-dataplane-v2" in cluster, "without it nobody obeys a network policy"
     for each in (cluster, pool):
         assert int(dict(re.findall(r"--([\w-]+) (\S+)", each))["disk-size"]) >= 100
@@ -148,7 +150,7 @@ def test_the_job_that_is_waited_for_is_there(kubectl: None) -> None:
 def test_what_an_upgrade_is_to_begin_with_is_asked_of_a_field_that_there_is() -> None:
     """How many pods of the old cluster serve; `test_on_ray.py` begins with such a number."""
     upgrade = README.partition("## Upgrade and roll back")[2]
-    (path,) = re.findall(r"jsonpath='\{\.([\w.]+)\}'", upgrade)
+    path, *_ = re.findall(r"jsonpath='\{\.([\w.]+)\}'", upgrade)
     place = json.loads(
         gzip.decompress((KUBERNETES / "schemas" / "rayservice.json.gz").read_bytes())
     )
