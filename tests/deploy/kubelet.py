@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.deploy.built_image import USER, BuiltImage
-from tests.deploy.container import Container
+from tests.deploy.container import PATIENCE, Container
 from tests.deploy.kuberay import Object
 from tests.deploy.pod_network import PodNetwork
 from tests.deploy.probes import Probes
@@ -178,7 +178,7 @@ class Pod:
             "KUBERNETES_SERVICE_HOST": cluster.network.api_server,
             "KUBERNETES_SERVICE_PORT": "443",
             "KUBERNETES_SERVICE_PORT_HTTPS": "443",
-        }
+        } | PATIENCE
         for source in spec.get("envFrom", []):
             values |= cluster.config_maps[source["configMapRef"]["name"]]
         for each in spec.get("env", []):

@@ -31,6 +31,7 @@ from tests.deploy.test_consistency import IMAGE_BIN
 
 QUICK = {  # Ray measures every 10 s otherwise; and two GPUs for three replicas make a drain last
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "60",
+    "RAY_prestart_worker_first_driver": "0",  # else eight idle processes a node, at once
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
