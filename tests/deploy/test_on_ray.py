@@ -196,11 +196,8 @@ def test_a_new_cluster_begins_with_as_many_replicas_as_the_old_one_had(
     assert len(cluster.replicas("green")) == 3, "when it is first said to run"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "multi-model"))
-     for name in ("eks-a10g", "aks-a100", "multi-model")],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eks-a10g", "aks-a100", "multi-model"])
 def test_every_application_of_an_overlay_draws(
     cluster: RayCluster, lcm_checkpoint: Path, name: str
 ) -> None:
@@ -242,7 +239,8 @@ def test_a_node_takes_no_request_with_it_but_what_its_own_proxy_had_where_it_die
     cluster: RayCluster, lcm_checkpoint: Path, end: Callable[[RayCluster, str], None]
 ) -> None:
     cluster.start_worker()
-    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
+    three = {"max_replicas": 3, "initial_replicas": 3}
+    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, **three, **SOON))
     with load_on(cluster, num_clients=24, num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
         cluster.wait(lambda: has_worker(load), "a worker that takes requests")
