@@ -80,14 +80,6 @@ def simulated(rate: float, num_pictures: int, num_open: int, seed: int) -> Run:
     return Run(percentiles(pictures), len(clips_s) / now, mean_s)
 
 
-def capacity() -> float:
-    """Pictures a second of the double where every batch is full."""
-    limits = GPU_SHAPED.limits
-    step_s = GPU_SHAPED.seconds(GPU_SHAPED.step, [128] * limits.max_batch) / limits.max_batch
-    decode = GPU_SHAPED.seconds(GPU_SHAPED.decode, [128] * limits.max_decode_batch)
-    return 1 / (PICTURE_STEPS * step_s + decode / limits.max_decode_batch)
-
-
 def clips(
     count: Annotated[int, typer.Option(min=100, help="Pictures of a simulated run.")] = 6000,
     served: Annotated[
@@ -108,7 +100,7 @@ def clips(
     )
     rows = []
     for load in LOADS:
-        rate = load * capacity()
+        rate = load * GPU_SHAPED.images_per_s(PICTURE_STEPS)
         alone = simulated(rate, count, 0, seed=1)
         for num_open in OPEN:
             beside = simulated(rate, count, num_open, seed=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from loadtests.client import (
     require_answers,
     summarise,
 )
+from loadtests.live_simulated import report_simulated
 from loadtests.report import RESULTS, OutOption, Report
 from loadtests.traffic import UNIFORM, poisson, until
 from service.web.live.client import Tally, play
@@ -34,6 +36,7 @@ VALUES = {
     "prompt": "a large red circle at the center on a blue background",
     "size": f"{SIDE_PX}x{SIDE_PX}",
     "num_inference_steps": 2,
+    "decoder": "full",
     "strength": 0.7,
     "seed": 1,
 }
@@ -55,12 +58,14 @@ def strokes() -> list[bytes]:
     return frames
 
 
-def play_together(url: str, num_sessions: int, fps: float, seconds: float) -> list[Tally]:
+def play_together(
+    url: str, num_sessions: int, fps: float, seconds: float, values: Mapping[str, Any]
+) -> list[Tally]:
     """So many sessions side by side, each at ``fps`` frames a second."""
 
     async def together() -> list[Tally]:
         one = (
-            play(url, strokes(), values=VALUES, fps=fps, seconds=seconds)
+            play(url, strokes(), values=dict(values), fps=fps, seconds=seconds)
             for _ in range(num_sessions)
         )
         return list(await asyncio.gather(*one))
@@ -85,11 +90,16 @@ def live(
     beside: Annotated[int, typer.Option(min=1, max=1000, help="Sessions beside the API.")] = 1,
     fps: Annotated[float, typer.Option(min=0.1, max=120, help="Frames sent a second.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each run.")] = 20.0,
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Of each frame.")] = 2,
+    decoder: Annotated[str, typer.Option(help="Of each frame: full or tiny.")] = "full",
     drop: Annotated[
         int, typer.Option(min=0, max=100_000, help="Instead: open and drop so many, started here.")
     ] = 0,
     gpu_shaped: Annotated[
         bool, typer.Option("--gpu-shaped", help="Start it over an engine that sleeps as a GPU.")
+    ] = False,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Instead: the policy alone, in simulated time.")
     ] = False,
     model: Annotated[str, typer.Option(help="Of the service started here.")] = "demo-lcm",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
@@ -99,6 +109,9 @@ def live(
 
     With --drop: what is left of sessions that end without a goodbye.
     """
+    if simulated:
+        report_simulated().write(out)
+        return
     if drop:
         if url:
             raise typer.BadParameter("--drop looks at a service's processes: leave --url out")
@@ -106,16 +119,17 @@ def live(
             drop_sessions(service, drop).write(out)
         return
     counts = [int(text) for text in sessions.split(",")]
+    values = VALUES | {"num_inference_steps": steps, "decoder": decoder}
     with started_or_named(url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped) as base:
-        play_together(base, 1, fps, 3.0)
-        alone = {count: play_together(base, count, fps, seconds) for count in counts}
-        api = _beside_api(base, beside, fps, seconds)
+        play_together(base, 1, fps, 3.0, values)
+        alone = {count: play_together(base, count, fps, seconds, values) for count in counts}
+        api = _beside_api(base, beside, fps, seconds, values)
     report = Report("live" + ("-gpu-shaped" if gpu_shaped else ""), "Live drawing")
     report.data |= {"alone": {count: _row(tallies) for count, tallies in alone.items()}}
     report.data |= {"api": api["data"]}
     report.text(
         f"Each session sends {fps:g} frames of {SIDE_PX}x{SIDE_PX} px a second, drawn in "
-        f"{VALUES['num_inference_steps']} steps; a frame's latency is from its sending to its "
+        f"{steps} steps by the {decoder} decoder; a frame's latency is from its sending to its "
         "picture. What is skipped was superseded by a newer one."
     )
     report.table(
@@ -130,7 +144,9 @@ def live(
     report.write(out)
 
 
-def _beside_api(base: str, num_sessions: int, fps: float, seconds: float) -> dict[str, Any]:
+def _beside_api(
+    base: str, num_sessions: int, fps: float, seconds: float, values: Mapping[str, Any]
+) -> dict[str, Any]:
     """The API's latency at a share of its capacity, alone and with sessions beside it."""
     client = Client(base)
     filled = client.closed_loop(UNIFORM.asks(NUM_FILLING, 1), NUM_CLIENTS)
@@ -140,7 +156,7 @@ def _beside_api(base: str, num_sessions: int, fps: float, seconds: float) -> dic
     asks = UNIFORM.asks(len(due), 3)
     alone = summarise(client.open_loop(asks, due))
     with ThreadPoolExecutor(1) as other:
-        playing = other.submit(play_together, base, num_sessions, fps, seconds)
+        playing = other.submit(play_together, base, num_sessions, fps, seconds, values)
         together = summarise(client.open_loop(asks, due))
         tallies = playing.result()
     late = Latencies(each for tally in tallies for each in tally.latencies_s)

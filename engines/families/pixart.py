@@ -89,6 +89,15 @@ class PatchEmbed(torch.nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+class _OneMoreDimension(torch.nn.Linear):
+    """`PixArtTransformer2DModel.forward` squeezes its tokens' dimension, which does nothing but
+    where there is one alone; ONNX's operator knows no such case. So it takes away what this adds.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).unsqueeze(1)
+
+
 class Denoiser(torch.nn.Module):
     """One whole step in one graph; its own inputs and outputs are those of `engines.families.step`.
 
@@ -101,9 +110,7 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.transformer = transformer
         transformer.pos_embed = PatchEmbed(transformer.pos_embed)
-        # `forward` squeezes its tokens' dimension, which does nothing but where there is one alone;
-        # ONNX's operator knows no such case. Now it takes away what this adds.
-        transformer.proj_out.register_forward_hook(lambda _, __, output: output.unsqueeze(1))
+        transformer.proj_out.__class__ = _OneMoreDimension
 
     def forward(
         self, sample: Tensor, timestep: Tensor, coefficients: Tensor, noise: Tensor,

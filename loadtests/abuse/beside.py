@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import itertools
 import time
 import urllib.parse
 from collections import Counter
 
 from loadtests.abuse.attacks import KINDS, PATIENCE_S, Kind, Target, scrape
 
+PROBED = ("/-/healthz", "/readyz")
 PROBE_EVERY_S = 0.1
 PROBE_TIMEOUT_S = 5.0
 Outcomes = dict[str, Counter[str]]  # by kind: how many acts came to which end
@@ -53,17 +55,20 @@ async def _abuse(target: Target, kinds: dict[str, Kind], seconds: float) -> Outc
     return outcomes
 
 
-def probe(url: str, seconds: float) -> tuple[list[float], int]:
-    """`/readyz` as a kubelet asks it, on a connection of its own each time.
+def probe(url: str, seconds: float) -> tuple[dict[str, list[float]], int]:
+    """`PROBED` in turns, on a connection of its own each time.
 
-    Returns seconds of each, and how many of them were not answered with 200.
+    Returns the seconds of each, and how many of them were not answered with 200.
     """
     address, until = urllib.parse.urlsplit(url).netloc, time.monotonic() + seconds
-    took_s, num_failed = [], 0
-    while (begun := time.monotonic()) < until:
+    took_s: dict[str, list[float]] = {path: [] for path in PROBED}
+    num_failed = 0
+    for path in itertools.cycle(PROBED):
+        if (begun := time.monotonic()) >= until:
+            break
         connection = http.client.HTTPConnection(address, timeout=PROBE_TIMEOUT_S)
         try:
-            connection.request("GET", "/readyz")
+            connection.request("GET", path)
             answer = connection.getresponse()
             answer.read()
             num_failed += answer.status != 200
@@ -71,6 +76,6 @@ def probe(url: str, seconds: float) -> tuple[list[float], int]:
             num_failed += 1
         finally:
             connection.close()
-        took_s.append(time.monotonic() - begun)
-        time.sleep(max(0.0, PROBE_EVERY_S - took_s[-1]))
+        took_s[path].append(time.monotonic() - begun)
+        time.sleep(max(0.0, PROBE_EVERY_S - took_s[path][-1]))
     return took_s, num_failed

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from loadtests.abuse.attacks import ABUSER, KINDS
-from loadtests.abuse.beside import Outcomes, abuse, probe, scrapes
+from loadtests.abuse.beside import PROBED, Outcomes, abuse, probe, scrapes
 from loadtests.abuse.sessions import left_in
 from loadtests.client import Answer, Client, Latencies
 from loadtests.plots import COLORS, name_axes, panels
@@ -32,9 +32,11 @@ SCRAPE_ROUNDS = 4
 MAX_ASKS = 50_000
 SETTLE_S = 45.0  # at most: longer than anything that an abuser left open may last
 ABOUT = (
-    f"Ordinary clients ({CLIENTS}, in a closed loop, 1 to 8 steps) and probes (`/readyz` on the "
-    f"port for them alone, ten a second) beside one abuser's address, {ABUSER}, which never sends "
-    "slower than it is let. Clients, probes and abusers share the cores with the service."
+    f"Ordinary clients ({CLIENTS}, in a closed loop, 1 to 8 steps) and probes (on the port for "
+    f"them alone, ten a second, in turns `{PROBED[0]}`, which Kubernetes asks and HAProxy answers "
+    f"by its own checks, and `{PROBED[1]}`, which a replica answers) beside one abuser's address, "
+    f"{ABUSER}, which never sends slower than it is let. Clients, probes and abusers share the "
+    "cores with the service."
 )
 # As the product has it: the other commands let everything wait.
 OWN_BOUNDS = {"FOURSTEP_MAX_WAITING": "256"}
@@ -45,7 +47,7 @@ class Run:
     """Of ordinary clients and of probes, for a while."""
 
     answers: list[Answer]
-    probes: Latencies
+    probes: dict[str, Latencies]
     num_failed_probes: int
     seconds: float
 
@@ -59,8 +61,8 @@ class Run:
             "requests": len(self.answers),
             "statuses": Counter(str(answer.status or "no answer") for answer in self.answers),
             "images_per_s": self.images_per_s, "p50_ms": late.ms(50), "p95_ms": late.ms(95),
-            "probes": len(self.probes), "probe_p50_ms": self.probes.ms(50),
-            "probe_p99_ms": self.probes.ms(99), "failed_probes": self.num_failed_probes,
+            "probes": sum(map(len, self.probes.values())), "failed_probes": self.num_failed_probes,
+            **{f"p99_ms of {path}": probes.ms(99) for path, probes in self.probes.items()},
         }  # fmt: skip
 
 
@@ -113,7 +115,9 @@ def _run(service: Service, others: ProcessPoolExecutor, seconds: float, seed: in
     probing = others.submit(probe, service.probes, seconds)
     answers = Client(service.url).closed_loop(SIZES.asks(MAX_ASKS, seed), CLIENTS, seconds)
     took_s, num_failed = probing.result()
-    return Run(answers, Latencies(took_s), num_failed, seconds)
+    return Run(
+        answers, {path: Latencies(each) for path, each in took_s.items()}, num_failed, seconds
+    )
 
 
 def _scraped(
@@ -152,8 +156,8 @@ def page(found: Abused, seconds: float) -> Report:
         "after it": found.again.told(),
     }
     report.table(
-        ["", "requests", "outcomes", "images/s", "p50, ms", "p95, ms", "probes", "their p50, ms",
-         "p99, ms", "failed"],
+        ["", "requests", "outcomes", "images/s", "p50, ms", "p95, ms", "probes", "failed",
+         *(f"p99 of `{path}`, ms" for path in PROBED)],
         [
             [name, *(told(cell) if isinstance(cell, Counter) else cell for cell in run.values())]
             for name, run in runs.items()

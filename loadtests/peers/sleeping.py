@@ -21,21 +21,30 @@ from engines.drawing.runner import Runner
 from engines.order import Order
 from loadtests.timing import GPU_SHAPED
 
+COSTS = {
+    "denoiser": GPU_SHAPED.step,
+    "vae_decoder": GPU_SHAPED.decode,
+    "tiny_vae_decoder": GPU_SHAPED.tiny_decode,
+    "vae_encoder": GPU_SHAPED.encode,
+}
+
 
 class SleepingEngine:
     """Takes the time of an engine call, then returns zeros."""
 
     def __init__(self, part: str, draws_clips: bool = False) -> None:
         self._draws_clips = draws_clips  # their frames are put together of what is not rounded yet
-        self._fixed_s, self._per_row_s = (
-            GPU_SHAPED.step if part == "denoiser" else GPU_SHAPED.decode
-        )
+        self._fixed_s, self._per_row_s = COSTS[part]
         self._part = part
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        sample = inputs["sample"] if self._part == "denoiser" else inputs["latents"]
+        sample = inputs[{"denoiser": "sample", "vae_encoder": "pixels"}.get(self._part, "latents")]
+        if self._part == "vae_encoder":  # [B, H, W, 3]
+            sample = torch.zeros(len(sample), 4, *(side // 8 for side in sample.shape[1:3]))
         rows, _, *frames, height, width = sample.shape
         time.sleep(self._fixed_s + self._per_row_s * rows * math.prod(frames))
+        if self._part == "vae_encoder":
+            return {"mean": sample, "std": sample}
         if self._part == "denoiser":
             return {"next_sample": sample, "denoised": sample}
         pixels = torch.zeros(rows, 8 * height, 8 * width, 3, dtype=torch.uint8)
@@ -52,11 +61,11 @@ class SleepingEngine:
 
 
 def open_sleeping(model: str, cache_dir: Path, backend: str = "onnxruntime") -> Runner:
-    """The model with sleeping doubles for the denoiser and the decoder."""
+    """The model with sleeping doubles for the denoiser and the VAE."""
     order = Order(model, backend, cache_dir=cache_dir, num_threads=1)
     loaded = load_model(order, lambda what, done, total: None)
     clips = loaded.facts.draws_clips
-    doubles = {part: SleepingEngine(part, clips) for part in ("denoiser", "vae_decoder")}
+    doubles = {part: SleepingEngine(part, clips) for part in COSTS if part in loaded.engines}
     loaded = dataclasses.replace(loaded, engines={**loaded.engines, **doubles})
     limits = GPU_SHAPED.limits
     runner = Runner(loaded, max_batch=limits.max_batch)

@@ -104,7 +104,7 @@ class Ledger:
         num_rows = len(self._scheduler.waiting) + len(self._scheduler.running)
         least_s = functools.partial(self._pace.least_s, num_rows=num_rows)
         for request in requests_of(self._scheduler.sweep(now, least_s)):
-            if request.cancelled:
+            if any(row.cancelled for row in request.rows):
                 error: ServiceError = Cancelled("the client closed the request")
                 self.fail(request, Status.CANCELLED, error, now)
             else:

@@ -147,6 +147,12 @@ class EngineLoop:
             request.cancelled = True
             self._wake()
 
+    def supersede(self, request: Request) -> None:
+        """A newer one waits for it: `cancel` it, unless half of its steps are done."""
+        with self._wakeup:
+            request.superseded = True
+            self._wake()
+
     def _wake(self, num_threads: int = 1) -> None:
         self._num_wakeups += 1
         self._wakeup.notify(num_threads)

@@ -151,7 +151,11 @@ class Row:
 
     @property
     def cancelled(self) -> bool:
-        return self.request.cancelled
+        """Whether it leaves at the next step boundary. One that is superseded stays when half of it
+        is done: a picture is made with less than the newer one would take.
+        """
+        mostly_to_do = 2 * self.num_steps_left > self.drawing.num_steps
+        return self.request.cancelled or (self.request.superseded and mostly_to_do)
 
     @property
     def live(self) -> bool:
@@ -177,6 +181,7 @@ class Request:
     live: bool = False  # a frame of a live session, which gives way to others
     status: Status = Status.WAITING  # written by the engine loop alone
     cancelled: bool = False  # set by the handler, honoured at the next step boundary
+    superseded: bool = False  # likewise, while most of it is still to do
     num_finished: int = 0
     timings: Timings = field(default_factory=Timings)
     records: list[StageRecord] | None = None  # a list where the request is traced

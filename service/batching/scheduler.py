@@ -19,9 +19,8 @@ p99 1.06 to 1.19.
 Pictures go before clips of their priority, but for a call now and then (`service.batching.turns`).
 A clip's step counts as many as it has frames, in its tenant's turn, its rank and its batch.
 
-Rows of live sessions give way: where a step costs by the row (a CPU) they run while no other row of
-their priority or above is here, and from ``LIVE_PATIENCE`` denoise calls after they came as any
-other. Where most of a step's time is the call's own they join every batch.
+Rows of live sessions give way: they run while no other row of their priority or above is here, and
+beside such in a call now and then.
 """
 
 from __future__ import annotations
@@ -35,9 +34,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from engines.drawing.stage import Stage
 from service.batching.turns import Turns, admissible, pictures_of
-
-# So a saturated engine still draws a live row of two steps every ten calls.
-LIVE_PATIENCE = 8
 
 
 class Schedulable(Protocol):
@@ -245,7 +241,7 @@ class Scheduler(Generic[R]):
                 self._num_decodes_put_off *= not self._decoded_last
             if work.kind is WorkKind.DENOISE:
                 self._num_denoise_calls += 1
-                self._turns.note(work.rows)
+            self._turns.note(work.rows, denoise=work.kind is WorkKind.DENOISE)
         return work
 
     def update(self, work: Work[R]) -> list[R]:
@@ -278,11 +274,14 @@ class Scheduler(Generic[R]):
 
     def _gives_way(self, row: R) -> bool:
         """Whether a row stays out of calls that rows of others are, or will be, in."""
-        if not row.live or self._num_denoise_calls - self._arrivals[row] >= LIVE_PATIENCE:
-            return False
-        if self._costs and 2 * self._costs.step_fixed_s(row.group) > self._costs.step_s(row.group):
+        if not row.live or self._turns.is_live(shared=self._is_shared(row.group)):
             return False
         return any(not each.live and each.priority >= row.priority for each in self.running)
+
+    def _is_shared(self, group: Hashable) -> bool:
+        """Whether most of a denoise call's time does not depend on its rows."""
+        costs = self._costs
+        return costs is not None and 2 * costs.step_fixed_s(group) > costs.step_s(group)
 
     def _ready(self) -> list[R]:
         """The running rows that are in no call."""

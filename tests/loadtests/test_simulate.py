@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtests.clips import LOADS, PROMISE, simulated
-from loadtests.clips import capacity as pictures_at_most
+from loadtests import live_simulated
+from loadtests.clips import LOADS, PICTURE_STEPS, PROMISE, simulated
 from loadtests.simulate import (
     CPU_SHAPED,
     ENGINES,
@@ -43,7 +43,15 @@ def test_ahead_of_request_level_batching_at_70_percent(
 
 @pytest.mark.parametrize("num_open", [1, 8])
 def test_pictures_keep_their_pace_beside_clips(num_open: int) -> None:
-    rate = LOADS[1] * pictures_at_most()
+    rate = LOADS[1] * GPU_SHAPED.images_per_s(PICTURE_STEPS)
     alone, beside = (simulated(rate, 3000, count, seed=1) for count in (0, num_open))
     assert beside.pictures_s[1] <= PROMISE * alone.pictures_s[1]
     assert beside.clips_per_s > 0.4  # they are not stopped
+
+
+@pytest.mark.parametrize(("engine", "most"), [(CPU_SHAPED, 1.3), (GPU_SHAPED, 2.1)])
+def test_the_api_keeps_its_pace_beside_live_sessions(engine: TimingDouble, most: float) -> None:
+    """However many: more of them share what one would have."""
+    alone, beside = (live_simulated.run(engine, 0.5, count, seconds=100) for count in (0, 16))
+    assert beside.api_s[1] <= most * alone.api_s[1]
+    assert beside.pictures_per_s > 9  # they are not stopped

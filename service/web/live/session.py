@@ -4,7 +4,7 @@
 
 A picture is drawn when the one before it has been handed over, so a client that does not read gets
 no more of them made. A frame that is drawn when a newer one comes leaves at its next step, unless
-that is its last or its predecessor has left so: somebody who sends faster than is drawn still
+half of it is done or its predecessor has left so: somebody who sends faster than is drawn still
 sees something.
 """
 
@@ -156,9 +156,7 @@ class LiveSession:
         replaced, self._pending = self._pending, frame
         self._came.set()
         if self._job is not None and not self._spared:
-            rows = self._job.request.rows
-            if all(row.num_steps_left > 1 for row in rows):
-                self._replica.loop.cancel(self._job.request)
+            self._replica.loop.supersede(self._job.request)
         if replaced is not None:
             await self._skip(replaced, "superseded")
 
@@ -260,7 +258,7 @@ class LiveSession:
         async with job:
             self._job = job
             if self._pending is not None and not self._spared:
-                self._replica.loop.cancel(job.request)
+                self._replica.loop.supersede(job.request)
             try:
                 image = [each async for each in job.items()][-1]
             finally:

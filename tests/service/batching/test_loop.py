@@ -112,6 +112,7 @@ def make_request(
     timeout_s: float = 60.0,
     tenant: str = "",
     priority: int = 0,
+    num_steps: int = 2,
 ) -> tuple[Request, queue.Queue[Event]]:
     events: queue.Queue[Event] = queue.Queue()
     now = loop.clock()
@@ -124,7 +125,7 @@ def make_request(
         priority=priority,
     )
     request.rows = [
-        Row(request, k, runner.start(runner.default_recipe(k, prompt, num_steps=2)))
+        Row(request, k, runner.start(runner.default_recipe(k, prompt, num_steps=num_steps)))
         for k in range(num_images)
     ]
     return request, events
@@ -181,6 +182,25 @@ def test_cancel_frees_rows_and_nothing_is_decoded(
     assert last(events).error is not None
     assert request.status is Status.CANCELLED
     assert request.rows[0].drawing.pixels is None
+
+
+@pytest.mark.parametrize(("num_done", "status"), [(1, Status.CANCELLED), (2, Status.COMPLETED)])
+def test_what_is_superseded_stays_when_half_of_it_is_done(
+    loop: EngineLoop, gate: Gate, runner: Runner, num_done: int, status: Status
+) -> None:
+    """Superseded in the call that makes it so many steps of four."""
+    request, events = make_request(loop, runner, "x", num_steps=4)
+    loop.submit(request)
+    assert gate.entered.acquire(timeout=30)
+    for _ in range(num_done - 1):
+        gate.passes.release()
+        assert gate.entered.acquire(timeout=30)
+    loop.supersede(request)
+    gate.open = True
+    gate.passes.release()
+    last(events)
+    assert request.status is status
+    assert request.rows[0].drawing.step_index == (num_done if status is Status.CANCELLED else 4)
 
 
 def test_deadline(loop: EngineLoop, runner: Runner) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.drawing.stage import Stage
-from service.batching.scheduler import LIVE_PATIENCE, Limits, Scheduler, Work, WorkKind
-from service.batching.turns import CLIP_PATIENCE
+from service.batching.scheduler import Limits, Scheduler, Work, WorkKind
+from service.batching.turns import CLIP_PATIENCE, LIVE_PATIENCE, SHARED_PATIENCE
 
 
 @dataclass(eq=False)
@@ -451,22 +452,25 @@ def test_a_live_row_waits_for_no_call_that_it_could_not_join() -> None:
     assert scheduler.schedule() is None
 
 
-def test_a_live_row_joins_every_batch_where_it_costs_little() -> None:
-    costs = FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.6)
-    scheduler: Scheduler[FakeRow] = Scheduler(Limits(8, 4), costs)
-    live, other = _live(2), FakeRow(4, 64, stage=Stage.DENOISE)
-    scheduler.add([live, other])
-    assert set(_step(scheduler).rows) == {live, other}
+SHARED = FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.6)
 
 
-def test_no_flood_keeps_a_live_row_out_for_long() -> None:
-    scheduler: Scheduler[FakeRow] = Scheduler(Limits(2, 4, 1000))
-    live = _live(2)
-    scheduler.add([live, *(FakeRow(8, 64, stage=Stage.DENOISE) for _ in range(100))])
-    num_denoise_calls = 0
-    while live.stage is not Stage.DONE:
-        num_denoise_calls += _step(scheduler).kind is WorkKind.DENOISE
-    assert LIVE_PATIENCE < num_denoise_calls <= LIVE_PATIENCE + 2 + 1
+@pytest.mark.parametrize(("costs", "patience"), [(None, LIVE_PATIENCE), (SHARED, SHARED_PATIENCE)])
+def test_a_flood_meets_live_rows_in_one_call_of_some(
+    costs: FakeCosts | None, patience: int
+) -> None:
+    """Of however many sessions they are, and none of them waits for ever."""
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(4, 4, 1000), costs)
+    live = [_live(2) for _ in range(3)]
+    scheduler.add([*live, *(FakeRow(8, 64, stage=Stage.DENOISE) for _ in range(200))])
+    calls = []
+    while any(row.stage is not Stage.DONE for row in live):
+        calls.append(any(row.live for row in _step(scheduler).rows))
+    at = [index for index, is_live in enumerate(calls) if is_live]
+    apart = [later - before for before, later in itertools.pairwise(at)]
+    assert at[0] == patience
+    assert len(at) == 2 + 1, "their steps and their decode"
+    assert all(patience < each <= patience + 2 for each in apart), apart
 
 
 @pytest.mark.parametrize(("priority", "first"), [(-1, "live"), (0, "other"), (1, "other")])

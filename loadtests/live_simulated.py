@@ -1,0 +1,81 @@
+"""Live sessions beside API load in simulated time: what the API loses by the policy alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loadtests.report import Report
+from loadtests.simulate import percentiles
+from loadtests.simulated import SimulatedReplica, SimulatedRow
+from loadtests.timing import CPU_SHAPED, GPU_SHAPED, TimingDouble
+from loadtests.traffic import poisson, until
+
+API_STEPS, LIVE_STEPS, SIDE_PX = 4, 2, 128
+LOADS, SESSIONS = (0.5, 0.8), (1, 4, 16)
+FPS = 20.0  # that a session sends; one is drawn at a time, and the newest follows it
+SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """The API's latencies in seconds, p50, p95 and p99, and how the sessions fared beside it."""
+
+    api_s: tuple[float, float, float]
+    pictures_per_s: float = 0.0  # of all sessions
+    frame_s: float = 0.0  # p95
+
+
+def run(engine: TimingDouble, load: float, num_sessions: int, seconds: float = SECONDS) -> Run:
+    """Poisson arrivals of API requests, and so many sessions beside them."""
+    due = until(poisson(load * engine.images_per_s(API_STEPS), seed=1), seconds)
+    api = [SimulatedRow(at, API_STEPS, SIDE_PX) for at in due]
+    coming = list(reversed(api))
+    rests = {session: session / FPS / num_sessions for session in range(num_sessions)}
+    drawn: dict[SimulatedRow, int] = {}  # frame → session
+    replica, now = SimulatedReplica(engine), 0.0
+    frames: list[SimulatedRow] = []
+    while coming or not replica.idle:
+        while coming and coming[-1].arrived_at <= now:
+            replica.add(coming.pop())
+        for session in [session for session, at in rests.items() if at <= now and coming]:
+            del rests[session]
+            frame = SimulatedRow(now, LIVE_STEPS, SIDE_PX, live=True)
+            drawn[frame] = session
+            replica.add(frame)
+        if replica.idle:
+            now = min([coming[-1].arrived_at, *rests.values()])
+            continue
+        now += replica.begin()
+        for row in replica.finish(now):
+            if row.live:
+                rests[drawn.pop(row)] = max(row.arrived_at + 1 / FPS, now)
+                frames.append(row)
+    return Run(percentiles(api), len(frames) / seconds, percentiles(frames)[1] if frames else 0.0)
+
+
+def report_simulated() -> Report:
+    """A table over both doubles, loads of the API and numbers of sessions."""
+    report = Report("live-simulated", "Live sessions beside the API, in simulated time")
+    report.text(
+        f"API requests of {API_STEPS} steps arrive at random, at a share of what the engine can "
+        f"draw; each session sends {FPS:g} frames a second of {LIVE_STEPS} steps. The product's "
+        "own scheduler over timing doubles; ratios are over the same arrivals without sessions."
+    )
+    rows: list[list[object]] = []
+    for engine in (CPU_SHAPED, GPU_SHAPED):
+        for load in LOADS:
+            alone = run(engine, load, 0).api_s
+            for num_sessions in SESSIONS:
+                beside = run(engine, load, num_sessions)
+                ratios = [b / a for a, b in zip(alone, beside.api_s, strict=True)]
+                report.data.setdefault("rows", []).append(
+                    [engine.name, load, num_sessions, *ratios, beside.pictures_per_s]
+                )
+                cells = [f"{ratio:.2f}×" for ratio in ratios]
+                live = [beside.pictures_per_s, 1e3 * beside.frame_s]
+                rows.append([engine.name, f"{load:.0%}", num_sessions, *cells, *live])
+    report.table(
+        ["engine", "load of the API", "sessions", "API p50", "p95", "p99", "live pictures/s",
+         "frame p95 ms"], rows,
+    )  # fmt: skip
+    return report
