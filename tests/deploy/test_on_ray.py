@@ -184,37 +184,6 @@ def test_gke_l4_goes_from_one_replica_to_three_and_back(
     assert set(load.outcomes + least.outcomes) == {200}, (load.outcomes, least.outcomes)
 
 
-def test_a_new_cluster_begins_with_as_many_replicas_as_the_old_one_had(
-    cluster: RayCluster, lcm_checkpoint: Path
-) -> None:
-    """KubeRay moves the traffic when the applications run: that must not be at the minimum."""
-    config = config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, initial_replicas=3)
-    (application,) = config["applications"]
-    assert application["args"]["min_replicas"] == 1
-    application["name"] = "green"  # on this cluster as new as in a new one
-    cluster.deploy(config)
-    assert len(cluster.replicas("green")) == 3, "when it is first said to run"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["eks-a10g", "aks-a100", "multi-model"])
-def test_every_application_of_an_overlay_draws(
-    cluster: RayCluster, lcm_checkpoint: Path, name: str
-) -> None:
-    """The others are above. Not theirs: model, port, one thread, TensorRT, a GPU that is one."""
-    config = config_of(cluster, name, lcm_checkpoint)
-    cluster.deploy(config)
-    for application in config["applications"]:
-        route = application["route_prefix"].rstrip("/")
-        url = f"http://127.0.0.1:{cluster.ports['head']}{route}"
-        headers = {"Authorization": f"Bearer {SECRET}"}
-        body = {"prompt": "a red star", "response_format": "b64_json"}
-        answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=200)
-        assert answer.status_code == 200, (application["name"], answer.text)
-        assert answer.json()["model"] == application["args"].get("model_id", lcm_checkpoint.name)
-        assert len(cluster.replicas(application["name"])) == 1
-
-
 def refuses(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
         return False
@@ -239,8 +208,7 @@ def test_a_node_takes_no_request_with_it_but_what_its_own_proxy_had_where_it_die
     cluster: RayCluster, lcm_checkpoint: Path, end: Callable[[RayCluster, str], None]
 ) -> None:
     cluster.start_worker()
-    three = {"max_replicas": 3, "initial_replicas": 3}
-    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, **three, **SOON))
+    cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
     with load_on(cluster, num_clients=24, num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
         cluster.wait(lambda: has_worker(load), "a worker that takes requests")
@@ -252,3 +220,36 @@ def test_a_node_takes_no_request_with_it_but_what_its_own_proxy_had_where_it_die
     # Its own proxy's are cut. The other one has another replica draw what the dead ones had in
     # hand; once in a while it says that the client is to ask again.
     assert set(load.by_node["head"]) <= {200, AGAIN}, load.by_node
+
+
+def test_a_new_cluster_begins_with_as_many_replicas_as_the_old_one_had(
+    cluster: RayCluster, lcm_checkpoint: Path
+) -> None:
+    """KubeRay moves the traffic when the applications run: that must not be at the minimum."""
+    cluster.start_worker()
+    config = config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, initial_replicas=3)
+    (application,) = config["applications"]
+    assert application["args"]["min_replicas"] == 1
+    application["name"] = "green"  # on this cluster as new as in a new one
+    cluster.deploy(config)
+    assert len(cluster.replicas("green")) == 3, "when it is first said to run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eks-a10g", "aks-a100", "multi-model"])
+def test_every_application_of_an_overlay_draws(
+    cluster: RayCluster, lcm_checkpoint: Path, name: str
+) -> None:
+    """The others are above. Not theirs: model, port, one thread, TensorRT, a GPU that is one."""
+    cluster.start_worker()
+    config = config_of(cluster, name, lcm_checkpoint)
+    cluster.deploy(config)
+    for application in config["applications"]:
+        route = application["route_prefix"].rstrip("/")
+        url = f"http://127.0.0.1:{cluster.ports['head']}{route}"
+        headers = {"Authorization": f"Bearer {SECRET}"}
+        body = {"prompt": "a red star", "response_format": "b64_json"}
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=200)
+        assert answer.status_code == 200, (application["name"], answer.text)
+        assert answer.json()["model"] == application["args"].get("model_id", lcm_checkpoint.name)
+        assert len(cluster.replicas(application["name"])) == 1
