@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
-from engines.backends.choice import has_driver
+from engines.backends.driver import has_driver
 from service.telemetry.versions import version_of
 
 if TYPE_CHECKING:

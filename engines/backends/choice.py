@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
+from engines.backends.driver import has_driver, why_too_old
 from engines.build.plan import INSTALL, MODULES, RTX_CAPABILITY_BITS, PlanTarget
 from engines.errors import BackendUnavailable
 from engines.facts import EIGHT_BITS
 
-# Any one of them: containers and sandboxes often lack the first, WSL has the last alone.
-DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
-
-
-def has_driver() -> bool:
-    """Whether there may be an NVIDIA GPU here: cheap, so that torch is imported only then."""
-    return any(sign.exists() for sign in DRIVER_SIGNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +27,7 @@ class Machine:
     packages: frozenset[str]  # of those that backends need
     gpu: str = ""  # the first one's name, "NVIDIA L4" say
     num_gpus: int = 0
+    driver_fault: str = ""  # why a GPU that may be here is of no use
 
     @classmethod
     def here(cls) -> Machine:
@@ -43,8 +38,13 @@ class Machine:
             return cls(None, packages)
         import torch
 
-        if not torch.cuda.is_available():
-            return cls(None, packages)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a driver that is too old: told in full below
+            available = torch.cuda.is_available()
+        if not available:
+            hidden = not torch.cuda._parse_visible_devices()  # by CUDA_VISIBLE_DEVICES, as Ray does
+            fault = "" if hidden else why_too_old(torch.version.cuda)
+            return cls(None, packages, driver_fault=fault)
         major, minor = torch.cuda.get_device_capability()
         name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
         return cls(10 * major + minor, packages, name, count)
@@ -61,8 +61,9 @@ class Machine:
             )
         if device == "cuda" and self.compute_capability is None:
             raise BackendUnavailable(
-                "device 'cuda' needs an NVIDIA GPU and its driver, none is here: choose --device "
-                "cpu, or auto"
+                self.driver_fault
+                or "device 'cuda' needs an NVIDIA GPU and its driver, none is here: choose "
+                "--device cpu, or auto"
             )
         return Machine(None, self.packages) if device == "cpu" else self
 
@@ -99,6 +100,9 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
         raise BackendUnavailable(
             "engine 'onnxruntime' draws on the CPU: choose --engine torch, or --device cpu"
         )
+    if machine.driver_fault and backend != "onnxruntime":
+        # Not drawn on the CPU unasked: a GPU is paid for, and it would be a hundred times slower.
+        raise BackendUnavailable(machine.driver_fault)
     if backend != "auto":
         missing = _missing(backend, machine)
         if missing:

@@ -26,6 +26,10 @@ class Scaling(BaseModel):
     num_replicas: int | None = Field(None, ge=1, description="a fixed number; default 1")
     min_replicas: int | None = Field(None, ge=0, description="default 1; 0: none without load")
     max_replicas: int | None = Field(None, ge=1, description="makes it a range, autoscaled")
+    # An application runs, and gets traffic, when all of these do. An upgrade under load needs it.
+    initial_replicas: int | None = Field(
+        None, ge=0, description="at first and after each change of the config; default min_replicas"
+    )
     target_ongoing_requests: float | None = Field(
         None, gt=0, description="requests a replica has in hand; default: one full batch of images"
     )
@@ -62,6 +66,12 @@ class Scaling(BaseModel):
         if least > self.max_replicas:
             raise ValueError(
                 f"min_replicas is {least} and must be at most max_replicas, {self.max_replicas}"
+            )
+        first = least if self.initial_replicas is None else self.initial_replicas
+        if not least <= first <= self.max_replicas:
+            raise ValueError(
+                f"initial_replicas is {first} and must be from min_replicas, {least}, to "
+                f"max_replicas, {self.max_replicas}"
             )
         if self.downscale_to_zero_delay_s is not None and least > 0:
             raise ValueError(

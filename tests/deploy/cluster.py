@@ -23,6 +23,7 @@ import httpx
 import psutil
 
 from service.ray_serve.environment import free_port
+from tests.deploy.container import PATIENCE
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ class RayCluster:
         self.ports = {"head": free_port(), "worker": free_port()}  # of the proxies
         self.agent_ports = {"head": free_port(), "worker": free_port()}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self._environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment | token
+        self._environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment | token | PATIENCE
         # Ray believes in GPUs that it is told of, but not against a list without any (conftest).
         self._environment.pop("CUDA_VISIBLE_DEVICES", None)
         self._gpus_per_node = gpus_per_node

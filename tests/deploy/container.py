@@ -19,6 +19,8 @@ from typing import IO
 from tests.deploy.built_image import USER, BuiltImage
 from tests.deploy.kuberay import Object
 
+# Not a kubelet's: on a machine that others use a node takes longer than Ray's 30 s to start.
+PATIENCE = {"RAY_raylet_start_wait_time_s": "240"}
 TOOLS = ("bwrap", "nsenter", "setpriv", "nft", "ip")
 
 

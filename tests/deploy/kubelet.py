@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.deploy.built_image import USER, BuiltImage
-from tests.deploy.container import Container
+from tests.deploy.container import PATIENCE, Container
 from tests.deploy.kuberay import Object
 from tests.deploy.pod_network import PodNetwork
 from tests.deploy.probes import Probes
 
 TICK_S = 0.2
+ENDPOINTS_S = 2.0  # until a pod that has got SIGTERM is no Service's any more, at every node
 ACCOUNT = "/run/secrets/kubernetes.io/serviceaccount"  # /var/run is a link to /run
 QUANTITIES = {"Mi": 1 << 20, "Gi": 1 << 30}
 
@@ -74,19 +75,24 @@ class Pod:
     def end(self) -> float:
         """As when the pod is deleted; returns the seconds that its containers took to end.
 
+        It is a Service's for `ENDPOINTS_S` more: SIGTERM is first, and endpoints take a while.
+
         Raises:
             AssertionError: one was still there when its grace was over.
         """
         begin, grace_s = time.monotonic(), self._spec["terminationGracePeriodSeconds"]
         self._ending.set()
         self._thread.join()
-        self.ready = False
+        threading.Timer(ENDPOINTS_S, self._forget).start()
         late = _end(self.containers, begin + grace_s)
         seconds = time.monotonic() - begin  # sidecars go when what they are beside has gone
         late += _end(self._init, max(begin + grace_s, time.monotonic() + 2))
         self._release()
         assert not late, f"{late} of {self.name} had to be killed after {grace_s} s"
         return seconds
+
+    def _forget(self) -> None:
+        self.ready = False
 
     def kill(self) -> None:
         """All at once, whatever state it is in."""
@@ -172,7 +178,7 @@ class Pod:
             "KUBERNETES_SERVICE_HOST": cluster.network.api_server,
             "KUBERNETES_SERVICE_PORT": "443",
             "KUBERNETES_SERVICE_PORT_HTTPS": "443",
-        }
+        } | PATIENCE
         for source in spec.get("envFrom", []):
             values |= cluster.config_maps[source["configMapRef"]["name"]]
         for each in spec.get("env", []):

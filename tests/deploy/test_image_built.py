@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.built_image import USER, BuiltImage
-from tests.deploy.container import TOOLS, Container
+from tests.deploy.container import PATIENCE, TOOLS, Container
 from tests.deploy.kuberay import Object
 from tests.deploy.pod_network import PodNetwork
 
@@ -51,7 +51,7 @@ def container(image: BuiltImage, open_folder: Path) -> Iterator[Container]:
     spec = {"name": "image", "securityContext": UNPRIVILEGED,
             "args": [*image.config["Cmd"], "--allow-anonymous"]}  # fmt: skip
     made = Container(
-        image, spec, network=network.path("image"), host_name="image", environment={},
+        image, spec, network=network.path("image"), host_name="image", environment=PATIENCE,
         log=open_folder / "image.log", mounts=mounts,
     )  # fmt: skip
     try:

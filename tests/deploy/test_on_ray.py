@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ import pytest
 
 from engines.drawing.model import prepare
 from engines.order import Order
-from service.access.keys import make_key
 from tests.deploy.cluster import BIN, RayCluster
+from tests.deploy.load import AGAIN, LINE, SECRET, Load
 from tests.deploy.manifests import (
     environment,
     kustomize_version,
@@ -31,15 +29,13 @@ from tests.deploy.manifests import (
 )
 from tests.deploy.test_consistency import IMAGE_BIN
 
-SECRET, LINE = make_key("test")
-AGAIN = "502, to be tried again"
 QUICK = {  # Ray measures every 10 s otherwise; and two GPUs for three replicas make a drain last
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "60",
+    "RAY_prestart_worker_first_driver": "0",  # else eight idle processes a node, at once
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 SOON = {
-    "engine": "auto",
     "upscale_delay_s": 1,
     "downscale_delay_s": 2,
     "look_back_period_s": 11,
@@ -68,10 +64,14 @@ def cluster(
 
 
 def config_of(cluster: RayCluster, name: str, model: Path, **changes: Any) -> dict[str, Any]:
+    """An overlay's serveConfigV2 with another port and model, TensorRT's engine left to `auto`."""
     config = serve_config(overlay(name))
     config["http_options"]["port"] = cluster.ports["head"]
-    (application,) = config["applications"]
-    application["args"] |= {"model": str(model), "num_threads": 1} | changes
+    for application in config["applications"]:
+        arguments = application["args"]
+        if arguments.get("engine") == "tensorrt-rtx":
+            arguments["engine"] = "auto"
+        arguments |= {"model": str(model), "num_threads": 1} | changes
     return config
 
 
@@ -91,13 +91,8 @@ class Endpoints:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
-    def choose(self, number: int) -> str:
-        """The node whose proxy gets a client's request of this number."""
-        ready = sorted(self._ready)
-        return ready[number % len(ready)]
-
-    def has_worker(self) -> bool:
-        return "worker" in self._ready
+    def ready(self) -> list[str]:
+        return list(self._ready)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._period_s):
@@ -117,55 +112,29 @@ class Endpoints:
         self._thread.join()
 
 
-class Load:
-    """Clients that each draw one image after the other, through any proxy, until told to stop."""
+@contextlib.contextmanager
+def load_on(cluster: RayCluster, num_clients: int, num_steps: int) -> Iterator[Load]:
+    """Clients that draw through any proxy that the Service would have."""
+    body = {"prompt": "a red star", "num_inference_steps": num_steps}
+    # Each request connects anew, as of many clients: a kept connection would stay with a proxy that
+    # the Service has long forgotten.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    with (
+        httpx.Client(headers=headers, timeout=200, limits=limits) as client,
+        Endpoints(cluster) as endpoints,
+    ):
 
-    def __init__(self, cluster: RayCluster, num_clients: int, num_steps: int) -> None:
-        self.by_node: dict[str, Counter[int | str]] = {name: Counter() for name in cluster.ports}
-        self.endpoints = Endpoints(cluster)
-        self._ports = cluster.ports
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {SECRET}"},
-            timeout=200,
-            # Each request connects anew, as of many clients: a kept connection would stay with a
-            # proxy that the Service has long forgotten.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-        )
-        self._body = {"prompt": "a red star", "num_inference_steps": num_steps}
-        self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._draw, args=(number,)) for number in range(num_clients)
-        ]
+        def ask(node: str, _: int) -> httpx.Response:
+            url = f"http://127.0.0.1:{cluster.ports[node]}/v1/images/generations"
+            return client.post(url, json=body)
 
-    def _draw(self, number: int) -> None:
-        while not self._stop.is_set():
-            number += 1
-            node = self.endpoints.choose(number)
-            url = f"http://127.0.0.1:{self._ports[node]}/v1/images/generations"
-            try:
-                answer = self._client.post(url, json=self._body)
-                again = answer.status_code == 502 and "Retry-After" in answer.headers
-                self.by_node[node][AGAIN if again else answer.status_code] += 1
-            except httpx.HTTPError as error:
-                self.by_node[node][repr(error)] += 1
-            time.sleep(0.05)
+        with Load(endpoints.ready, ask, num_clients) as load:
+            yield load
 
-    @property
-    def outcomes(self) -> Counter[int | str]:
-        return sum(self.by_node.values(), Counter())
 
-    def __enter__(self) -> Load:
-        self.endpoints.__enter__()
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self.endpoints.__exit__()
-        self._client.close()
+def has_worker(load: Load) -> bool:
+    return "worker" in load.ready()
 
 
 def test_local_cpu_is_deployed_and_changed_without_a_failed_request(
@@ -179,7 +148,7 @@ def test_local_cpu_is_deployed_and_changed_without_a_failed_request(
     body = {"prompt": "a red star"}
     assert httpx.post(f"{base}/v1/images/generations", json=body).status_code == 401
     (before,) = cluster.replicas()
-    with Load(cluster, num_clients=2, num_steps=4) as load:
+    with load_on(cluster, num_clients=2, num_steps=4) as load:
         cluster.wait(lambda: load.outcomes.total() > 5, "images before the change")
         cluster.deploy(config_of(cluster, "local-cpu", lcm_checkpoint, png_level=2))
         cluster.wait(lambda: before not in cluster.replicas(state=""), "the old replica's end")
@@ -202,12 +171,12 @@ def test_gke_l4_goes_from_one_replica_to_three_and_back(
         for each in cluster.applications()["fourstep"]["deployments"].values()
     )
     assert target == config["applications"][0]["args"]["max_batch"]
-    with Load(cluster, num_clients=3 * int(target), num_steps=50) as load:
+    with load_on(cluster, num_clients=3 * int(target), num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "three replicas")
         assert len(set(cluster.replicas().values())) == 2, "two GPUs a node: both must be in use"
-        cluster.wait(load.endpoints.has_worker, "a worker that takes requests")
+        cluster.wait(lambda: has_worker(load), "a worker that takes requests")
     # A little load keeps one, on the head: the other node's proxy drains, and its port closes.
-    with Load(cluster, num_clients=2, num_steps=4) as least:
+    with load_on(cluster, num_clients=2, num_steps=4) as least:
         cluster.wait(lambda: refuses(cluster.ports["worker"]), "the end of the worker's proxy")
         assert len(cluster.replicas(state="")) == 1
         seen = least.outcomes.total()
@@ -229,7 +198,7 @@ def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
     cluster.wait(lambda: not cluster.replicas(state=""), "no replica")
     healthz = f"http://127.0.0.1:{cluster.ports['head']}/-/healthz"  # the component's probe
     cluster.wait(lambda: httpx.get(healthz).is_success, "a proxy that knows where to send it")
-    with Load(cluster, num_clients=1, num_steps=4) as load:
+    with load_on(cluster, num_clients=1, num_steps=4) as load:
         cluster.wait(lambda: load.outcomes.total() > 0, "an image")
     assert set(load.outcomes) == {200}, load.outcomes
 
@@ -240,9 +209,9 @@ def test_a_node_takes_no_request_with_it_but_what_its_own_proxy_had_where_it_die
 ) -> None:
     cluster.start_worker()
     cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON))
-    with Load(cluster, num_clients=24, num_steps=50) as load:
+    with load_on(cluster, num_clients=24, num_steps=50) as load:
         cluster.wait(lambda: len(cluster.replicas()) == 3, "replicas on both nodes")
-        cluster.wait(load.endpoints.has_worker, "a worker that takes requests")
+        cluster.wait(lambda: has_worker(load), "a worker that takes requests")
         end(cluster, "worker")
         seen = load.outcomes.total()
         cluster.wait(lambda: load.outcomes.total() > seen + 24, "images without that node")
@@ -251,3 +220,36 @@ def test_a_node_takes_no_request_with_it_but_what_its_own_proxy_had_where_it_die
     # Its own proxy's are cut. The other one has another replica draw what the dead ones had in
     # hand; once in a while it says that the client is to ask again.
     assert set(load.by_node["head"]) <= {200, AGAIN}, load.by_node
+
+
+def test_a_new_cluster_begins_with_as_many_replicas_as_the_old_one_had(
+    cluster: RayCluster, lcm_checkpoint: Path
+) -> None:
+    """KubeRay moves the traffic when the applications run: that must not be at the minimum."""
+    cluster.start_worker()
+    config = config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, initial_replicas=3)
+    (application,) = config["applications"]
+    assert application["args"]["min_replicas"] == 1
+    application["name"] = "green"  # on this cluster as new as in a new one
+    cluster.deploy(config)
+    assert len(cluster.replicas("green")) == 3, "when it is first said to run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eks-a10g", "aks-a100", "multi-model"])
+def test_every_application_of_an_overlay_draws(
+    cluster: RayCluster, lcm_checkpoint: Path, name: str
+) -> None:
+    """The others are above. Not theirs: model, port, one thread, TensorRT, a GPU that is one."""
+    cluster.start_worker()
+    config = config_of(cluster, name, lcm_checkpoint)
+    cluster.deploy(config)
+    for application in config["applications"]:
+        route = application["route_prefix"].rstrip("/")
+        url = f"http://127.0.0.1:{cluster.ports['head']}{route}"
+        headers = {"Authorization": f"Bearer {SECRET}"}
+        body = {"prompt": "a red star", "response_format": "b64_json"}
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=200)
+        assert answer.status_code == 200, (application["name"], answer.text)
+        assert answer.json()["model"] == application["args"].get("model_id", lcm_checkpoint.name)
+        assert len(cluster.replicas(application["name"])) == 1

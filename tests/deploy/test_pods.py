@@ -113,6 +113,8 @@ def test_the_service_forgets_a_node_before_its_port_closes(objects: list[Object]
 
 def test_what_must_come_again_is_a_sidecar(made: list[Object]) -> None:
     """With autoscaler v2 a pod's containers end for good; KubeRay replaces it for Ray's alone."""
+    runbook = (ROOT / "deploy" / "README.md").read_text()
+    assert "--previous" not in runbook, "what has not started again has no log of before"
     for pod in made:
         assert pod["spec"]["restartPolicy"] == "Never"
         beside = {each["name"] for each in pod["spec"]["containers"][1:]} - {"autoscaler"}
@@ -120,6 +122,7 @@ def test_what_must_come_again_is_a_sidecar(made: list[Object]) -> None:
         for sidecar in pod["spec"].get("initContainers", []):
             if sidecar.get("restartPolicy") == "Always":
                 assert sidecar["startupProbe"], "what comes after waits for it"
+                assert sidecar["resources"]["requests"]["cpu"] == "100m", "a scrape is work"
                 assert "readinessProbe" not in sidecar, "it says nothing about who can serve"
 
 

@@ -15,9 +15,6 @@ import io
 import shutil
 import signal
 import socket
-import threading
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -25,12 +22,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from service.access.keys import make_key
 from tests.deploy.built_image import USER, BuiltImage
 from tests.deploy.container import TOOLS
 from tests.deploy.control_plane import ControlPlane
 from tests.deploy.kubelet import Pod
-from tests.deploy.manifests import KUBERNETES, Object, cluster, kustomize_version, one, render
+from tests.deploy.load import LINE, SECRET, Load
+from tests.deploy.manifests import KUBERNETES, Object, cluster, one, render
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +36,6 @@ pytestmark = [
         reason=f"apt install bubblewrap nftables iproute2: {', '.join(TOOLS)} are needed",
     ),
 ]
-SECRET, LINE = make_key("test")
 KEYS = {"api-keys": f"{LINE}\n", "hub-token": ""}
 GPU_OVERLAYS = ("gke-l4", "eks-a10g", "aks-a100", "multi-model")
 
@@ -69,24 +65,6 @@ def on_cpus(objects: list[Object]) -> list[Object]:
             data |= {"MODEL": "demo-lcm", "BUILD_OPTIONS": "--precision fp32"}
             data["COMPUTE_CAPABILITY"] = ""
     return objects
-
-
-@pytest.fixture(scope="module")
-def local(image: BuiltImage, open_folder: Path) -> Iterator[ControlPlane]:
-    """`local-cpu` as it is, serving."""
-    if kustomize_version() < 5:
-        pytest.skip("kubectl 1.27 or newer is needed (kustomize 5)")
-    (open_folder / "local-cpu").mkdir()
-    plane = ControlPlane(
-        open_folder / "local-cpu", image, render(KUBERNETES / "overlays" / "local-cpu"), KEYS
-    )
-    try:
-        plane.start()
-        plane.deploy()
-        plane.wait(lambda: plane.workers and plane.workers[0].ready, "a worker that is ready")
-        yield plane
-    finally:
-        plane.close()
 
 
 def ask(plane: ControlPlane, pod: Pod, *, route: str = "", seed: int = 1) -> httpx.Response:
@@ -199,45 +177,36 @@ def test_an_exporter_that_dies_comes_again(local: ControlPlane) -> None:
     assert all(each.running for each in worker.containers), "nothing else has noticed"
 
 
-class Load:
-    """Clients that ask every ready pod in turn, as a Service sends them, until told to stop."""
-
-    def __init__(self, plane: ControlPlane, clients: int) -> None:
-        self.outcomes: Counter[object] = Counter()
-        self._plane, self._stop = plane, threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(clients)]
-
-    def _ask(self, number: int) -> None:
-        while not self._stop.is_set():
-            ready = [self._plane.pods["head"], *(p for p in self._plane.workers if p.ready)]
-            try:
-                answer = ask(self._plane, ready[number % len(ready)], seed=number)
-                outcome: object = answer.status_code
-            except httpx.HTTPError as error:
-                outcome = type(error).__name__
-            self.outcomes[outcome] += 1
-            number += 1
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+def load(plane: ControlPlane, num_clients: int) -> Load:
+    """Pictures, one client's after another's, through every pod that the Service would have."""
+    return Load(
+        plane.ready, lambda name, number: ask(plane, plane.pods[name], seed=number), num_clients
+    )
 
 
 def test_load_brings_a_pod_and_one_that_is_told_to_go_drains(local: ControlPlane) -> None:
     """Serve wants a second replica, Ray's autoscaler patches the cluster, a pod is there."""
-    with Load(local, clients=12) as load:
+    with load(local, num_clients=12) as running:
         local.wait(lambda: len(local.workers) == 2, "the autoscaler's second pod")
         local.wait(lambda: all(pod.ready for pod in local.workers), "two pods that are ready")
         first = next(iter(local.workers))
         grace_s = first.object["spec"]["terminationGracePeriodSeconds"]
         assert 0 < local.delete(first.name) < grace_s
-    assert set(load.outcomes) == {200}, load.outcomes
+        assert running.by_node[first.name][200], "its own proxy took some"
+        local.wait(lambda: len(local.workers) == 2, "the operator's pod in its place")
+        local.wait(lambda: all(pod.ready for pod in local.workers), "two pods that are ready")
+    assert set(running.outcomes) == {200}, running.by_node
+
+
+def test_little_load_takes_a_pod_away_and_no_request_with_it(local: ControlPlane) -> None:
+    """Serve stops a replica, its node's proxy drains, the autoscaler has the idle pod deleted."""
+    assert len(local.workers) == 2
+    with load(local, num_clients=2) as running:
+        local.wait(lambda: len(local.workers) == 1, "the end of a pod")
+        seen = running.outcomes.total()
+        local.wait(lambda: running.outcomes.total() > seen + 5, "pictures after that")
+    assert set(running.outcomes) == {200}, running.by_node
+    assert len(running.by_node) == 3, "the head's proxy, and both workers' until one had to go"
 
 
 def test_the_head_ends_within_its_grace(local: ControlPlane) -> None:

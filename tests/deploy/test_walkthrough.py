@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -14,6 +16,8 @@ import pytest
 import yaml
 from ray.autoscaler.v2.instance_manager.config import InstanceReconcileConfig
 
+from engines.backends.driver import OLDEST_DRIVERS
+from service.ray_serve.scaling import Scaling
 from tests.deploy.manifests import KUBERNETES, ROOT, one, overlay, serve_config
 from tests.deploy.test_consistency import found, parsed
 from tests.deploy.test_image import stages
@@ -72,15 +76,16 @@ def test_gkes_nodes_have_gpus_their_driver_and_room_for_images(kubectl: None) ->
     assert commands(GKE).index(cluster) < commands(GKE).index(pool) < place(GKE, "apply -k")
     options = dict(re.findall(r"--([\w-]+) (\S+)", pool))
     accelerator = dict(each.split("=") for each in options["accelerator"].split(","))
-    assert accelerator["gpu-driver-version"] == "latest", (
-        "CUDA 13 wants 580, GKE's default is older"
-    )
+    assert accelerator["gpu-driver-version"] == "latest", "GKE's default is older"
+    assert f"NVIDIA's driver {OLDEST_DRIVERS[13]} or newer" in README
     objects = overlay("gke-l4")
     (group,) = one(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     pod = group["template"]["spec"]
     assert accelerator["type"] in pod["nodeSelector"].values()
     assert accelerator["count"] == pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert int(options["max-nodes"]) >= group["maxReplicas"]
+    assert "HttpLoadBalancing" in cluster, "a list of add-ons is all there are; Gateways want it"
+    assert "--gateway-api standard" in cluster
     assert "--enable-dataplane-v2" in cluster, "without it nobody obeys a network policy"
     for each in (cluster, pool):
         assert int(dict(re.findall(r"--([\w-]+) (\S+)", each))["disk-size"]) >= 100
@@ -140,6 +145,20 @@ def test_the_job_that_is_waited_for_is_there(kubectl: None) -> None:
     (job,) = re.findall(r"wait job/(\S+)", GKE)
     assert place(GKE, "apply -k") < place(GKE, "wait job/") < place(GKE, "wait rayservice/")
     assert one(overlay("gke-l4"), "Job", job)
+
+
+def test_what_an_upgrade_is_to_begin_with_is_asked_of_a_field_that_there_is() -> None:
+    """How many pods of the old cluster serve; `test_on_ray.py` begins with such a number."""
+    upgrade = README.partition("## Upgrade and roll back")[2]
+    path, *_ = re.findall(r"jsonpath='\{\.([\w.]+)\}'", upgrade)
+    place = json.loads(
+        gzip.decompress((KUBERNETES / "schemas" / "rayservice.json.gz").read_bytes())
+    )
+    for name in path.split("."):
+        place = place["properties"][name]
+    assert place["type"] == "integer"
+    assert "`initial_replicas`" in upgrade
+    assert "initial_replicas" in Scaling.model_fields
 
 
 def test_azures_share_is_one_that_pods_may_write_to(kubectl: None) -> None:

@@ -12,7 +12,6 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from engines.backends import choice as choices
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice, Machine, choose_backend
 from engines.build.bundle import Bundle
@@ -79,18 +78,6 @@ def test_a_device_that_is_asked_for_is_the_one_that_draws() -> None:
     ):
         with pytest.raises(BackendUnavailable, match=message):
             choose_backend(backend, machine, device=device)
-
-
-@pytest.mark.parametrize("sign", ["proc", "nvidiactl", "dxg"])
-def test_a_driver_is_known_by_any_of_its_signs(
-    sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A container may have the device and not the driver's page in /proc."""
-    signs = [tmp_path / name for name in ("proc", "nvidiactl", "dxg")]
-    monkeypatch.setattr(choices, "DRIVER_SIGNS", signs)
-    assert not choices.has_driver()
-    (tmp_path / sign).touch()
-    assert choices.has_driver()
 
 
 def test_what_was_asked_for_is_kept() -> None:

@@ -42,6 +42,7 @@ def test_ray_takes_every_key_by_its_name() -> None:
     given = {
         "min_replicas": 0,
         "max_replicas": 3,
+        "initial_replicas": 2,
         "target_ongoing_requests": 5.0,
         "upscale_delay_s": 1.0,
         "downscale_delay_s": 2.0,
@@ -66,6 +67,11 @@ def test_ray_takes_every_key_by_its_name() -> None:
         ({"upscale_delay_s": 1}, "upscale_delay_s is for autoscaling, which needs max_replicas"),
         ({"num_replicas": 2, "max_replicas": 3}, "num_replicas is 2 and max_replicas 3: give a"),
         ({"min_replicas": 4, "max_replicas": 3}, "min_replicas is 4 and must be at most .*, 3"),
+        ({"max_replicas": 3, "initial_replicas": 4}, "initial_replicas is 4 .* 1, to max_.*, 3"),
+        (
+            {"min_replicas": 2, "max_replicas": 3, "initial_replicas": 1},
+            "initial_replicas is 1 and must be from min_replicas, 2, to max_replicas, 3",
+        ),
         ({"max_replicas": 3, "downscale_to_zero_delay_s": 9}, "needs min_replicas 0, which is 1"),
         ({"max_replicas": 3, "upscale_delay_s": -1}, r"'upscale_delay_s': .*equal to 0, got -1"),
         ({"max_replica": 3}, "unknown setting 'max_replica'; did you mean 'max_replicas'"),
