@@ -35,6 +35,7 @@ def ray_environment(folder: str) -> dict[str, str]:
     values = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray's default of 15 gives an engine's cores to anything else
+        "RAY_raylet_start_wait_time_s": "120",  # Ray's 30 are too few on a busy machine
         "RAY_DEDUP_LOGS": "0",  # Ray would drop log lines that are alike: access logs are
         "FOURSTEP_METRICS_DIR": os.path.join(folder, "metrics"),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
