@@ -242,6 +242,12 @@ def _build(
             f"precision {blueprint.precision!r} leaves no weights that --refit, --strip or LoRAs "
             "could replace: leave those out, fuse LoRAs by fourstep build --lora, or build in fp16"
         )
+    old = [sm for sm in target.compute_capabilities if sm < FP8_FROM] if target else []
+    if blueprint.precision == "fp8" and old:
+        raise BuildError(
+            f"compute capability {', '.join(map(str, old))} has no fp8, which begins with "
+            f"{FP8_FROM}: build in int8 or fp16 for it"
+        )
     if scale := target and target.tile_px and latent_scale(source, overrides):
         check_tile(target.tile_px, scale)
     progress(f"loading {name_of(source)}", 0, 5)
@@ -254,12 +260,6 @@ def _build(
         if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
-    old = [sm for sm in target.compute_capabilities if sm < FP8_FROM] if target else []
-    if blueprint.precision == "fp8" and old:
-        raise BuildError(
-            f"compute capability {', '.join(map(str, old))} has no fp8, which begins with "
-            f"{FP8_FROM}: build in int8 or fp16 for it"
-        )
     precision = "fp16" if target and in_8_bits else blueprint.precision  # what is left of plans
     pipeline = load_pipeline(source, precision, overrides)
     facts = with_defaults(load_facts(source, pipeline, overrides), blueprint.defaults)
