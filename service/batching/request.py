@@ -153,6 +153,10 @@ class Row:
     def cancelled(self) -> bool:
         """Whether it leaves at the next step boundary. One that is superseded stays when half of it
         is done: a picture is made with less than the newer one would take.
+
+        One whose picture is encoded, and no more, leaves. In simulation (2 steps, half loaded) to
+        keep it gave one session 5 % more frames on a CPU and 2 % on a GPU's double, 4 and 16 none
+        and 3 to 4 %; but the API beside 16 on a CPU a p95 of 1.16 to 1.20 for 1.11 to 1.13.
         """
         mostly_to_do = 2 * self.num_steps_left > self.drawing.num_steps
         return self.request.cancelled or (self.request.superseded and mostly_to_do)
