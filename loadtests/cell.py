@@ -53,17 +53,14 @@ class Cell(Fleet):
             self._push(now + replica.begin(), Event.CALL_DONE, replica)
 
     def _call_done(self, replica: SimulatedReplica, now: float) -> None:
-        if replica in self._gone:
-            return
-        for row in replica.finish(now):
-            proxy = self._rows[replica].pop(row)
-            self._sent[proxy][replica] -= 1
-            if proxy not in self._gone:  # else its client has no connection any more
-                self.outcome.latencies_s.append(row.latency_s)
-        if not replica.idle:
-            self._push(now + replica.begin(), Event.CALL_DONE, replica)
-        else:
-            self._leaving.discard(replica)
+        if replica not in self._gone:
+            super()._call_done(replica, now)
+
+    def _answer(self, row: SimulatedRow, replica: SimulatedReplica) -> None:
+        proxy = self._rows[replica].pop(row)
+        self._sent[proxy][replica] -= 1
+        if proxy not in self._gone:  # else its client has no connection any more
+            super()._answer(row, replica)
 
     def _become_ready(self, now: float) -> None:
         self._num_starting -= 1

@@ -58,26 +58,16 @@ def simulated(rate: float, num_pictures: int, num_open: int, seed: int) -> Run:
     for _ in range(num_pictures):
         at += rng.expovariate(rate)
         pictures.append(SimulatedRow(at, PICTURE_STEPS, 128))
-    replica, now, index = SimulatedReplica(GPU_SHAPED), 0.0, 0
-    clips_s: list[float] = []
-    for _ in range(num_open):
-        replica.add(SimulatedRow(now, CLIP_STEPS, 128, NUM_FRAMES))
-    num_left = num_pictures
-    while num_left:
-        if replica.idle:
-            now = max(now, pictures[index].arrived_at)
-        while index < num_pictures and pictures[index].arrived_at <= now:
-            replica.add(pictures[index])
-            index += 1
-        now += replica.begin()
-        for row in replica.finish(now):
-            if row.num_frames == 1:
-                num_left -= 1
-            else:
-                clips_s.append(row.latency_s)
-                replica.add(SimulatedRow(now, CLIP_STEPS, 128, NUM_FRAMES))
-    mean_s = statistics.fmean(clips_s) if clips_s else float("nan")
-    return Run(percentiles(pictures), len(clips_s) / now, mean_s)
+
+    def clip(at: float = 0.0) -> SimulatedRow:
+        return SimulatedRow(at, CLIP_STEPS, 128, NUM_FRAMES)
+
+    done = SimulatedReplica(GPU_SHAPED).run(
+        pictures, [clip() for _ in range(num_open)], lambda before: clip(before.finished_at)
+    )
+    mean_s = statistics.fmean(row.latency_s for row in done) if done else float("nan")
+    seconds = max(row.finished_at for row in pictures)
+    return Run(percentiles(pictures), len(done) / seconds, mean_s)
 
 
 def clips(

@@ -134,11 +134,15 @@ class Fleet:
             self._push(now + replica.begin(), Event.CALL_DONE, replica)
 
     def _call_done(self, replica: SimulatedReplica, now: float) -> None:
-        self.outcome.latencies_s += [row.latency_s for row in replica.finish(now)]
+        for row in replica.finish(now):
+            self._answer(row, replica)
         if not replica.idle:
             self._push(now + replica.begin(), Event.CALL_DONE, replica)
         else:
             self._leaving.discard(replica)
+
+    def _answer(self, row: SimulatedRow, replica: SimulatedReplica) -> None:
+        self.outcome.latencies_s.append(row.latency_s)
 
     def _become_ready(self, now: float) -> None:
         self._num_starting -= 1

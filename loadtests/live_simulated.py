@@ -29,28 +29,15 @@ def run(engine: TimingDouble, load: float, num_sessions: int, seconds: float = S
     """Poisson arrivals of API requests, and so many sessions beside them."""
     due = until(poisson(load * engine.images_per_s(API_STEPS), seed=1), seconds)
     api = [SimulatedRow(at, API_STEPS, SIDE_PX) for at in due]
-    coming = list(reversed(api))
-    rests = {session: session / FPS / num_sessions for session in range(num_sessions)}
-    drawn: dict[SimulatedRow, int] = {}  # frame → session
-    replica, now = SimulatedReplica(engine), 0.0
-    frames: list[SimulatedRow] = []
-    while coming or not replica.idle:
-        while coming and coming[-1].arrived_at <= now:
-            replica.add(coming.pop())
-        for session in [session for session, at in rests.items() if at <= now and coming]:
-            del rests[session]
-            frame = SimulatedRow(now, LIVE_STEPS, SIDE_PX, live=True)
-            drawn[frame] = session
-            replica.add(frame)
-        if replica.idle:
-            now = min([coming[-1].arrived_at, *rests.values()])
-            continue
-        now += replica.begin()
-        for row in replica.finish(now):
-            if row.live:
-                rests[drawn.pop(row)] = max(row.arrived_at + 1 / FPS, now)
-                frames.append(row)
+    first = [_frame(session / FPS / num_sessions) for session in range(num_sessions)]
+    frames = SimulatedReplica(engine).run(
+        api, first, lambda done: _frame(max(done.arrived_at + 1 / FPS, done.finished_at))
+    )
     return Run(percentiles(api), len(frames) / seconds, percentiles(frames)[1] if frames else 0.0)
+
+
+def _frame(at: float) -> SimulatedRow:
+    return SimulatedRow(at, LIVE_STEPS, SIDE_PX, live=True)
 
 
 def report_simulated() -> Report:

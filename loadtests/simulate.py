@@ -37,17 +37,8 @@ def arrivals(rate: float, count: int, seed: int) -> list[SimulatedRow]:
 
 
 def run_fourstep(rows: list[SimulatedRow], engine: TimingDouble) -> None:
-    """Drive the product's scheduler; fills ``finished_at``."""
-    replica = SimulatedReplica(engine)
-    now, index = 0.0, 0
-    while index < len(rows) or not replica.idle:
-        if replica.idle:
-            now = max(now, rows[index].arrived_at)
-        while index < len(rows) and rows[index].arrived_at <= now:
-            replica.add(rows[index])
-            index += 1
-        now += replica.begin()
-        replica.finish(now)
+    """By the product's scheduler; fills ``finished_at``."""
+    SimulatedReplica(engine).run(rows)
 
 
 def run_request_level(rows: list[SimulatedRow], engine: TimingDouble) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from engines.drawing.stage import Stage
@@ -71,6 +74,39 @@ class SimulatedReplica:
     def add(self, row: SimulatedRow) -> None:
         self._scheduler.add([row])
         self.num_open += 1
+
+    def run(
+        self,
+        rows: Iterable[SimulatedRow],
+        beside: Iterable[SimulatedRow] = (),
+        follow: Callable[[SimulatedRow], SimulatedRow] | None = None,
+    ) -> list[SimulatedRow]:
+        """Serve ``rows`` to the last of them; each comes at its `arrived_at`.
+
+        Those ``beside`` them are not waited for: when one is done, ``follow`` says who comes then,
+        now or later. Returns those of them that were done.
+        """
+        order = itertools.count()
+        coming = [(row.arrived_at, next(order), row) for row in rows]
+        left = {row for _, _, row in coming}
+        coming += [(row.arrived_at, next(order), row) for row in beside]
+        heapq.heapify(coming)
+        now, done_beside = 0.0, []
+        while left:
+            if self.idle:
+                now = max(now, coming[0][0])
+            while coming and coming[0][0] <= now:
+                self.add(heapq.heappop(coming)[-1])
+            now += self.begin()
+            for row in self.finish(now):
+                if row in left:
+                    left.remove(row)
+                    continue
+                done_beside.append(row)
+                if follow is not None:
+                    then = follow(row)
+                    heapq.heappush(coming, (then.arrived_at, next(order), then))
+        return done_beside
 
     def begin(self) -> float:
         """Seconds that the next engine call takes."""

@@ -18,7 +18,7 @@ COMMAND = "fourstep-haproxy"
 MARK = "# amended by Fourstep\n"
 # Variables of the environment: where HAProxy is to listen.
 HOST = "HAPROXY_HOST"  # in place of the address that Ray has
-PROBES = "HAPROXY_PROBES"  # ADDRESS:PORT for probes and scrapes alone
+PROBES_AT = "HAPROXY_PROBES"  # ADDRESS:PORT for probes and scrapes alone
 
 
 # Buffers that HAProxy has freed, beyond the few that a thread keeps, it hands back to the system,
@@ -59,7 +59,7 @@ NO_SUCH_PATH = re.compile(r"^    http-request return status 404 .*$", re.M)
 
 def amend(config: str, environment: Mapping[str, str]) -> str:
     """Ray's configuration with `AMENDMENTS` and our rules (`service.ray_serve.proxy_rules`); one
-    that has them already comes back as it is. ``environment`` may have `HOST` and `PROBES`.
+    that has them already comes back as it is. ``environment`` may have `HOST` and `PROBES_AT`.
 
     Raises:
         ConfigError: a line to be replaced is not there.
@@ -87,7 +87,7 @@ def _with_front(config: str, environment: Mapping[str, str]) -> str:
     # HTTP/2 without TLS is spoken by no client of ours, and one connection would count for many.
     ours = f"frontend http_frontend\n    bind {host}:{port} proto h1\n{front(int(maxconn[1]))}\n"
     ours += routes
-    if address := environment.get(PROBES):
+    if address := environment.get(PROBES_AT):
         ours += probes(address, routes)
     return config[: frontend.start()] + ours + config[frontend.end() :]
 

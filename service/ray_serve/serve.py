@@ -28,7 +28,7 @@ from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
 from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
 from service.ray_serve.family import Family, RayLost
-from service.ray_serve.haproxy import HOST, PROBES
+from service.ray_serve.haproxy import HOST, PROBES_AT
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
 from service.ray_serve.output import Output, logs_folder
 from service.ray_serve.placement import place
@@ -62,7 +62,7 @@ def serve_here(
             if probe_port is None:
                 probe_port = _port_after(port)
             check_port(LOOPBACK, probe_port, option="--probe-port")
-            os.environ[PROBES] = f"{LOOPBACK}:{probe_port}"
+            os.environ[PROBES_AT] = f"{LOOPBACK}:{probe_port}"
             config = ServeConfig.from_file(what) if isinstance(what, Path) else what
             machine = Machine.here()
             config = place(config, machine)

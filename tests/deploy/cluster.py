@@ -23,6 +23,7 @@ import httpx
 import psutil
 
 from service.ray_serve.environment import free_port
+from service.ray_serve.haproxy import PROBES_AT
 from tests.deploy.container import PATIENCE
 
 BIN = Path(sys.executable).parent
@@ -75,7 +76,7 @@ class RayCluster:
             for key, value in self._environment.items()
         }
         environment |= {f"RAY_SERVE_{port}_PORT": str(free_port()) for port in OWN_PORTS}
-        environment["HAPROXY_PROBES"] = f"127.0.0.1:{free_port()}"
+        environment[PROBES_AT] = f"127.0.0.1:{free_port()}"
         environment["RAY_SERVE_WORKER_PROXY_HTTP_PORT"] = str(self.ports["worker"])
         command = [str(BIN / "ray"), "start", *options, "--block", "--disable-usage-stats"]
         command += ["--num-cpus", "8", "--num-gpus", str(self._gpus_per_node)]

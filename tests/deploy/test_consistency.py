@@ -15,6 +15,7 @@ import yaml
 
 from service.cli import app as command
 from service.ray_serve.environment import ray_environment
+from service.ray_serve.haproxy import PROBES_AT
 from service.ray_serve.scaling import split_args
 from service.ray_serve.serve_config import ServeConfig
 from service.settings import Settings, load_settings
@@ -92,7 +93,7 @@ def test_a_pod_has_room_for_its_replicas(objects: list[Object], config: ServeCon
 
 def test_the_kubelet_asks_where_probes_are_answered(objects: list[Object]) -> None:
     container = replica(objects)["containers"][0]
-    probes_at = environment(objects)["HAPROXY_PROBES"]
+    probes_at = environment(objects)[PROBES_AT]
     probe = container["readinessProbe"]["httpGet"]
     assert probe == {"path": "/-/healthz", "port": int(probes_at.removeprefix("*:"))}
     assert probe["port"] in [port["containerPort"] for port in container["ports"]]

@@ -19,26 +19,14 @@ from engines.build.bundle import Blueprint
 from engines.build.checkpoint import load_facts, load_pipeline
 from engines.build.plan import PlanTarget, check_target
 from engines.build.source import Overrides, find_overrides
-from engines.drawing.runner import Runner
 from engines.errors import BuildError, CheckpointError
 from engines.loras.file import read_lora
 from engines.motion_unet import join
-from engines.order import Order
 from tests.engines.checkpoints import make_checkpoint, make_lora, make_motion_adapter
 from tests.engines.ldm import checkpoint_state
-from tests.engines.peers import draw_together, recipe
+from tests.engines.peers import draw_together, open_runner, recipe
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def adapter(tiny_motion: Path) -> Path:
-    return tiny_motion
-
-
-@pytest.fixture
-def folder(tiny_clips: Path) -> Path:
-    return tiny_clips
 
 
 def _as_original(adapter: Path) -> dict[str, Tensor]:
@@ -66,24 +54,24 @@ def _as_original(adapter: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", ["folder", "pipeline", "file", "original"])
 def test_a_checkpoint_with_an_adapter_is_the_folder(
-    layout: str, adapter: Path, folder: Path, checkpoints: Path, tmp_path: Path
+    layout: str, tiny_motion: Path, tiny_clips: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
-    pictures, given = checkpoints / "tiny-sd", adapter
+    pictures, given = checkpoints / "tiny-sd", tiny_motion
     if layout == "pipeline":
-        given = folder
+        given = tiny_clips
     elif layout == "file":
-        given = adapter / WEIGHTS
+        given = tiny_motion / WEIGHTS
     elif layout == "original":
         given = tmp_path / "mm.safetensors"
-        save_file(_as_original(adapter), given)
+        save_file(_as_original(tiny_motion), given)
     overrides = find_overrides(None, None, None, motion_adapter=str(given))
-    ours, theirs = load_pipeline(pictures, "fp32", overrides), load_pipeline(folder, "fp32")
+    ours, theirs = load_pipeline(pictures, "fp32", overrides), load_pipeline(tiny_clips, "fp32")
     expected = theirs.unet.state_dict()
     assert {*ours.unet.state_dict()} == {*expected}
     for key, weight in ours.unet.state_dict().items():
         assert torch.equal(weight, expected[key]), key
     found = load_facts(pictures, ours, overrides)
-    kin = load_facts(folder, theirs)
+    kin = load_facts(tiny_clips, theirs)
     assert found.components.keys() == {"motion_adapter"}
     assert found.scheduler["beta_schedule"] == kin.scheduler["beta_schedule"] == "linear"
     own = ("name", "components", "scheduler", "default_sampler", "default_num_steps",
@@ -93,16 +81,12 @@ def test_a_checkpoint_with_an_adapter_is_the_folder(
 
 
 def test_clips_are_those_of_the_folder(
-    adapter: Path, folder: Path, checkpoints: Path, cache_dir: Path
+    tiny_motion: Path, tiny_clips: Path, checkpoints: Path, cache_dir: Path
 ) -> None:
-    orders = [
-        Order(str(checkpoints / "tiny-sd"), "torch", cache_dir=cache_dir,
-              motion_adapter=str(adapter)),
-        Order(str(folder), "torch", cache_dir=cache_dir),
-    ]  # fmt: skip
+    moving = {"motion_adapter": str(tiny_motion)}
     clips = []
-    for order in orders:
-        runner = Runner.open(order)
+    for checkpoint, order in ((checkpoints / "tiny-sd", moving), (tiny_clips, {})):
+        runner = open_runner(checkpoint, "torch", cache_dir, **order)
         (drawn,) = draw_together(runner, [recipe(num_frames=3, guidance_scale=1.5)])
         clips.append(drawn)
         runner.close()
@@ -110,33 +94,37 @@ def test_clips_are_those_of_the_folder(
     assert (clips[0].pixels == clips[1].pixels).all()
 
 
-def test_over_a_single_file(adapter: Path, folder: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_over_a_single_file(
+    tiny_motion: Path, tiny_clips: Path, checkpoints: Path, tmp_path: Path
+) -> None:
     pictures = checkpoints / "tiny-sd"
     file = tmp_path / "pictures.safetensors"
     state = checkpoint_state(load_pipeline(pictures, "fp32"))
     save_file({key: value.contiguous() for key, value in state.items()}, file)
-    overrides = Overrides({"motion_adapter": adapter}, architecture=pictures)
-    ours, theirs = load_pipeline(file, "fp32", overrides), load_pipeline(folder, "fp32")
+    overrides = Overrides({"motion_adapter": tiny_motion}, architecture=pictures)
+    ours, theirs = load_pipeline(file, "fp32", overrides), load_pipeline(tiny_clips, "fp32")
     expected = theirs.unet.state_dict()
     assert all(torch.equal(w, expected[key]) for key, w in ours.unet.state_dict().items())
 
 
 def test_another_unet_or_adapter_of_a_folder(
-    adapter: Path, folder: Path, checkpoints: Path, tmp_path: Path
+    tiny_motion: Path, tiny_clips: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
     """Each in place of its own; the other stays."""
     longer = make_motion_adapter(  # and without a module in the middle, as AnimateLCM's
         tmp_path / "longer", motion_max_seq_length=12, use_motion_mid_block=False
     )
-    before = load_pipeline(folder, "fp32").unet
-    with_longer = load_pipeline(folder, "fp32", Overrides({"motion_adapter": longer})).unet
+    before = load_pipeline(tiny_clips, "fp32").unet
+    with_longer = load_pipeline(tiny_clips, "fp32", Overrides({"motion_adapter": longer})).unet
     assert with_longer.config.motion_max_seq_length == 12
     assert not any(".motion" in key for key in with_longer.mid_block.state_dict())
-    as_file = load_pipeline(folder, "fp32", Overrides({"motion_adapter": longer / WEIGHTS})).unet
+    weights = Overrides({"motion_adapter": longer / WEIGHTS})
+    as_file = load_pipeline(tiny_clips, "fp32", weights).unet
     state = as_file.state_dict()
     assert state.keys() == with_longer.state_dict().keys()
     assert all(torch.equal(state[key], w) for key, w in with_longer.state_dict().items())
-    with_unet = load_pipeline(folder, "fp32", Overrides({"unet": checkpoints / "tiny-v" / "unet"}))
+    another = Overrides({"unet": checkpoints / "tiny-v" / "unet"})
+    with_unet = load_pipeline(tiny_clips, "fp32", another)
     for found in (with_longer, with_unet.unet):
         assert type(found) is UNetMotionModel
         assert torch.equal(found.conv_out.weight, before.conv_out.weight)  # of one seed all
@@ -166,9 +154,9 @@ def test_what_the_unet_of_clips_of_diffusers_has_no_room_for(checkpoints: Path) 
             assert torch.allclose(found[:, :, frame], expected, atol=1e-5)
 
 
-def test_it_is_in_the_bundles_key(adapter: Path, checkpoints: Path) -> None:
+def test_it_is_in_the_bundles_key(tiny_motion: Path, checkpoints: Path) -> None:
     plain = Blueprint(checkpoints / "tiny-sd")
-    moving = dataclasses.replace(plain, overrides=Overrides({"motion_adapter": adapter}))
+    moving = dataclasses.replace(plain, overrides=Overrides({"motion_adapter": tiny_motion}))
     assert plain.key != moving.key
     assert moving.beside["motion_adapter"][0] == "tiny-motion"
 
@@ -192,8 +180,9 @@ def _another(folder: Path, **config: Any) -> Path:
     return made
 
 
-def test_what_is_refused(adapter: Path, checkpoints: Path, tmp_path: Path) -> None:
-    base, file = checkpoints / "tiny-sd", adapter / WEIGHTS
+def test_what_is_refused(tiny_motion: Path, checkpoints: Path, tmp_path: Path) -> None:
+    base, file = checkpoints / "tiny-sd", tiny_motion / WEIGHTS
+    half = _halved(tiny_motion, tmp_path / "h")
     inpainting = make_checkpoint(tmp_path / "inpainting", lcm=False, inpainting=True)
     shallow = _another(tmp_path / "shallow", channels=(32,))
     deep = _another(tmp_path / "deep", motion_layers_per_block=2)
@@ -203,42 +192,42 @@ def test_what_is_refused(adapter: Path, checkpoints: Path, tmp_path: Path) -> No
          "blocks of 32, 64 channels with 1, 1 layers: use one made for it"),
         (base, {"motion_adapter": deep}, "32, 64 channels with 2, 2 layers, this model's"),
         (base, {"motion_adapter": pia}, "is PIA's"),
-        (base, {"motion_adapter": _halved(adapter, tmp_path / "h")}, "proj_out.bias is missing"),
+        (base, {"motion_adapter": half}, "proj_out.bias is missing"),
         (base, {"motion_adapter": _lora(checkpoints, tmp_path / "lora")},
          "is a LoRA, not a motion adapter: give it by --lora"),
         (base, {"motion_adapter": base / "unet"}, "is of class 'UNet2DConditionModel'"),
         (base, {"motion_adapter": base / "unet" / WEIGHTS},
          "is a UNet alone, not a motion adapter: give it by --unet"),
         (base, {"unet": file}, "is a motion adapter, not a UNet: give it by --motion-adapter FILE"),
-        (base, {"unet": adapter}, "is of class 'MotionAdapter'.*: give it by --motion-adapter"),
+        (base, {"unet": tiny_motion}, "is of class 'MotionAdapter'.*: give it by --motion-adapter"),
         (base, {"vae": file}, "is a motion adapter, not a VAE: give it by --motion-adapter FILE"),
         (file, {}, "is a motion adapter, not a whole checkpoint: give it by --motion-adapter FILE"),
-        (checkpoints / "tiny-lcm", {"motion_adapter": adapter}, "with a guidance embedding"),
-        (inpainting, {"motion_adapter": adapter}, "UNet with 9 input channels"),
+        (checkpoints / "tiny-lcm", {"motion_adapter": tiny_motion}, "with a guidance embedding"),
+        (inpainting, {"motion_adapter": tiny_motion}, "UNet with 9 input channels"),
     ]  # fmt: skip
     for source, components, message in cases:
         overrides = Overrides(components)
         with pytest.raises(CheckpointError, match=message):
             load_facts(source, load_pipeline(source, "fp32", overrides), overrides)
-    for lora in (file, adapter):
+    for lora in (file, tiny_motion):
         with pytest.raises(CheckpointError, match="is a motion adapter, not a LoRA, give it by"):
             read_lora(lora)
 
 
-def test_plans_are_refused(folder: Path) -> None:
-    facts = load_facts(folder, load_pipeline(folder, "fp32"))
+def test_plans_are_refused(tiny_clips: Path) -> None:
+    facts = load_facts(tiny_clips, load_pipeline(tiny_clips, "fp32"))
     with pytest.raises(BuildError, match="draws clips, which no plan of tensorrt-rtx is built for"):
         check_target(PlanTarget("tensorrt-rtx", ((64, 64),), 2), facts)
 
 
-def test_a_folder_without_an_adapter(folder: Path, checkpoints: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter(tiny_clips: Path, checkpoints: Path, tmp_path: Path) -> None:
     """As diffusers saves one whose UNet has the modules; with a UNet of pictures it lacks them."""
-    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
+    alone = Path(shutil.copytree(tiny_clips, tmp_path / "alone"))
     shutil.rmtree(alone / "motion_adapter")
     index = json.loads((alone / "model_index.json").read_text())
     index["motion_adapter"] = [None, None]
     (alone / "model_index.json").write_text(json.dumps(index))
-    expected = load_pipeline(folder, "fp32").unet.state_dict()
+    expected = load_pipeline(tiny_clips, "fp32").unet.state_dict()
     found = load_pipeline(alone, "fp32").unet.state_dict()
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
     unet = Overrides({"unet": checkpoints / "tiny-v" / "unet"})

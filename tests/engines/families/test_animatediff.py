@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +58,8 @@ RECIPES = [recipe(**way, seed=seed) for seed, way in enumerate(WAYS)]
 
 
 @pytest.fixture(scope="module")
-def runner(tiny_clips: Path, cache_dir: Path) -> Iterator[Runner]:
-    opened = open_runner(tiny_clips, "torch", cache_dir)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def peer(tiny_clips: Path) -> Peer:
-    return Peer(tiny_clips)
+def checkpoint(tiny_clips: Path) -> Path:
+    return tiny_clips
 
 
 def test_alone(runner: Runner, peer: Peer) -> None:

@@ -75,11 +75,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pixart_checkpoint(tmp_path_factory.mktemp("pixart") / "tiny-pixart")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    return folder
+
+
 @pytest.fixture(scope="module", params=["torch", "onnxruntime"])
-def runner(request: pytest.FixtureRequest, folder: Path, cache_dir: Path) -> Iterator[Runner]:
-    opened = open_runner(folder, request.param, cache_dir)
-    yield opened
-    opened.close()
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +90,6 @@ def torch_runner(folder: Path, cache_dir: Path) -> Iterator[Runner]:
     opened = open_runner(folder, "torch", cache_dir)
     yield opened
     opened.close()
-
-
-@pytest.fixture(scope="module")
-def peer(folder: Path) -> Peer:
-    return Peer(folder)
 
 
 def test_alone(runner: Runner, peer: Peer) -> None:

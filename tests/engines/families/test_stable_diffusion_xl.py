@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runner(folder: Path, cache_dir: Path) -> Iterator[Runner]:
-    opened = open_runner(folder / "tiny-xl", "torch", cache_dir)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def peer(folder: Path) -> Peer:
-    return Peer(folder / "tiny-xl")
+def checkpoint(folder: Path) -> Path:
+    return folder / "tiny-xl"
 
 
 def test_alone(runner: Runner, peer: Peer) -> None:

@@ -131,6 +131,17 @@ def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
     assert all(row.stage is wanted[work.kind] for row in work.rows)
 
 
+def _step(scheduler: Scheduler[FakeRow]) -> Work[FakeRow]:
+    """The next call, after it."""
+    work = scheduler.schedule()
+    assert work is not None
+    for row in work.rows:
+        row.advance(work.kind)
+    scheduler.update(work)
+    scheduler.release(work)
+    return work
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     limits=limits,
@@ -211,25 +222,8 @@ def test_bounded_wait_under_a_flood_of_short_rows(
     while patient.stage is not Stage.DECODE:
         if num_denoise_calls < 500:
             scheduler.add([FakeRow(num_steps=1, size=other)])
-        work = scheduler.schedule()
-        assert work is not None
-        for row in work.rows:
-            row.advance(work.kind)
-        scheduler.update(work)
-        scheduler.release(work)
-        num_denoise_calls += work.kind is WorkKind.DENOISE
+        num_denoise_calls += _step(scheduler).kind is WorkKind.DENOISE
         assert num_denoise_calls <= 3 * (patience + 1) * num_steps + 3
-
-
-def _step(scheduler: Scheduler[FakeRow]) -> Work[FakeRow]:
-    """The next call, after it."""
-    work = scheduler.schedule()
-    assert work is not None
-    for row in work.rows:
-        row.advance(work.kind)
-    scheduler.update(work)
-    scheduler.release(work)
-    return work
 
 
 @settings(max_examples=100, deadline=None)
@@ -300,15 +294,7 @@ def test_decoding_and_denoising_take_turns() -> None:
     scheduler: Scheduler[FakeRow] = Scheduler(Limits(4, 1, 16))
     finished = [FakeRow(1, 64, stage=Stage.DECODE) for _ in range(3)]
     scheduler.add([*finished, FakeRow(8, 64, stage=Stage.DENOISE)])
-    kinds = []
-    for _ in range(4):
-        work = scheduler.schedule()
-        assert work is not None
-        for row in work.rows:
-            row.advance(work.kind)
-        scheduler.update(work)
-        scheduler.release(work)
-        kinds.append(work.kind)
+    kinds = [_step(scheduler).kind for _ in range(4)]
     assert kinds == [WorkKind.DECODE, WorkKind.DENOISE, WorkKind.DECODE, WorkKind.DENOISE]
 
 
@@ -485,12 +471,7 @@ def denoised(scheduler: Scheduler[FakeRow], count: int) -> list[list[FakeRow]]:
     """The rows of the next denoise calls."""
     calls: list[list[FakeRow]] = []
     while len(calls) < count:
-        work = scheduler.schedule()
-        assert work is not None
-        for row in work.rows:
-            row.advance(work.kind)
-        scheduler.update(work)
-        scheduler.release(work)
+        work = _step(scheduler)
         if work.kind is WorkKind.DENOISE:
             calls.append(list(work.rows))
     return calls

