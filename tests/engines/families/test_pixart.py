@@ -297,7 +297,7 @@ def test_t5_in_8_bits(folder: Path, torch_runner: Runner, cache_dir: Path) -> No
 
 
 def test_t5_in_8_bits_is_of_t5_alone(folder: Path, checkpoints: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no T5 encoder.*--t5-int8"):
+    with pytest.raises(CheckpointError, match=r"has no T5 encoder.*--t5-int8"):
         load_pipeline(checkpoints / "tiny-sd", "fp32", Overrides(t5_int8=True))
     shutil.copytree(folder, tmp_path / "x")
     (tmp_path / "x" / "text_encoder" / "model.safetensors").unlink()
