@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +26,14 @@ import typer
 from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests import serving
+from loadtests.beside import in_turns, ratio_of
 from loadtests.client import Client, require_answers, summarise
 from loadtests.gpu.models import TINY, make_pipeline
 from loadtests.report import RESULTS, OutOption, Report
 from loadtests.simulate import percentiles
 from loadtests.simulated import SimulatedReplica, SimulatedRow
 from loadtests.timing import GPU_SHAPED
-from loadtests.traffic import Profile, poisson, until
+from loadtests.traffic import Profile
 
 NUM_FRAMES = 16
 CLIP_STEPS, PICTURE_STEPS = 6, 4  # AnimateLCM's default, and LCM's
@@ -117,31 +119,26 @@ def clips(
 
 
 def _serve(report: Report, url: str, seconds: float, rounds: int) -> None:
-    """Runs alone and beside clips take turns, on the same arrivals."""
     client = Client(url)
     filled = client.closed_loop(PICTURES.asks(NUM_FILLING, 1), NUM_CLIENTS)
     require_answers(filled, "the service")
     rate = LOADS[1] * summarise(filled)["images_per_s"]
     rows: list[list[object]] = []
     found: list[dict[str, Any]] = []
-    for seed in range(rounds):
-        due = until(poisson(rate, seed), seconds)
-        asks = PICTURES.asks(len(due), seed)
-        alone = summarise(client.open_loop(asks, due))
-        for num_open in OPEN[:2]:
-            with drawing_clips(url, num_open) as drawn:
-                beside = summarise(client.open_loop(asks, due))
-            ratio = beside["p95_ms"] / alone["p95_ms"]
-            found.append(
-                {"open": num_open, "alone": alone, "beside": beside, "p95_ratio": ratio,
-                 "clips": len(drawn)}
-            )  # fmt: skip
-            rows.append(
-                [seed + 1, num_open, alone["p50_ms"], alone["p95_ms"], beside["p50_ms"],
-                 beside["p95_ms"], f"{ratio:.2f}×", len(drawn) / seconds,
-                 beside["error_share"]]
-            )  # fmt: skip
-    median = statistics.median(run["p95_ratio"] for run in found)
+    others = {num_open: partial(drawing_clips, url, num_open) for num_open in OPEN[:2]}
+    turns = in_turns(client, PICTURES, rate, seconds, rounds, others)
+    for turn in turns:
+        alone, beside, num_drawn = summarise(turn.alone), summarise(turn.beside), len(turn.outcome)
+        found.append(
+            {"open": turn.other, "alone": alone, "beside": beside, "p95_ratio": turn.p95_ratio,
+             "clips": num_drawn}
+        )  # fmt: skip
+        rows.append(
+            [turn.index + 1, turn.other, alone["p50_ms"], alone["p95_ms"], beside["p50_ms"],
+             beside["p95_ms"], f"{turn.p95_ratio:.2f}×", num_drawn / seconds,
+             beside["error_share"]]
+        )  # fmt: skip
+    median = ratio_of(turns)["median"]
     report.data["served"] = {"rate": rate, "median_p95_ratio": median, "runs": found}
     report.text(
         f"Through the service, {rate:.1f} pictures a second ({LOADS[1]:.0%} of what "

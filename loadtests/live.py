@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +18,7 @@ from engines.options import CacheOption
 from engines.order import DEFAULT_CACHE_DIR
 from loadtests import serving
 from loadtests.abuse.sessions import drop_sessions
+from loadtests.beside import Turn, in_turns, pooled, ratio_of
 from loadtests.capacity import started_or_named
 from loadtests.client import (
     AllowHostOption,
@@ -27,7 +30,7 @@ from loadtests.client import (
 )
 from loadtests.live_simulated import report_simulated
 from loadtests.report import RESULTS, OutOption, Report
-from loadtests.traffic import UNIFORM, poisson, until
+from loadtests.traffic import UNIFORM
 from service.web.live.client import Tally, play
 
 SIDE_PX = 128
@@ -90,6 +93,7 @@ def live(
     beside: Annotated[int, typer.Option(min=1, max=1000, help="Sessions beside the API.")] = 1,
     fps: Annotated[float, typer.Option(min=0.1, max=120, help="Frames sent a second.")] = 20.0,
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each run.")] = 20.0,
+    rounds: Annotated[int, typer.Option(min=1, max=50, help="The API alone and beside.")] = 3,
     steps: Annotated[int, typer.Option(min=1, max=50, help="Of each frame.")] = 2,
     decoder: Annotated[str, typer.Option(help="Of each frame: full or tiny.")] = "full",
     drop: Annotated[
@@ -123,10 +127,9 @@ def live(
     with started_or_named(url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped) as base:
         play_together(base, 1, fps, 3.0, values)
         alone = {count: play_together(base, count, fps, seconds, values) for count in counts}
-        api = _beside_api(base, beside, fps, seconds, values)
+        rate, turns = _beside_api(base, beside, fps, seconds, rounds, values)
     report = Report("live" + ("-gpu-shaped" if gpu_shaped else ""), "Live drawing")
     report.data |= {"alone": {count: _row(tallies) for count, tallies in alone.items()}}
-    report.data |= {"api": api["data"]}
     report.text(
         f"Each session sends {fps:g} frames of {SIDE_PX}x{SIDE_PX} px a second, drawn in "
         f"{steps} steps by the {decoder} decoder; a frame's latency is from its sending to its "
@@ -136,38 +139,62 @@ def live(
         ["sessions", "pictures/s", "slowest", "quickest", "p50 ms", "p95 ms", "skipped"],
         [_row(tallies) for tallies in alone.values()],
     )
-    report.text(
-        f"Beside API requests of 4 steps at {api['data']['rate']:.1f} a second, "
-        f"{100 * API_SHARE:.0f} % of what {NUM_CLIENTS} clients got of the service alone:"
-    )
-    report.table(["", "API p50 ms", "API p95 ms", "live pictures/s", "live p95 ms"], api["rows"])
+    _write_api(report, rate, turns)
     report.write(out)
 
 
 def _beside_api(
-    base: str, num_sessions: int, fps: float, seconds: float, values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The API's latency at a share of its capacity, alone and with sessions beside it."""
+    base: str, num_sessions: int, fps: float, seconds: float, rounds: int,
+    values: Mapping[str, Any],
+) -> tuple[float, list[Turn[int, list[Tally]]]]:  # fmt: skip
+    """Requests a second, and rounds of the API's answers alone and with sessions beside them."""
     client = Client(base)
     filled = client.closed_loop(UNIFORM.asks(NUM_FILLING, 1), NUM_CLIENTS)
     require_answers(filled, "the service")
     rate = API_SHARE * summarise(filled)["images_per_s"]
-    due = until(poisson(rate, 2), seconds)
-    asks = UNIFORM.asks(len(due), 3)
-    alone = summarise(client.open_loop(asks, due))
-    with ThreadPoolExecutor(1) as other:
-        playing = other.submit(play_together, base, num_sessions, fps, seconds, values)
-        together = summarise(client.open_loop(asks, due))
-        tallies = playing.result()
-    late = Latencies(each for tally in tallies for each in tally.latencies_s)
-    lost = together["p95_ms"] / alone["p95_ms"]
-    rows: list[list[object]] = [
-        ["alone", alone["p50_ms"], alone["p95_ms"], "", ""],
-        [
-            f"beside {num_sessions} live", together["p50_ms"],
-            f"{together['p95_ms']:.1f} ({lost:.2f}×)", sum(tally.fps for tally in tallies),
-            late.ms(95),
-        ],
+
+    @contextmanager
+    def playing() -> Iterator[list[Tally]]:
+        tallies: list[Tally] = []
+        with ThreadPoolExecutor(1) as other:
+            played = other.submit(play_together, base, num_sessions, fps, seconds, values)
+            yield tallies
+            tallies += played.result()
+
+    return rate, in_turns(client, UNIFORM, rate, seconds, rounds, {num_sessions: playing})
+
+
+def _write_api(report: Report, rate: float, turns: list[Turn[int, list[Tally]]]) -> None:
+    alone = pooled([turn.alone for turn in turns])
+    together = pooled([turn.beside for turn in turns])
+    lost = ratio_of(turns)
+    rates = [sum(tally.fps for tally in turn.outcome) for turn in turns]
+    late = Latencies(each for turn in turns for tally in turn.outcome for each in tally.latencies_s)
+    rows = [
+        [turn.index + 1, summarise(turn.alone)["p95_ms"], summarise(turn.beside)["p95_ms"],
+         turn.p95_ratio, pictures_per_s]
+        for turn, pictures_per_s in zip(turns, rates, strict=True)
     ]  # fmt: skip
-    data = {"rate": rate, "alone": alone, "together": together, "lost": lost}
-    return {"rows": rows, "data": data}
+    report.data["api"] = {
+        "rate": rate, "alone": alone, "together": together, "lost": lost, "rounds": rows,
+    }  # fmt: skip
+    report.text(
+        f"Beside API requests of 4 steps at {rate:.1f} a second, {100 * API_SHARE:.0f} % of what "
+        f"{NUM_CLIENTS} clients got of the service alone; {len(turns)} rounds in turns on the same "
+        f"arrivals. **The API's p95 is {lost['median']:.2f}× its own**, median of the rounds, "
+        f"{lost['lowest']:.2f} to {lost['highest']:.2f}. All rounds together:"
+    )
+    report.table(
+        ["", "API p50 ms", "API p95 ms", "live pictures/s", "live p95 ms"],
+        [
+            ["alone", alone["p50_ms"], alone["p95_ms"], "", ""],
+            [f"beside {turns[0].other} live", together["p50_ms"], together["p95_ms"],
+             statistics.fmean(rates), late.ms(95)],
+        ],
+    )  # fmt: skip
+    report.text("Round by round:")
+    report.table(
+        ["round", "API p95 alone, ms", "beside", "", "live pictures/s"],
+        [[index, alone_ms, beside_ms, f"{ratio:.2f}×", rate_of]
+         for index, alone_ms, beside_ms, ratio, rate_of in rows],
+    )  # fmt: skip

@@ -123,11 +123,16 @@ def test_live_sessions_dropped(service: Service, out: Path) -> None:
 
 def test_live(service: Service, out: Path) -> None:
     """Through the proxy and Ray, as every client comes."""
-    found = run(out, "live", "--url", service.url, "--seconds", "2", "--sessions", "1,2")
+    found = run(
+        out, "live", "--url", service.url, "--seconds", "1", "--sessions", "1,2", "--rounds", "2"
+    )
     for count, (sessions, pictures_per_s, *_) in found["alone"].items():
         assert sessions == int(count)
         assert pictures_per_s > 0
-    assert found["api"]["together"]["error_share"] == 0
+    api = found["api"]
+    assert api["together"]["error_share"] == 0
+    assert api["lost"]["lowest"] <= api["lost"]["median"] <= api["lost"]["highest"]
+    assert [index for index, *_ in api["rounds"]] == [1, 2]
 
 
 def test_overload(service: Service, out: Path) -> None:

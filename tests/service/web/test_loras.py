@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -18,6 +19,7 @@ from service.replica import Replica
 from service.settings import SettingsError, load_settings
 from service.web.app import build_app
 from tests.engines.checkpoints import as_kohya, make_lora
+from tests.service.web.live.test_session import PATH, hear, pixels_of, say
 from tests.service.web.test_api import png
 
 STRIPED = Path("engines/demo/demo-striped-lora")
@@ -66,6 +68,32 @@ def test_a_request_chooses_by_name_and_weight(http: TestClient) -> None:
     assert len(pictures) == 3
     assert draw(http, loras=[])["data"] == base["data"]
     assert draw(http, loras=[{"name": "ink", "weight": 0}])["data"] == base["data"]
+
+
+def test_a_live_session_draws_with_them_and_changes_them(http: TestClient) -> None:
+    """Each frame is the picture that the images API gives: chosen, changed, by a frame, removed."""
+    both = [{"name": "glow", "weight": 0.5}, {"name": "ink", "weight": 0.8}]
+    told: list[dict[str, Any]] = [{}, {"loras": [{"name": "glow"}]}, {"loras": both}, {"loras": []}]
+    with http.websocket_connect(PATH) as session:
+        for number, update in enumerate(told):
+            say(session, "session.update", **BODY, **update, output_format="png")
+            hear(session)
+            say(session, "frame", id=number)
+            assert np.array_equal(pixels_of(hear(session)), drawn_pixels(http, **update)), update
+        say(session, "frame", id=9, loras=[{"name": "ink"}])
+        assert np.array_equal(pixels_of(hear(session)), drawn_pixels(http))
+        say(session, "frame", id=10)
+        assert np.array_equal(pixels_of(hear(session)), drawn_pixels(http, loras=[]))
+        say(session, "session.update", loras=[{"name": "oil"}])
+        hear(session)  # which LoRAs there are, a frame finds out
+        say(session, "frame", id=11)
+        assert "loras names 'oil'" in hear(session)["error"]["message"]
+
+
+def drawn_pixels(http: TestClient, **fields: Any) -> np.ndarray:
+    (answer,) = draw(http, **fields)["data"]
+    with Image.open(io.BytesIO(base64.b64decode(answer["b64_json"]))) as image:
+        return np.asarray(image)
 
 
 def test_an_edit_carries_them_as_json(http: TestClient) -> None:
@@ -122,9 +150,8 @@ def test_a_kohya_file_with_small_alphas_draws_the_same_picture(shipped: TestClie
     """Four times the `up`, a quarter of the rank for α: the same sums, to the last bit."""
     pictures = []
     for names in (["kohya"], ["shipped"], []):
-        (answer,) = draw(shipped, loras=[{"name": name} for name in names])["data"]
-        with Image.open(io.BytesIO(base64.b64decode(answer["b64_json"]))) as image:
-            pictures.append(image.tobytes())
+        loras = [{"name": name} for name in names]
+        pictures.append(drawn_pixels(shipped, loras=loras).tobytes())
     kohya, original, bare = pictures
     assert kohya == original
     assert kohya != bare
