@@ -28,6 +28,7 @@ from engines.options import (
     SamplerOption,
     SchedulerOption,
     StepsOption,
+    T5Option,
     TilingOption,
     TimestepsOption,
     TinyVaeOption,
@@ -100,6 +101,7 @@ def build(
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
     motion_adapter: MotionOption = "",
+    t5_int8: T5Option = False,
     vae_tiling_px: TilingOption = 0,
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
@@ -151,7 +153,7 @@ def build(
         Order(
             model, unet=unet, vae=vae, tiny_vae=tiny_vae, scheduler=parse_options(scheduler),
             architecture=architecture, embeddings=parse_embeddings(embedding),
-            motion_adapter=motion_adapter,
+            motion_adapter=motion_adapter, t5_int8=t5_int8,
         )
     )  # fmt: skip
     blueprint = Blueprint(sources.model, precision, target, fused, defaults, sources.overrides)
@@ -188,6 +190,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
     }
     for what, entry in manifest.get("beside", {}).items():  # absent in older manifests
         lines[what] = f"{entry['name']} ({entry['sha256'][:16]})"
+    if facts.get("t5_int8"):
+        lines["  text_encoder"] = "linear layers in 8 bits"
     for part, found in manifest.get("quantised", {}).items():
         lines[f"  {part} in 8 bits"] = (
             f"{found['num_convolutions']} convolutions, images at {found['psnr_db']} dB of those "
@@ -225,6 +229,7 @@ def verify(
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
     motion_adapter: MotionOption = "",
+    t5_int8: T5Option = False,
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
     architecture: ArchitectureOption = "",
@@ -237,7 +242,7 @@ def verify(
     order = Order(
         model, engine, precision, cache_dir, device=device, unet=unet, vae=vae,
         tiny_vae=tiny_vae, scheduler=parse_options(scheduler), architecture=architecture,
-        embeddings=parse_embeddings(embedding), motion_adapter=motion_adapter,
+        embeddings=parse_embeddings(embedding), motion_adapter=motion_adapter, t5_int8=t5_int8,
     )  # fmt: skip
     _build_in_8_bits(order)
     exact = dataclasses.replace(order, backend="onnxruntime", precision="fp32", device="auto")
@@ -296,6 +301,7 @@ def generate(
     vae: VaeOption = "",
     tiny_vae: TinyVaeOption = "",
     motion_adapter: MotionOption = "",
+    t5_int8: T5Option = False,
     vae_tiling_px: TilingOption = 0,
     embedding: EmbeddingOption = None,
     scheduler: SchedulerOption = None,
@@ -313,7 +319,7 @@ def generate(
         model, engine, precision, cache_dir, loras=paths, device=device, unet=unet, vae=vae,
         tiny_vae=tiny_vae, vae_tiling_px=vae_tiling_px, scheduler=parse_options(scheduler),
         architecture=architecture, embeddings=parse_embeddings(embedding),
-        motion_adapter=motion_adapter,
+        motion_adapter=motion_adapter, t5_int8=t5_int8,
     )  # fmt: skip
     _build_in_8_bits(order)
     runner = Runner.open(order, progress=show_progress)

@@ -80,6 +80,7 @@ class Facts:
     default_num_frames: int = 1  # of a clip
     max_num_frames: int = 1
     frames_per_second: int = 0  # at which its clips are shown; 0: it draws pictures
+    t5_int8: bool = False  # the linear layers of its text encoder are in 8 bits
     told_size: bool = False  # its denoiser is told the size that is drawn
     # Height and width by their ratio: what it draws from text at, see `drawn_size`.
     aspect_bins: Mapping[str, tuple[int, int]] = field(default_factory=dict)

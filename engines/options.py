@@ -70,6 +70,12 @@ MotionOption = Annotated[
         envvar="FOURSTEP_MOTION_ADAPTER",
     ),
 ]
+T5Option = Annotated[
+    bool,
+    typer.Option(
+        help="The linear layers of a T5 encoder (PixArt) in 8 bits.", envvar="FOURSTEP_T5_INT8"
+    ),
+]
 TilingOption = Annotated[
     int,
     typer.Option(

@@ -39,4 +39,5 @@ class Order:
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # options over the checkpoint's own
     architecture: str | None = None  # of a single file: a diffusers folder or a shipped name
     embeddings: Mapping[str, str | Path] = field(default_factory=dict)  # by the word for each
+    t5_int8: bool = False  # the linear layers of a T5 encoder in 8 bits
     long_prompts: bool = False  # go on in further windows of the text encoder

@@ -61,6 +61,7 @@ class Settings(BaseSettings):
         description="folder, file or hub id of a motion adapter (AnimateDiff, AnimateLCM): "
         "Stable Diffusion draws clips",
     )
+    t5_int8: bool = Field(False, description="the linear layers of a T5 encoder in 8 bits")
     vae_tiling_px: int = Field(
         0,
         ge=0,
@@ -254,6 +255,7 @@ class Settings(BaseSettings):
             vae=self.vae,
             tiny_vae=self.tiny_vae,
             motion_adapter=self.motion_adapter,
+            t5_int8=self.t5_int8,
             vae_tiling_px=self.vae_tiling_px,
             scheduler=self.scheduler,
             architecture=self.architecture,

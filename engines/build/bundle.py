@@ -109,6 +109,7 @@ class Blueprint:
         lines += [fingerprint(config) for config in beside if config.is_file()]
         lines += [str(self.defaults)]
         lines += [f"{name}={value!r}" for name, value in sorted(self.overrides.scheduler.items())]
+        lines += ["t5_int8"] * self.overrides.t5_int8
         lines += [f"{what} {digest}" for what, (_, digest) in sorted(self.beside.items())]
         if self.target:
             lines += [str(self.target), str(import_tensorrt(self.target.engine).__version__)]
@@ -118,10 +119,8 @@ class Blueprint:
 def _toolchain() -> str:
     """Of all code that makes the graphs, as 16 hex digits: an edit there makes other bundles."""
     here = Path(__file__).parents[1]
-    own = [
-        here / "build" / name
-        for name in ("explicit.py", "export.py", "plan.py", "quantising.py", "structure.py")
-    ]
+    names = ("explicit", "export", "int8_linear", "plan", "quantising", "structure", "t5")
+    own = [here / "build" / f"{name}.py" for name in names]
     rooms = [here / name for name in ("families", "loras")]
     files = [*own, *(file for room in rooms for file in sorted(room.glob("*.py")))]
     versions = [f"{name}={importlib.metadata.version(name)}".encode() for name in BUILT_WITH]

@@ -29,6 +29,7 @@ DTYPES = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32", "fp8": "float16",
 }  # fmt: skip
 PUT_ONE = "put one of them in its place with diffusers' save_pretrained"
+T5 = "text_encoder"  # where a pipeline has one
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # their folders may be absent
 
 
@@ -89,6 +90,7 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from engines.build.t5 import load_t5_int8
     from engines.families import animatediff, family_of
 
     diffusers_logging.disable_progress_bar()
@@ -110,6 +112,9 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
                 f"--{each.replace('_', '-')} out"
             )
     _check_components(folder, own)
+    if overrides.t5_int8:
+        _check_t5(source, own)
+        own.pop(T5)
     halves = motion.apart(folder, own) if source.is_dir() else {}
     own = {each: own[each] for each in own if each not in halves}
     put = {
@@ -118,6 +123,8 @@ def load_pipeline(source: Path, precision: str, overrides: Overrides = NO_OVERRI
     }
     unread = [each for each in COMPONENTS if each not in own]
     absent = {each: None for each in (*UNUSED, *unread) if each in described}
+    if overrides.t5_int8:
+        put[T5], absent[T5] = load_t5_int8(folder / T5, dtype), None
     if source.is_file():
         pipeline = load_checkpoint(source, name, folder, absent, dtype)
     else:
@@ -218,6 +225,13 @@ def _check_components(folder: Path, known: Mapping[str, tuple[str, ...]]) -> Non
             )
 
 
+def _check_t5(source: Path, known: Mapping[str, tuple[str, ...]]) -> None:
+    if "T5EncoderModel" not in known.get(T5, ()):
+        raise CheckpointError(
+            f"{source} has no T5 encoder, the only one that --t5-int8 is for: leave it out"
+        )
+
+
 def whole(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that neither cuts nor fills up, as one saved after use would by itself.
 
@@ -247,4 +261,6 @@ def load_facts(source: Path, pipeline: Any, overrides: Overrides = NO_OVERRIDES)
     facts = family.facts(name_of(source), pipeline, overrides.scheduler)
     components = {name: name_of(path) for name, path in overrides.components.items()}
     embeddings = {word: name_of(path) for word, path in overrides.embeddings.items()}
-    return dataclasses.replace(facts, components=components, embeddings=embeddings)
+    return dataclasses.replace(
+        facts, components=components, embeddings=embeddings, t5_int8=overrides.t5_int8
+    )

@@ -26,6 +26,7 @@ from torch._ops import OperatorBase, OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.onnx import OnnxExporterError, ONNXProgram
 
+from engines.build.int8_linear import dequantize_in_onnx
 from engines.build.structure import structure_of
 from engines.errors import BuildError
 from engines.facts import MAX_CHUNKS
@@ -126,6 +127,7 @@ def _translated(captured: ExportedProgram, part: Part, shapes: dict[str, Any]) -
             torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
             torch.ops.aten.to.dtype: _to_dtype,
             torch.ops.aten.to.device: _to_device,
+            torch.ops.fourstep.dequantize.default: dequantize_in_onnx,
         },
         verbose=False,
     )

@@ -53,6 +53,7 @@ class Overrides:
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # options, by name
     architecture: Path | None = None  # diffusers folder of configurations that fit a single file
     embeddings: Mapping[str, Path] = field(default_factory=dict)  # by word, besides its own
+    t5_int8: bool = False  # the linear layers of its T5 encoder in 8 bits
 
 
 NO_OVERRIDES = Overrides()
@@ -78,7 +79,7 @@ def find(order: Order) -> Sources:
     tiny_vae = order.tiny_vae or (None if order.vae else shipped_tiny_vae(model))
     overrides = find_overrides(
         order.unet, order.vae, order.architecture, order.scheduler, tiny_vae, order.embeddings,
-        order.motion_adapter,
+        order.motion_adapter, t5_int8=order.t5_int8,
     )  # fmt: skip
     return Sources(model, overrides, find_loras(order))
 
@@ -125,6 +126,8 @@ def find_overrides(
     tiny_vae: str | None = None,
     embeddings: Mapping[str, str | Path] | None = None,
     motion_adapter: str | None = None,
+    *,
+    t5_int8: bool = False,
 ) -> Overrides:
     """Where the components and embeddings are that change a checkpoint, and scheduler options too;
     ``tiny_vae`` stands beside the VAE.
@@ -143,7 +146,7 @@ def find_overrides(
     }
     found = _find_architecture(architecture) if architecture else None
     words = {word: _find_embedding(word, str(text)) for word, text in (embeddings or {}).items()}
-    return Overrides(components, dict(scheduler or {}), found, words)
+    return Overrides(components, dict(scheduler or {}), found, words, t5_int8)
 
 
 def shipped_tiny_vae(model: Path) -> str | None:

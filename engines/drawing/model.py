@@ -126,8 +126,8 @@ def prepare(order: Order, progress: Progress, quantise: Quantise | None = None) 
     if sources.overrides != NO_OVERRIDES:
         raise BundleError(
             f"{folder} is a bundle, whose parts are built in; give --unet, --vae, --tiny-vae, "
-            "--motion-adapter, --embedding, --scheduler and --architecture to fourstep build, or "
-            "serve the checkpoint itself"
+            "--motion-adapter, --t5-int8, --embedding, --scheduler and --architecture to fourstep "
+            "build, or serve the checkpoint itself"
         )
     if order.precision not in ("auto", bundle.precision):
         raise BundleError(

@@ -63,10 +63,16 @@ def check_fit(name: str, lora: Lora, weight_of: WeightOf, base: str) -> None:
     for part, pairs in lora.items():
         for weight, pair in pairs.items():
             try:
-                shape = tuple(weight_of(part, weight).shape)
+                built = weight_of(part, weight)
             except KeyError:
                 strange.append(weight)
                 continue
+            shape = tuple(built.shape)
+            if not built.is_floating_point():
+                raise CheckpointError(
+                    f"LoRA {name} changes {weight}, which is in 8 bits in {base}: leave --t5-int8 "
+                    "out to draw with it"
+                )
             changed = (pair.up.shape[0], *pair.down.shape[1:])
             if math.prod(changed) != math.prod(shape):  # a 1 x 1 convolution's may be a matrix
                 raise CheckpointError(

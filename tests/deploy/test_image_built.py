@@ -65,7 +65,7 @@ def container(image: BuiltImage, open_folder: Path) -> Iterator[Container]:
 
 def test_it_is_what_the_recipe_says(image: BuiltImage) -> None:
     assert image.config["User"] == f"{USER}:{USER}"
-    assert image.config["Entrypoint"] == ["tini", "-g", "--"]
+    assert image.config["Entrypoint"] == ["tini", "--"]
     assert image.config["Labels"]["org.opencontainers.image.title"] == "fourstep"
     assert image.size_bytes < 2.5e9, f"{image.size_bytes / 1e9:.2f} GB in {image.build_s:.0f} s"
     packages = image.root / "opt" / "fourstep" / "lib"

@@ -196,8 +196,9 @@ def test_without_load_no_replica_is_left_and_a_request_brings_one_back(
     idle = {"min_replicas": 0, "downscale_to_zero_delay_s": 1}
     cluster.deploy(config_of(cluster, "gke-l4", lcm_checkpoint, max_replicas=3, **SOON, **idle))
     cluster.wait(lambda: not cluster.replicas(state=""), "no replica")
-    healthz = f"http://127.0.0.1:{cluster.ports['head']}/-/healthz"  # the component's probe
-    cluster.wait(lambda: httpx.get(healthz).is_success, "a proxy that knows where to send it")
+    routes = f"http://127.0.0.1:{cluster.ports['head']}/-/routes"
+    # Ray says RUNNING before its proxies know of it; until then the answer is to ask again.
+    cluster.wait(lambda: '"/"' in httpx.get(routes).text, "a proxy that knows where to send it")
     with load_on(cluster, num_clients=1, num_steps=4) as load:
         cluster.wait(lambda: load.outcomes.total() > 0, "an image")
     assert set(load.outcomes) == {200}, load.outcomes

@@ -282,3 +282,22 @@ def test_plans_are_for_sizes_that_it_draws(folder: Path) -> None:
     }
     assert shapes["denoiser"]["sample"][0] == shapes["vae_decoder"]["latents"][0] == (1, 4, 24, 40)
     assert shapes["vae_encoder"]["pixels"][0] == (1, 192, 320, 3)
+
+
+def test_t5_in_8_bits(folder: Path, torch_runner: Runner, cache_dir: Path) -> None:
+    """By torch; pictures are those of float32 but for the rounding of T5's weights."""
+    wanted = [recipe(num_steps=4, seed=k, prompt=text) for k, text in enumerate(("a cube", ""))]
+    small = open_runner(folder, "torch", cache_dir, t5_int8=True)
+    exact, rounded = (draw_together(each, wanted) for each in (torch_runner, small))
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert 45 < psnr_db(ours.pixels, theirs.pixels) < 100
+    small.close()
+
+
+def test_t5_in_8_bits_is_of_t5_alone(folder: Path, checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no T5 encoder.*--t5-int8"):
+        load_pipeline(checkpoints / "tiny-sd", "fp32", Overrides(t5_int8=True))
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "x" / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights as safetensors"):
+        load_pipeline(tmp_path / "x", "fp32", Overrides(t5_int8=True))
