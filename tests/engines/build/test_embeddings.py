@@ -165,7 +165,7 @@ def test_a_bundle_says_what_is_in_it(checkpoints: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "b")])
     assert f"{'embedding <cat>':<24}two.pt (" in done.output
     with pytest.raises(
-        BundleError, match="give --unet, --vae, --tiny-vae, --motion-adapter, --t5-int8, --embedding"
+        BundleError, match="--vae, --tiny-vae, --motion-adapter, --t5-int8, --embedding"
     ):
         Runner.open(Order(str(tmp_path / "b"), embeddings={"<cat>": files[0]}))
     runner = Runner.open(Order(str(tmp_path / "b"), num_threads=1))
