@@ -1,7 +1,8 @@
 """A linear layer whose weights stay in 8 bits in memory, one scale for each of its outputs.
 
-By torch they are made wide as the layer is used, one layer at a time (`Int8Linear.forward`). In ONNX
-that is DequantizeLinear, which ONNX Runtime rewrites as it opens a session (README, T5 in 8 bits).
+By torch they are made wide as the layer is used, one layer at a time (`Int8Linear.forward`). In
+ONNX that is DequantizeLinear, which ONNX Runtime rewrites as it opens a session (README, "T5 in 8
+bits").
 """
 
 from __future__ import annotations
