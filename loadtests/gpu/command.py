@@ -37,6 +37,7 @@ PARTS = (
     Part("machine", "loadtests.gpu.machine:measure", 1),
     Part("tests", "loadtests.gpu.proofs:prove", 3),
     Part("speed", "loadtests.gpu.speed:measure", 5),
+    Part("kernels", "loadtests.gpu.kernels:measure", 1),
     Part("tensorrt", "loadtests.gpu.plans:try_ways", 2),
     Part("service", "loadtests.gpu.service:measure", 4),
 )
