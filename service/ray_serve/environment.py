@@ -86,11 +86,23 @@ def free_port() -> int:
 
     One of the latter may be taken again before HAProxy, which starts seconds later, binds it.
     """
+    with hold_port() as held:
+        number: int = held.getsockname()[1]
+    return number
+
+
+def hold_port() -> socket.socket:
+    """Bound to such a port: while it is open, whoever looks for a free port gets another.
+
+    A server that binds with SO_REUSEADDR, as servers do, may have it all the same, on Linux.
+    """
     for port in random.sample(QUIET_PORTS, 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only now: two would share it
+        return held
     raise OSError(f"no free port among {QUIET_PORTS}")

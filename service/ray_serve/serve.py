@@ -30,6 +30,7 @@ from service.ray_serve.environment import free_port, haproxy_available, own_port
 from service.ray_serve.family import Family, RayLost
 from service.ray_serve.haproxy import HOST, PROBES_AT
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
+from service.ray_serve.node import ports_given
 from service.ray_serve.output import Output, logs_folder
 from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
@@ -243,14 +244,15 @@ def _start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
 
     output.begin()
     try:
-        ray.init(
-            address="local",  # never a cluster that RAY_ADDRESS names: this command is one machine
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,  # those that torch sees: what Ray looks for, a container may lack
-            include_dashboard=False,
-            logging_level="ERROR",
-            configure_logging=True,
-        )
+        with ports_given():
+            ray.init(
+                address="local",  # never a cluster that RAY_ADDRESS names: this is one machine
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,  # those that torch sees: what Ray seeks, a container may lack
+                include_dashboard=False,
+                logging_level="ERROR",
+                configure_logging=True,
+            )
     except Exception as error:  # Ray raises bare Exception here, when a busy machine starts slowly
         what = str(error).strip().splitlines()[-1]
         raise ServeError(f"Ray did not start ({what}); is the machine overloaded?") from error

@@ -1,0 +1,85 @@
+"""Ray's node starts without waiting for its agents, which a busy machine makes late.
+
+A raylet ends itself where an agent does not name its port in a file within 15 s, which no setting
+of Ray changes. So the agents get ports that were chosen before, and the raylet is told of them
+before it starts. Also ``python -m service.ray_serve.node start --head``, as ``ray start --head``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from service.ray_serve.environment import hold_port
+
+# As Ray calls them, for its function and for its files.
+METRICS_PORTS = ("metrics_agent_port", "metrics_export_port")
+OTHER_PORTS = ("dashboard_agent_listen_port", "runtime_env_agent_port")
+NO_PORT = -1  # in such a file: nobody serves there
+
+
+@contextlib.contextmanager
+def ports_given() -> Iterator[None]:
+    """Every node that Ray starts in this process meanwhile has its agents' ports given.
+
+    They stay ours until this process ends: an agent may come to its own after the start.
+    """
+    from ray._private import services
+
+    start_raylet = services.start_raylet
+    services.start_raylet = functools.partial(_start_raylet, start_raylet)
+    try:
+        yield
+    finally:
+        services.start_raylet = start_raylet
+
+
+_held: list[socket.socket] = []
+
+
+def _start_raylet(start_raylet: Any, *args: Any, **options: Any) -> Any:
+    """Ray's function of that name, with the ports that its caller leaves open."""
+    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+    from ray._raylet import persist_port
+
+    call = inspect.signature(start_raylet).bind(*args, **options).arguments
+    named: dict[str, int] = {}
+    without_metrics = os.environ.get("RAY_enable_metrics_collection") == "0"
+    for name in (*METRICS_PORTS, *OTHER_PORTS):
+        if call.get(name, 0) not in (0, DEFAULT_DASHBOARD_AGENT_LISTEN_PORT):
+            named[name] = call[name]
+        elif name in METRICS_PORTS and without_metrics:
+            named[name] = NO_PORT  # else all processes would look for an agent that is late
+        else:
+            named[name] = call[name] = _reserved_port()
+    for name, port in named.items():  # not all are on the raylet's command line
+        persist_port(call["session_dir"], call["node_id"], name, port)
+    return start_raylet(**call)
+
+
+def _reserved_port() -> int:
+    held = hold_port()
+    port: int = held.getsockname()[1]
+    if sys.platform == "linux":
+        _held.append(held)
+    else:
+        held.close()
+    return port
+
+
+def main() -> None:
+    """Ray's own command, ``ray``."""
+    from ray.scripts.scripts import main as ray
+
+    with ports_given():
+        ray()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
