@@ -36,7 +36,8 @@ FLOORS = (  # from the top: a room imports from its own floor's room and from th
 )
 HOMES = {  # top-level package → the only modules that may import it
     "ray": {
-        f"service/ray_serve/{name}.py" for name in ("deployment", "output", "serve", "serve_config")
+        f"service/ray_serve/{name}.py"
+        for name in ("deployment", "node", "output", "serve", "serve_config", "stop")
     },
     "prometheus_client": {"service/telemetry/metrics.py"},
     "opentelemetry": {"service/telemetry/tracing.py"},

@@ -2,13 +2,16 @@
 
 Without its raylet or its GCS Ray replaces nothing that dies, and does not stop when it is told to;
 a minute after its GCS it ends this process, and leaves HAProxy on its port. So they are looked at
-here, and all is ended without Ray's help where one is gone.
+here, and all is ended without Ray's help where one is gone. A GCS that gets SIGTERM closes its port
+at once, and its process stays: it counts as gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import socket
+import time
 from collections.abc import Iterable, Iterator
 
 import psutil
@@ -16,8 +19,11 @@ import psutil
 from service.ray_serve.machine import ServeError
 
 VITAL = {"raylet": "raylet", "gcs_server": "GCS"}  # process → Ray's name for it
+REPLICAS = "ray::ServeRepli"
 KEEPERS = ("ray::HAProxyMan", "ray::ServeContr")  # what would start another HAProxy
 EXIT_WAIT_S = 10.0
+FINISH_LOOK_S = 0.5
+CONNECT_S = 5.0  # to a GCS that is busy; one that is gone refuses at once
 
 
 class RayLost(ServeError):
@@ -33,9 +39,17 @@ class Family:
         self._folder = folder
         self._seen: dict[int, psutil.Process] = {}
         self._vital: dict[str, psutil.Process] = {}  # by Ray's name for it
+        self._gcs: tuple[str, int] | None = None
+        self.lost = False  # whether `check` has found Ray gone
+
+    def meet(self, gcs_address: str) -> None:
+        """To be called once Ray runs; ``gcs_address`` is HOST:PORT."""
+        host, _, port = gcs_address.rpartition(":")
+        self._gcs = host.strip("[]"), int(port)
+        self.remember()
 
     def remember(self) -> None:
-        """See who is there; to be called once Ray runs, and now and then."""
+        """See who is there; to be called now and then."""
         found = [*psutil.Process().children(recursive=True), *self._proxies()]
         self._seen |= {process.pid: process for process in found}
         for process in found if not self._vital else ():
@@ -45,12 +59,15 @@ class Family:
 
     def check(self) -> None:
         """Raise `RayLost` where Ray cannot go on."""
-        for name, process in self._vital.items():
-            if not _alive(process):
-                raise RayLost(
-                    f"Ray's {name} is gone (killed? no memory?): nothing would replace a replica "
-                    "that fails. What had come in was finished; start the service again"
-                )
+        gone = [name for name, process in self._vital.items() if not _alive(process)]
+        if not gone and self._gcs and not _listens(self._gcs):
+            gone = [VITAL["gcs_server"]]
+        for name in gone:
+            self.lost = True
+            raise RayLost(
+                f"Ray's {name} is gone (killed? no memory?): nothing would replace a replica "
+                "that fails. What had come in was finished; start the service again"
+            )
 
     def finish(self, within_s: float) -> None:
         """Without Ray: no connection comes in any more, and those that are open get answers."""
@@ -61,7 +78,10 @@ class Family:
         proxies = list(self._named("haproxy"))
         for process in proxies:
             process.send_signal(signal.SIGUSR1)
-        psutil.wait_procs(proxies, timeout=within_s)
+        deadline = time.monotonic() + within_s
+        while psutil.wait_procs(proxies, timeout=FINISH_LOOK_S)[1]:
+            if time.monotonic() > deadline or not any(self._named(REPLICAS)):
+                break  # nobody is left who could answer
 
     def end(self, *, by_themselves_s: float = EXIT_WAIT_S / 3) -> None:
         """End what is left, HAProxy above all: only our own descendants, by their ids.
@@ -95,3 +115,13 @@ def _alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, CONNECT_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # too busy to say
+        return True
+    return True

@@ -1,8 +1,8 @@
-"""Ray's node starts without waiting for its agents, which a busy machine makes late.
+"""Ray's node, started without waiting for its agents, which a busy machine makes late.
 
 A raylet ends itself where an agent does not name its port in a file within 15 s, which no setting
 of Ray changes. So the agents get ports that were chosen before, and the raylet is told of them
-before it starts. Also ``python -m service.ray_serve.node start --head``, as ``ray start --head``.
+before it starts. ``python -m service.ray_serve.node start`` is ``ray start`` with that.
 """
 
 from __future__ import annotations
@@ -17,11 +17,38 @@ from collections.abc import Iterator
 from typing import Any
 
 from service.ray_serve.environment import hold_port
+from service.ray_serve.machine import ServeError
+from service.ray_serve.output import Output
 
 # As Ray calls them, for its function and for its files.
 METRICS_PORTS = ("metrics_agent_port", "metrics_export_port")
 OTHER_PORTS = ("dashboard_agent_listen_port", "runtime_env_agent_port")
+WITHOUT_METRICS = {"RAY_enable_metrics_collection": "0"}
 NO_PORT = -1  # in such a file: nobody serves there
+
+
+def start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
+    """A node of this machine alone; ``output`` shows what its processes write.
+
+    Raises:
+        ServeError: it did not start.
+    """
+    import ray
+
+    output.begin()
+    try:
+        with ports_given():
+            ray.init(
+                address="local",  # never a cluster that RAY_ADDRESS names: this is one machine
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,  # those that torch sees: what Ray seeks, a container may lack
+                include_dashboard=False,
+                logging_level="ERROR",
+                configure_logging=True,
+            )
+    except Exception as error:  # Ray raises bare Exception here, when a busy machine starts slowly
+        what = str(error).strip().splitlines()[-1]
+        raise ServeError(f"Ray did not start ({what}); is the machine overloaded?") from error
 
 
 @contextlib.contextmanager
@@ -46,11 +73,11 @@ _held: list[socket.socket] = []
 def _start_raylet(start_raylet: Any, *args: Any, **options: Any) -> Any:
     """Ray's function of that name, with the ports that its caller leaves open."""
     from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
-    from ray._raylet import persist_port
+    from ray._raylet import persist_port  # type: ignore[attr-defined]
 
     call = inspect.signature(start_raylet).bind(*args, **options).arguments
     named: dict[str, int] = {}
-    without_metrics = os.environ.get("RAY_enable_metrics_collection") == "0"
+    without_metrics = WITHOUT_METRICS.items() <= os.environ.items()
     for name in (*METRICS_PORTS, *OTHER_PORTS):
         if call.get(name, 0) not in (0, DEFAULT_DASHBOARD_AGENT_LISTEN_PORT):
             named[name] = call[name]
@@ -82,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

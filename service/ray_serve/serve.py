@@ -13,9 +13,7 @@ import secrets
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,17 +25,17 @@ from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
 from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
-from service.ray_serve.family import Family, RayLost
+from service.ray_serve.family import Family
 from service.ray_serve.haproxy import HOST, PROBES_AT
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
-from service.ray_serve.node import ports_given
+from service.ray_serve.node import start_ray
 from service.ray_serve.output import Output, logs_folder
 from service.ray_serve.placement import place
 from service.ray_serve.serve_config import ServeConfig
+from service.ray_serve.stop import stop
 from service.settings import Settings, SettingsError
 
 LOOK_EVERY_S = 1.0  # whether Ray is still there
-STOP_WITHIN_S = 45.0  # of all Ray, besides what replicas may take to finish; it takes 4 to 8
 LOOPBACK = "127.0.0.1"
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: (?!Traceback)(.+)", re.MULTILINE)  # in a traceback
 
@@ -57,6 +55,8 @@ def serve_here(
     a ``probe_port`` of their own on loopback; None: the one after ``port``, or any that is free.
     """
     with tempfile.TemporaryDirectory(prefix="fourstep-", ignore_cleanup_errors=True) as folder:
+        family = Family(folder)
+        code = 1
         _set_environment(folder, host)
         try:
             check_port(host, port)
@@ -68,15 +68,15 @@ def serve_here(
             machine = Machine.here()
             config = place(config, machine)
             _check(config, anonymous_to_others=not allow_anonymous and not is_loopback(host))
-            return _run(config, host, port, probe_port, machine.num_gpus, folder)
+            code = _run(config, host, port, probe_port, machine.num_gpus, family)
         except (ServeError, EngineError, SettingsError) as error:
             typer.echo(f"error: {error}", err=True)
-            if not isinstance(error, RayLost):
-                return 1
         except KeyboardInterrupt:
             typer.echo("\nStopped before serving.", err=True)
-            return 130
-    os._exit(1)  # what Ray does when Python ends waits ten seconds for who is gone, then crashes
+            code = 130
+    if family.lost:  # when Python ends Ray waits ten seconds for who is gone, and crashes
+        os._exit(code)
+    return code
 
 
 def _port_after(port: int) -> int:
@@ -156,7 +156,7 @@ def _on_signals(handler: Any) -> None:
 
 
 def _run(
-    config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: int, folder: str
+    config: ServeConfig, host: str, port: int, probe_port: int, num_gpus: int, family: Family
 ) -> int:
     if not haproxy_available():
         typer.echo("HAProxy has no wheel for this system: Ray's default proxy serves instead")
@@ -165,11 +165,12 @@ def _run(
 
     typer.echo("Starting Ray Serve ...")
     num_replicas = sum(app.max_replicas for app in config.applications)
-    serving, output, family, lost = False, Output(), Family(folder), False
+    serving, output = False, Output()
     drain_s = sum(app.settings.drain_s for app in config.applications)
     try:
-        _start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus, output)
+        start_ray(max(os.cpu_count() or 1, num_replicas + 1), num_gpus, output)
         _on_signals(_interrupt)  # only now: ray.init puts a handler of its own on SIGTERM
+        family.meet(ray.get_runtime_context().gcs_address)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
             http_options={"host": LOOPBACK if haproxy_available() else host, "port": port},
@@ -190,72 +191,12 @@ def _run(
             raise
         typer.echo("\nFinishing what runs, then stopping ...")
         return 0
-    except RayLost:
-        lost = True
-        raise
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ServeError(_cause(error)) from error
     finally:
         output.serving = False
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-        family.remember()
-        if lost:
-            family.finish(drain_s)
-            family.end(by_themselves_s=0)
-        else:
-            with _within(drain_s + STOP_WITHIN_S, family):
-                if ray.is_initialized():
-                    _stop_ray(config if serving else None)
-            family.end()
-
-
-def _stop_ray(config: ServeConfig | None) -> None:
-    """With the applications' replicas first: they drain while the proxy still carries answers."""
-    import ray
-    from ray import serve
-
-    with contextlib.suppress(RuntimeError, ray.exceptions.RayError):
-        for app in config.applications if config is not None else ():
-            serve.delete(app.name)
-    serve.shutdown()
-    ray.shutdown()
-
-
-@contextlib.contextmanager
-def _within(seconds: float, family: Family) -> Iterator[None]:
-    """Where it takes longer all is ended, this process too: Ray waits for itself without end."""
-
-    def give_up() -> None:
-        typer.echo(f"error: Ray did not stop within {seconds:.0f} s and was ended", err=True)
-        family.end(by_themselves_s=0)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
-    import ray
-
-    output.begin()
-    try:
-        with ports_given():
-            ray.init(
-                address="local",  # never a cluster that RAY_ADDRESS names: this is one machine
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,  # those that torch sees: what Ray seeks, a container may lack
-                include_dashboard=False,
-                logging_level="ERROR",
-                configure_logging=True,
-            )
-    except Exception as error:  # Ray raises bare Exception here, when a busy machine starts slowly
-        what = str(error).strip().splitlines()[-1]
-        raise ServeError(f"Ray did not start ({what}); is the machine overloaded?") from error
+        stop(config if serving else None, family, drain_s)
 
 
 def _cause(error: Exception) -> str:
