@@ -79,9 +79,10 @@ class Family:
         for process in proxies:
             process.send_signal(signal.SIGUSR1)
         deadline = time.monotonic() + within_s
-        while psutil.wait_procs(proxies, timeout=FINISH_LOOK_S)[1]:
+        while any(_has_connections(process) for process in proxies):  # it stays some 10 s more
             if time.monotonic() > deadline or not any(self._named(REPLICAS)):
                 break  # nobody is left who could answer
+            psutil.wait_procs(proxies, timeout=FINISH_LOOK_S)
 
     def end(self, *, by_themselves_s: float = EXIT_WAIT_S / 3) -> None:
         """End what is left, HAProxy above all: only our own descendants, by their ids.
@@ -125,3 +126,10 @@ def _listens(address: tuple[str, int]) -> bool:
     except OSError:  # too busy to say
         return True
     return True
+
+
+def _has_connections(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        connections = process.net_connections("tcp")
+        return any(each.status != psutil.CONN_LISTEN for each in connections)
+    return False
