@@ -13,12 +13,16 @@ import pytest
 START_TIMEOUT_S = 180
 
 
-def start(model: Path, cache_dir: Path, port: int, *options: str | Path) -> subprocess.Popen[str]:
+def start(
+    model: Path, cache_dir: Path, port: int, *options: str | Path, own_session: bool = False
+) -> subprocess.Popen[str]:
+    """In a process group and session of its own, if asked to, which its id names then."""
     command = [sys.executable, "-m", "service.cli", "serve", "--model", str(model)]
     command += ["--port", str(port), "--cache-dir", str(cache_dir), *map(str, options)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path.cwd()
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path.cwd(),
+        start_new_session=own_session,
+    )  # fmt: skip
 
 
 def wait_until_ready(process: subprocess.Popen[str], port: int, route: str = "") -> None:

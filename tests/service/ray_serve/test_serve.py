@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,11 +30,30 @@ from tests.service.processes import start, wait_until_ready
 @pytest.fixture
 def server(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     port = free_port()
-    process = start(lcm_checkpoint, cache_dir, port)
+    process = start(lcm_checkpoint, cache_dir, port, own_session=True)
     yield process, port
-    if process.poll() is None:
-        process.kill()
+    for left in [process, *session(process)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
     process.communicate()
+
+
+def session(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """What it has started, whoever has died since, and itself."""
+    found = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(each.pid) == process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
+
+
+def assert_nothing_is_left(process: subprocess.Popen[str], port: int) -> None:
+    _, alive = psutil.wait_procs(session(process), timeout=10)
+    assert alive == []
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
 
 
 def test_serves_through_haproxy_and_ctrl_c_ends_everything(
@@ -124,9 +145,34 @@ def wait_until_running(base: str, answers: list[Future[int]]) -> None:
     assert in_flight > 4 * (len(answers) - 1)
 
 
-def test_sigterm_finishes_what_was_accepted(server: tuple[subprocess.Popen[str], int]) -> None:
+LATE_AGENTS = """
+import sys, time
+from pathlib import Path
+
+for agent in ("dashboard/agent.py", "runtime_env/agent/main.py"):
+    if any(word.endswith(agent) for word in sys.orig_argv):
+        Path(__file__).with_name(agent.replace("/", "-")).touch()
+        time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def late_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As on a busy machine, but later: Ray's agents do not come up. The folder names each."""
+    folder = tmp_path / "late"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(LATE_AGENTS)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    return folder
+
+
+def test_though_rays_agents_are_late_it_serves_and_sigterm_finishes_what_was_accepted(
+    late_agents: Path, server: tuple[subprocess.Popen[str], int]
+) -> None:
     process, port = server
     wait_until_ready(process, port)
+    assert len(list(late_agents.glob("*agent*"))) == 2
     base = f"http://127.0.0.1:{port}"
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(draw, base, seed) for seed in range(6)]
@@ -137,30 +183,49 @@ def test_sigterm_finishes_what_was_accepted(server: tuple[subprocess.Popen[str],
     assert process.returncode == 0, output
 
 
+def test_sigterm_to_the_whole_group_finishes_what_was_accepted_and_leaves_nothing(
+    server: tuple[subprocess.Popen[str], int],
+) -> None:
+    """Ray's raylet and GCS get it too, and then cannot stop the rest."""
+    process, port = server
+    wait_until_ready(process, port)
+    base = f"http://127.0.0.1:{port}"
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(draw, base, seed) for seed in range(6)]
+        wait_until_running(base, answers)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert [answer.result() for answer in answers] == [200] * 6
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert_nothing_is_left(process, port)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("raylet", signal.SIGKILL),
+        ("gcs_server", signal.SIGKILL),
+        ("gcs_server", signal.SIGTERM),  # it serves no more, but its process stays
+    ],
+)
 def test_without_ray_itself_it_ends_and_leaves_nothing(
-    server: tuple[subprocess.Popen[str], int], name: str
+    server: tuple[subprocess.Popen[str], int], name: str, number: int
 ) -> None:
     """Ray would replace nothing any more: what had come in is drawn, then a supervisor's turn."""
     process, port = server
     wait_until_ready(process, port)
     base = f"http://127.0.0.1:{port}"
-    family = psutil.Process(process.pid).children(recursive=True)
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(draw, base, seed) for seed in range(6)]
         wait_until_running(base, answers)
-        (lost,) = [each for each in family if each.name() == name]
-        lost.kill()
+        (lost,) = [each for each in session(process) if each.name() == name]
+        lost.send_signal(number)
         assert [answer.result() for answer in answers] == [200] * 6
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(r"^error: Ray's \w+ is gone ", output, re.M), output
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert alive == []
-    with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        free.bind(("127.0.0.1", port))
+    assert_nothing_is_left(process, port)
 
 
 def test_a_busy_port_is_one_clear_line(lcm_checkpoint: Path, cache_dir: Path) -> None:
