@@ -26,6 +26,8 @@ OTHER_PORTS = ("dashboard_agent_listen_port", "runtime_env_agent_port")
 WITHOUT_METRICS = {"RAY_enable_metrics_collection": "0"}
 NO_PORT = -1  # in such a file: nobody serves there
 
+_held: list[socket.socket] = []  # ours while this process lives
+
 
 def start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
     """A node of this machine alone; ``output`` shows what its processes write.
@@ -55,7 +57,7 @@ def start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
 def ports_given() -> Iterator[None]:
     """Every node that Ray starts in this process meanwhile has its agents' ports given.
 
-    They stay ours until this process ends: an agent may come to its own after the start.
+    Nobody else finds them free until this process ends, however late an agent comes to its own.
     """
     from ray._private import services
 
@@ -65,9 +67,6 @@ def ports_given() -> Iterator[None]:
         yield
     finally:
         services.start_raylet = start_raylet
-
-
-_held: list[socket.socket] = []
 
 
 def _start_raylet(start_raylet: Any, *args: Any, **options: Any) -> Any:
@@ -91,6 +90,7 @@ def _start_raylet(start_raylet: Any, *args: Any, **options: Any) -> Any:
 
 
 def _reserved_port() -> int:
+    """Held where that is in no server's way."""
     held = hold_port()
     port: int = held.getsockname()[1]
     if sys.platform == "linux":
