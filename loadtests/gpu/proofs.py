@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from loadtests.gpu.section import Section
 from loadtests.report import ROOT
 
-FILES = ("tests/engines/backends/test_gpu.py",)
+FILES = tuple(f"tests/engines/backends/test_{name}.py" for name in ("gpu", "gpu_families"))
 OUTCOMES = ("failure", "error", "skipped")
 # For leaving, once all is counted. On an H200 more than 4 s were not enough (2026-11-26).
 LEAVE_S = 10.0
