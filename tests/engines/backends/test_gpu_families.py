@@ -82,7 +82,6 @@ OF_PIXART = _mixed(
         )
     )
 )
-TOLD = _mixed({"num_steps": 1, "width_px": 1024, "height_px": 1024})
 SOME_PIXART = OF_PIXART[1:4]
 OF_CLIPS = _mixed(
     {"num_steps": 4, "num_frames": 5},
@@ -126,9 +125,7 @@ KINDS = {
     "sdxl": Kind(OF_XL, make_xl_checkpoint, precisions=("fp16", "bf16")),
     "sdxl, pruned": Kind(OF_XL[:3], lambda at: make_xl_checkpoint(at, pruned=True)),
     "pixart": Kind(OF_PIXART, make_pixart_checkpoint, precisions=("fp16", "bf16")),
-    "pixart, told its size": Kind(
-        TOLD, lambda at: make_pixart_checkpoint(at, sample_size=128)
-    ),
+    "pixart, told its size": Kind(OF_PIXART[1:], lambda at: make_pixart_checkpoint(at, told=True)),
     "pixart, sigma": Kind(SOME_PIXART, lambda at: make_pixart_checkpoint(at, sigma=True)),
     "pixart, T5 in 8 bits": Kind(
         SOME_PIXART, make_pixart_checkpoint, {"t5_int8": True}, ("fp16", "bf16")
