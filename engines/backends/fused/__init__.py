@@ -26,12 +26,15 @@ def fuse(module: nn.Module) -> str:
     Returns:
         Why one was left as it is; empty where none was.
     """
-    from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DConditionModel
 
+    from engines.backends.fused.tiny import FusedTinyVae
     from engines.backends.fused.unet import FusedUNet
     from engines.backends.fused.vae import FusedVae
 
-    forms = {UNet2DConditionModel: FusedUNet, AutoencoderKL: FusedVae}
+    forms = {
+        UNet2DConditionModel: FusedUNet, AutoencoderKL: FusedVae, AutoencoderTiny: FusedTinyVae,
+    }  # fmt: skip
     for name, child in list(module.named_children()):
         child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         form = forms.get(type(child))
@@ -51,9 +54,10 @@ def fuse(module: nn.Module) -> str:
 
 def refresh(module: nn.Module) -> None:
     """After a refit of a fused part: what was made of the weights follows them, in place."""
+    from engines.backends.fused.tiny import FusedTinyVae
     from engines.backends.fused.unet import FusedUNet
     from engines.backends.fused.vae import FusedVae
 
     for child in module.children():
-        if isinstance(child, FusedUNet | FusedVae):
+        if isinstance(child, FusedUNet | FusedVae | FusedTinyVae):
             child.refresh()
