@@ -48,6 +48,7 @@ SECONDS = {"cuda": 0.3, "cpu": 0.02}  # of one measurement
 PEAK_SIDE = {"cuda": None, "cpu": 256}
 # Seconds that a model and a point of it need on a GPU at least: estimates.
 MODEL_S, POINT_S = 8.0, 3.0
+MIN_AGREEMENT_DB = 20.0
 PARTS = ("text_encoder", "denoiser", "vae_decoder")  # of drawing from text
 MARKS = {"<pad>": 0, "</s>": 1, "<unk>": 2}  # T5's
 
@@ -222,7 +223,29 @@ def _measure(section: Section, subject: Subject) -> None:
                 **_whole(runner, engines, subject, rows, guidance, device),
                 memory_mib=peak_memory_mib(device),
             )  # fmt: skip
+    what = f"{subject.name}, agreement with fp32"
+    if section.has_time(what, POINT_S if device == "cuda" else 0):
+        with section.attempt(what):  # by the first call's graph
+            given = random_inputs(denoiser, {"batch": lanes[0], **sizes}, device)
+            found_db = _agreement(denoiser, engines["denoiser"], given)
+            section.row("a step against fp32", model=subject.name, signal_to_error_db=found_db)
     runner.close()
+
+
+def _agreement(part: Part, engine: Engine, given: Mapping[str, Tensor]) -> float:
+    """Of what a step gives as denoised, in dB, against the same weights in fp32, eagerly.
+
+    Raises:
+        RuntimeError: an error as large as a tenth of the signal, or no numbers.
+    """
+    exact = copy.deepcopy(part.module).float()
+    with torch.inference_mode():
+        truth = exact(**given)[1]
+        error = (engine.run(given)["denoised"] - truth).square().mean()
+        found = 10 * float(torch.log10(truth.square().mean() / error.clamp_min(1e-30)))
+    if not found >= MIN_AGREEMENT_DB:
+        raise RuntimeError(f"a step is at {found:.1f} dB of fp32, not at {MIN_AGREEMENT_DB}")
+    return found
 
 
 def _step(

@@ -34,7 +34,7 @@ from tests.engines.peers import draw_together, psnr_db, recipe
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("FOURSTEP_GPU_TESTS_DEVICE", "cuda")
 SAME_DB = 50.0  # of fp32 on two devices, and of a graph and the eager run before it
-HALF_DB = {"fp16": 40.0, "bf16": 35.0}  # against fp32
+HALF_DB = {"fp16": 45.0, "bf16": 38.0}  # against fp32; on a CPU 60 and 50 at least
 TURNS = 3  # a shape met first runs eagerly, then it is captured, then replayed
 MAX_BATCH = 8
 
