@@ -34,7 +34,7 @@ from tests.engines.peers import draw_together, psnr_db, recipe
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("FOURSTEP_GPU_TESTS_DEVICE", "cuda")
 SAME_DB = 50.0  # of fp32 on two devices, and of a graph and the eager run before it
-HALF_DB = {"fp16": 45.0, "bf16": 38.0}  # against fp32; on a CPU 60 and 50 at least
+HALF_DB = {"fp16": 45.0, "bf16": 38.0}  # against fp32; on a CPU 54 and 50 at least
 TURNS = 3  # a shape met first runs eagerly, then it is captured, then replayed
 MAX_BATCH = 8
 
@@ -98,7 +98,7 @@ OF_TILED_CLIPS = _mixed(
 OF_DEMO_CLIPS = _mixed(
     *(
         {"prompt": "a large red star", "width_px": 128, "height_px": 128, **each}
-        for each in ({"num_steps": 4, "num_frames": 8}, {"num_steps": 2, "num_frames": 8})
+        for each in ({"num_steps": 4, "num_frames": 5}, {"num_steps": 1, "num_frames": 5})
     )
 )
 
@@ -122,15 +122,15 @@ KINDS = {
     "sd, 9 channels": Kind(
         OF_PICTURES, lambda at: make_checkpoint(at, lcm=False, inpainting=True)
     ),
-    "sdxl": Kind(OF_XL, make_xl_checkpoint, precisions=("fp16", "bf16")),
+    "sdxl": Kind(OF_XL, make_xl_checkpoint),
     "sdxl, pruned": Kind(OF_XL[:3], lambda at: make_xl_checkpoint(at, pruned=True)),
     "pixart": Kind(OF_PIXART, make_pixart_checkpoint, precisions=("fp16", "bf16")),
     "pixart, told its size": Kind(OF_PIXART[1:], lambda at: make_pixart_checkpoint(at, told=True)),
     "pixart, sigma": Kind(SOME_PIXART, lambda at: make_pixart_checkpoint(at, sigma=True)),
     "pixart, T5 in 8 bits": Kind(
-        SOME_PIXART, make_pixart_checkpoint, {"t5_int8": True}, ("fp16", "bf16")
+        SOME_PIXART, make_pixart_checkpoint, {"t5_int8": True}
     ),
-    "clips": Kind(OF_CLIPS, "tiny_clips", precisions=("fp16", "bf16")),
+    "clips": Kind(OF_CLIPS, "tiny_clips"),
     "clips, tiles and a tiny decoder": Kind(
         OF_TILED_CLIPS, "tiny_clips", {"vae_tiling_px": 64}, tiny=True
     ),
