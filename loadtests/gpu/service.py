@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import tempfile
 import time
@@ -63,7 +64,9 @@ def measure(section: Section) -> None:
         folder = Path(name)
         model, size_px = _model(folder, section.device)
         begun = time.perf_counter()
-        with _started(section, model, folder, size_px, "first, kernels to be compiled") as service:
+        kernels = Path(os.environ.get("TRITON_CACHE_DIR", folder / "kernels"))
+        first = "first, kernels " + ("kept from before" if kernels.exists() else "to be compiled")
+        with _started(section, model, folder, size_px, first) as service:
             start_s = time.perf_counter() - begun
             with section.attempt("the bare engine beside it"):
                 _beside_bare(section, service, model, folder, size_px)
