@@ -35,7 +35,7 @@ class Part:
 
 PARTS = (
     Part("machine", "loadtests.gpu.machine:measure", 1),
-    Part("tests", "loadtests.gpu.proofs:prove", 4),
+    Part("tests", "loadtests.gpu.proofs:prove", 3),
     Part("speed", "loadtests.gpu.speed:measure", 5),
     Part("families", "loadtests.gpu.families:measure", 2),
     Part("kernels", "loadtests.gpu.kernels:measure", 1),
