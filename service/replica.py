@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,8 @@ class Replica:
         self.created = int(time.time())
         self.quotas = Quotas()
         self.image_workers = ThreadPoolExecutor(
-            settings.num_image_workers, thread_name_prefix="fourstep-image"
+            settings.num_image_workers or min(8, max(2, len(os.sched_getaffinity(0)) // 4)),
+            thread_name_prefix="fourstep-image",
         )
         self.safety: Safety | None = None  # by start, where a filter is set
         self._runner: Runner | None = None

@@ -163,7 +163,10 @@ class Settings(BaseSettings):
         1, ge=0, le=9, description="effort of PNG answers: 1 by our own fast path, others by zlib"
     )
     webp_method: int = Field(2, ge=0, le=6, description="libwebp effort of WebP answers")
-    num_image_workers: int = Field(2, ge=1, le=64, description="threads that encode images")
+    num_image_workers: int = Field(
+        0, ge=0, le=64,
+        description="threads that encode images; 0: one for four cores, 2 at least and 8 at most",
+    )  # fmt: skip
     num_upload_workers: int = Field(
         1, ge=1, le=64, description="threads that decode uploads: 17 bytes a pixel of max_input_px"
     )

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 # What the service, the builds and the other tests need; None in sys.modules fails their import.
 ABSENT = ("fastapi", "httpx", "onnx", "onnxruntime", "openai", "peft", "prometheus_client", "ray")
 COLLECT = (
-    f"import sys, pytest; sys.modules.update(dict.fromkeys({ABSENT!r})); "
+    f"import sys, pytest, loadtests.gpu.proofs; sys.modules.update(dict.fromkeys({ABSENT!r})); "
     "sys.exit(pytest.main(['-q', '-m', 'gpu', '--collect-only', '-p', 'no:schemathesis', "
-    "'tests/engines/backends/test_gpu.py']))"
+    "*loadtests.gpu.proofs.FILES]))"
 )
 
 
@@ -25,6 +25,7 @@ def test_the_gpu_tests_need_no_service() -> None:
     )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "test_gpu.py" in found.stdout
+    assert "test_gpu_families.py" in found.stdout
 
 
 def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:

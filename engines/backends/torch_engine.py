@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engines.backends.engine import Variant
 from engines.backends.fused import fuse, refresh
 from engines.backends.graphs import Graphs, bucket_of
 from engines.families.part import Part
+
+# Of short sequences, where cuDNN gains nothing and would make a plan for every batch size first.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class TorchEngine:
@@ -32,6 +38,11 @@ class TorchEngine:
         self._built: dict[str, Tensor] = {}  # what refit replaced, as it was, on the device
         self._module: torch.nn.Module | None = module
         self._graphs: Graphs | None = None
+        self._attention: Callable[[], contextlib.AbstractContextManager[object]] = (
+            functools.partial(sdpa_kernel, WITHOUT_PLANS)
+            if part.name == "text_encoder" and device != "cpu"
+            else contextlib.nullcontext
+        )
         self.num_rows = self.num_padded_rows = 0  # since the engine was made; their ratio is waste
         if device != "cpu":
             with torch.no_grad():
@@ -52,7 +63,8 @@ class TorchEngine:
     def _call(self, **inputs: Tensor) -> tuple[Tensor, ...]:
         assert self._module is not None, "closed"
         moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        result = self._module(**moved)
+        with self._attention():
+            result = self._module(**moved)
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
     def weight(self, name: str) -> Tensor:

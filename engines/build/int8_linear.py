@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from onnxscript import opset21 as op
 from torch import Tensor
 
 TOP = 127.0  # symmetric: -128 is not used
@@ -29,6 +28,8 @@ def _(weight: Tensor, scale: Tensor) -> Tensor:
 
 def dequantize_in_onnx(weight: Any, scale: Any) -> Any:
     """`dequantize` for the exporter's table of translations."""
+    from onnxscript import opset21 as op  # here: serving by torch does without
+
     return op.DequantizeLinear(weight, scale, axis=0)
 
 

@@ -183,6 +183,7 @@ class Runner:
             self._take_texts(drawing, known)
         if recipe.image is None and not facts.takes_mask:
             begin_from_text(drawing)
+            draw_ahead(drawing)  # here, where no device waits for it
         return drawing
 
     # -- the engine threads ------------------------------------------------------------------

@@ -37,6 +37,7 @@ PARTS = (
     Part("machine", "loadtests.gpu.machine:measure", 1),
     Part("tests", "loadtests.gpu.proofs:prove", 3),
     Part("speed", "loadtests.gpu.speed:measure", 5),
+    Part("families", "loadtests.gpu.families:measure", 2),
     Part("kernels", "loadtests.gpu.kernels:measure", 1),
     Part("tensorrt", "loadtests.gpu.plans:try_ways", 2),
     Part("service", "loadtests.gpu.service:measure", 4),
@@ -53,7 +54,7 @@ def gpu(
     fresh: Annotated[bool, typer.Option(help="Run again what has run to its end.")] = False,
     out: OutOption = RESULTS,
 ) -> None:
-    """Machine, GPU tests, speed, TensorRT and the service on this GPU; written as it goes.
+    """Machine, GPU tests, speed, families, TensorRT and service on this GPU; written as it goes.
 
     Each section is a process of its own with its own limit: one that crashes, hangs or loses the
     GPU costs itself alone. Sections that have run to their end on this machine, device and code are

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from engines.backends.torch_engine import TorchEngine
@@ -67,11 +66,10 @@ def _kernels(section: Section, what: str, call: Callable[[], object]) -> None:
         for _ in range(runs):
             call()
         wait(device)
-    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
     microseconds: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for event in found.events():
-        if event.device_type == wanted:
+        if event.device_type.name == device.upper():
             own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
             microseconds[event.name[:NAME]] += own / runs
             counts[event.name[:NAME]] += 1
@@ -98,16 +96,18 @@ def _calls(runner: Runner, batch: int, shape: Shape, device: str) -> dict[str, f
     for turn in range(3 + IMAGES[device]):  # the first capture
         wait(device)
         begun = at = time.perf_counter()
-        times: Counter[str] = Counter()
+        times: dict[str, float] = defaultdict(float)
         drawings = [runner.start(recipe) for recipe in recipes]
         times["start"] = time.perf_counter() - at
         while (stage := drawings[0].stage) is not Stage.DONE:
             at = time.perf_counter()
+            first = drawings[0].step_index == 0
             rows = runner.info.max_decode_batch if stage is Stage.DECODE else batch
             waiting = [drawing for drawing in drawings if drawing.stage is stage]
-            for first in range(0, batch, rows):
-                kinds[stage](waiting[first : first + rows])
-            times[stage.name.lower()] += time.perf_counter() - at
+            for index in range(0, batch, rows):
+                kinds[stage](waiting[index : index + rows])
+            name = "first_denoise" if stage is Stage.DENOISE and first else stage.name.lower()
+            times[name] += time.perf_counter() - at
         times["all"] = time.perf_counter() - begun
         if turn >= 3:
             for name, seconds in times.items():

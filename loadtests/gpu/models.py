@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 
 from engines.backends.adapters import Adapters
 from engines.backends.choice import Choice
@@ -21,6 +22,7 @@ from engines.backends.engine import Engine
 from engines.build.checkpoint import tokenizer_of
 from engines.drawing.model import Model
 from engines.drawing.runner import Runner
+from engines.facts import Facts
 from engines.families import stable_diffusion
 from engines.families.part import Part
 from loadtests.peak import DTYPES
@@ -92,7 +94,7 @@ def make_pipeline(shape: Shape, device: str) -> Any:
         with torch.device(device):
             unet = UNet2DConditionModel(
                 sample_size=shape.side, cross_attention_dim=shape.width, attention_head_dim=8,
-                time_cond_proj_dim=256, **shape.unet,
+                **{"time_cond_proj_dim": 256, **shape.unet},
             )  # fmt: skip
             if shape.tiny_decoder:
                 vae: torch.nn.Module = AutoencoderTiny()
@@ -132,16 +134,24 @@ def open_runner(
     """The product's own runner over a fresh random model, and the engines under it by part."""
     pipeline = make_pipeline(shape, device)
     engines = {part.name: engine(part, device) for part in parts_of(pipeline, shape)}
-    model = Model(
-        facts=stable_diffusion.facts(shape.name, pipeline, {}),
-        tokenizers={"tokenizer": tokenizer_of(pipeline)},
+    facts = stable_diffusion.facts(shape.name, pipeline, {})
+    model = make_model(facts, tokenizer_of(pipeline), engines, shape.precision, device)
+    return Runner(model, max_batch=max_batch), engines
+
+
+def make_model(
+    facts: Facts, tokenizer: Tokenizer, engines: Mapping[str, Engine], precision: str, device: str
+) -> Model:
+    """Of engines that are there already, with one tokenizer and no LoRAs."""
+    return Model(
+        facts=facts,
+        tokenizers={"tokenizer": tokenizer},
         engines=engines,
         adapters=Adapters({}, engines),
         choice=Choice("torch", "measured"),
-        precision=shape.precision,
+        precision=precision,
         device=device,
     )
-    return Runner(model, max_batch=max_batch), engines
 
 
 class Counts(NamedTuple):

@@ -15,6 +15,8 @@ TITLES = {
     "machine": "The machine",
     "tests": "GPU tests",
     "speed": "Speed of SD 1.5's architecture, random weights, 4 steps",
+    "families": "Speed of other families' architectures, random weights, 4 steps",
+    "kernels": "Where the time of a call goes",
     "tensorrt": "TensorRT",
     "service": "The service through HTTP and the bare engine",
 }

@@ -6,6 +6,7 @@ They are named by their file: a machine that lacks Ray could not even collect al
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from xml.etree import ElementTree
 from loadtests.gpu.section import Section
 from loadtests.report import ROOT
 
-FILES = ("tests/engines/backends/test_gpu.py",)
+FILES = tuple(f"tests/engines/backends/test_{name}.py" for name in ("gpu", "gpu_families"))
 OUTCOMES = ("failure", "error", "skipped")
 # For leaving, once all is counted. On an H200 more than 4 s were not enough (2026-11-26).
 LEAVE_S = 10.0
@@ -31,7 +32,7 @@ def prove(section: Section) -> None:
     with tempfile.TemporaryDirectory() as folder, section.attempt("pytest"):
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-W", "ignore", "-q"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={junit}", *FILES]
+        command += ["-p", "no:cacheprovider", f"--junitxml={junit}", *_workers(), *FILES]
         with _group(command) as process:
             ended = _ending(process, junit, section)
         counts = Counter({"passed": 0, **dict.fromkeys(OUTCOMES, 0)})
@@ -45,6 +46,12 @@ def prove(section: Section) -> None:
         for reason, count in skipped.items():
             section.row("skipped because", reason=reason[:300], tests=count)
         section.row("pytest", ended=ended, **counts)
+
+
+def _workers() -> list[str]:
+    """Side by side where there are cores for it: most of a test's time is compiling and loading."""
+    count = min(8, len(os.sched_getaffinity(0)) // 2)
+    return ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
+import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from fastapi import FastAPI
 from engines.drawing.runner import Runner
 from engines.order import Order
 from loadtests.bare import recipes_of
-from loadtests.client import Client, require_answers
+from loadtests.client import Answer, Client, require_answers
 from loadtests.gpu.models import SD15, save_checkpoint
 from loadtests.gpu.section import Section
 from loadtests.scrape import Scrape
@@ -63,7 +65,9 @@ def measure(section: Section) -> None:
         folder = Path(name)
         model, size_px = _model(folder, section.device)
         begun = time.perf_counter()
-        with _started(section, model, folder, size_px, "first, kernels to be compiled") as service:
+        kernels = Path(os.environ.get("TRITON_CACHE_DIR", folder / "kernels"))
+        first = "first, kernels " + ("kept from before" if kernels.exists() else "to be compiled")
+        with _started(section, model, folder, size_px, first) as service:
             start_s = time.perf_counter() - begun
             with section.attempt("the bare engine beside it"):
                 _beside_bare(section, service, model, folder, size_px)
@@ -142,10 +146,8 @@ def _service(section: Section, model: str, folder: Path) -> Iterator[Service]:
         yield service
 
 
-def _draw(
-    service: Service, encoding: str, count: int, clients: int, size_px: int
-) -> tuple[list[float], list[float]]:
-    """Latencies and times of completion of so many images, in seconds."""
+def _draw(service: Service, encoding: str, count: int, clients: int, size_px: int) -> list[Answer]:
+    """So many images, asked for by clients of whom each waits for its answer."""
 
     def body(ask: Ask) -> dict[str, Any]:
         return ask.body() | {"output_format": encoding}
@@ -154,18 +156,22 @@ def _draw(
     asks = Profile("uniform", (NUM_STEPS,), (size_px,)).asks(count, seed=count)
     answers = client.closed_loop(asks, clients)
     require_answers(answers, "the service")
-    return sorted(a.latency_s for a in answers), sorted(a.done_s for a in answers)
+    return answers
 
 
 def _alone(section: Section, service: Service, bare: Runner, size_px: int) -> None:
     count = ALONE[section.device]
-    latencies, _ = _draw(service, "png", count, 1, size_px)
+    answers = _draw(service, "png", count, 1, size_px)
     (recipe,) = recipes_of(bare, 1, size_px, NUM_STEPS)
     found = sorted(_seconds(functools.partial(bare.draw, [recipe])) for _ in range(count))
     section.row(
-        "one client", encoding="png", p50_ms=1e3 * latencies[count // 2],
+        "one client", encoding="png", p50_ms=1e3 * statistics.median(a.latency_s for a in answers),
         bare_engine_ms=1e3 * found[count // 2],
     )  # fmt: skip
+    stages = {
+        name: statistics.median(a.timings[name] for a in answers) for name in answers[0].timings
+    }
+    section.row("one client, ms by Server-Timing", encoding="png", **stages)
 
 
 def _saturation(
@@ -176,12 +182,13 @@ def _saturation(
     count = BATCHES[section.device] * rows
     recipes = recipes_of(bare, rows, size_px, NUM_STEPS)
     seconds = sum(_seconds(functools.partial(bare.draw, recipes)) for _ in range(count // rows))
-    latencies, done_s = _draw(service, encoding, count + 2 * clients, clients, size_px)
+    answers = _draw(service, encoding, count + 2 * clients, clients, size_px)
+    done_s = sorted(answer.done_s for answer in answers)
     rate = count / (done_s[count + clients - 1] - done_s[clients - 1])
     section.row(
         "saturation", encoding=encoding, clients=clients, http_images_per_s=rate,
         bare_images_per_s=count / seconds, http_share=rate * seconds / count,
-        p50_ms=1e3 * latencies[len(latencies) // 2],
+        p50_ms=1e3 * statistics.median(a.latency_s for a in answers),
     )  # fmt: skip
 
 

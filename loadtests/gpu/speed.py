@@ -109,7 +109,7 @@ def _point(
     runner: Runner, engines: Mapping[str, Engine], batch: int, yardstick: Yardstick, device: str
 ) -> dict[str, object]:
     counts, peak, seconds = yardstick.counts, yardstick.peak, SECONDS[device]
-    _forget_peak_memory(device)
+    forget_peak_memory(device)
     recipes = recipes_of(runner, batch, yardstick.shape.size_px, NUM_STEPS)
     begun = time.perf_counter()
     runner.draw(recipes)
@@ -137,7 +137,7 @@ def _point(
         "TFLOP/s": batch * counts.image(NUM_STEPS) / images_ms / 1e9,
         "images_share": share(batch * counts.image(NUM_STEPS), images_ms),
         "first_s": first_s,
-        "memory_mib": _peak_memory_mib(device),
+        "memory_mib": peak_memory_mib(device),
     }
 
 
@@ -190,13 +190,13 @@ def step_inputs(batch: int, shape: Shape, device: str) -> dict[str, Tensor]:
     }
 
 
-def _forget_peak_memory(device: str) -> None:
+def forget_peak_memory(device: str) -> None:
     gc.collect()
     wait(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak_memory_mib(device: str) -> float | None:
+def peak_memory_mib(device: str) -> float | None:
     """Of tensors, graphs' pools included; a CPU does not count them."""
     return torch.cuda.max_memory_allocated() / MIB if device == "cuda" else None

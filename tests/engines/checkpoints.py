@@ -206,10 +206,11 @@ def make_t5_tokenizer() -> T5Tokenizer:
 
 
 def make_pixart_checkpoint(
-    folder: Path, *, sample_size: int = 32, sigma: bool = False, learned_variance: bool = True
-) -> Path:
-    """Write a tiny PixArt-δ checkpoint (``sigma``: PixArt-Σ). Of a ``sample_size`` of 128 it is
-    told the size that is drawn, but in Σ.
+    folder: Path, *, sample_size: int = 32, sigma: bool = False, learned_variance: bool = True,
+    told: bool = False,
+) -> Path:  # fmt: skip
+    """Write a tiny PixArt-δ checkpoint (``sigma``: PixArt-Σ). Of a ``sample_size`` of 128, or
+    where it is ``told``, it is told the size that is drawn, but in Σ.
     """
     torch.manual_seed(2)
     tokenizer = make_t5_tokenizer()
@@ -223,7 +224,7 @@ def make_pixart_checkpoint(
         num_attention_heads=2, attention_head_dim=12, in_channels=4,
         out_channels=8 if learned_variance else 4, num_layers=2, cross_attention_dim=24,
         sample_size=sample_size, caption_channels=32,
-        use_additional_conditions=False if sigma else None,
+        use_additional_conditions=False if sigma else told or None,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1,

@@ -56,6 +56,12 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert engines[-1] == "compiled, channels-last"
     assert all(row["images/s"] > 0 for row in found["speed"]["tiny"])
     assert found["speed"]["SDXL's UNet, one graph"]
+    families = found["families"]
+    clips, pictures = families["AnimateLCM, tiny"], families["PixArt-δ, tiny"]
+    assert [row["lanes"] for row in clips] == [1, 2]
+    assert all(row["clips/s"] > 0 for row in clips)
+    assert all(row["images/s"] > 0 for row in pictures)
+    assert all(row["signal_to_error_db"] > 100 for row in families["a step against fp32"])
     assert {row["encoding"] for row in found["service"]["saturation"]} == {"png", "jpeg", "webp"}
     first, again = found["service"]["start"]
     assert again["start"] == "again"
@@ -157,7 +163,8 @@ def test_the_command_starts_without_what_a_bare_machine_lacks() -> None:
     program += "    if name in ('fourstep', 'ray'): raise m.PackageNotFoundError(name)\n"
     program += "    return real(name)\n"
     program += "m.version = version\n"
-    program += "import loadtests.__main__, loadtests.gpu.kernels, loadtests.gpu.service\n"
+    program += "import loadtests.__main__, loadtests.gpu.families, loadtests.gpu.kernels\n"
+    program += "import loadtests.gpu.service\n"
     program += "import loadtests.report as r\n"
     program += "print(r.about()['versions']['ray'])\n"
     done = subprocess.run(

@@ -26,14 +26,26 @@ def fuse(module: nn.Module) -> str:
     Returns:
         Why one was left as it is; empty where none was.
     """
-    from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        ModelMixin,
+        UNet2DConditionModel,
+        UNetMotionModel,
+    )
 
+    from engines.backends.fused.motion import part_attention
+    from engines.backends.fused.tiny import FusedTinyVae
     from engines.backends.fused.unet import FusedUNet
     from engines.backends.fused.vae import FusedVae
 
-    forms = {UNet2DConditionModel: FusedUNet, AutoencoderKL: FusedVae}
+    forms = {
+        UNet2DConditionModel: FusedUNet, AutoencoderKL: FusedVae, AutoencoderTiny: FusedTinyVae,
+    }  # fmt: skip
     for name, child in list(module.named_children()):
         child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(child, UNetMotionModel):
+            part_attention(child)
         form = forms.get(type(child))
         if form is None:
             if isinstance(child, ModelMixin):  # of diffusers, such as PixArt's or AnimateDiff's
@@ -51,9 +63,10 @@ def fuse(module: nn.Module) -> str:
 
 def refresh(module: nn.Module) -> None:
     """After a refit of a fused part: what was made of the weights follows them, in place."""
+    from engines.backends.fused.tiny import FusedTinyVae
     from engines.backends.fused.unet import FusedUNet
     from engines.backends.fused.vae import FusedVae
 
     for child in module.children():
-        if isinstance(child, FusedUNet | FusedVae):
+        if isinstance(child, FusedUNet | FusedVae | FusedTinyVae):
             child.refresh()

@@ -145,13 +145,8 @@ class Attention:
         else:
             query = F.linear(x, self._source.to_q.weight)
             key, value = context[..., self._columns].chunk(2, dim=-1)
-        query, key, value = self._split(query), self._split(key), self._split(value)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return F.linear(out.transpose(1, 2).flatten(2), self._out.weight, self._out.bias)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """``[N, L, C]`` → ``[N, heads, L, C / heads]``."""
-        return x.view(*x.shape[:2], self._heads, -1).transpose(1, 2)
+        out = ops.attention(query, key, value, self._heads)
+        return F.linear(out, self._out.weight, self._out.bias)
 
 
 class WideAttention:
@@ -196,6 +191,25 @@ class Downsample:
         return ops.add(ops.convolve(x, self._conv), self._conv.bias)
 
 
+class DoubledConvolution:
+    """A 3 x 3 convolution of an image of twice the sides, by nearest neighbours."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        expect(conv, kernel_size=(3, 3), padding=(1, 1), stride=(1, 1), groups=1)
+        self._conv = conv
+        self._phases = ops.phases_of(conv.weight.data)
+        none = conv.weight.new_zeros(conv.out_channels)
+        self._bias = none if conv.bias is None else conv.bias
+
+    def refresh(self) -> None:
+        """What is made of the weights, anew and in place."""
+        self._phases.copy_(ops.phases_of(self._conv.weight.data))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[N, h, w, C]`` → ``[N, 2 h, 2 w, C']``"""
+        return ops.convolve_upsampled(x, self._phases, self._bias)
+
+
 class Upsample:
     """diffusers/models/upsampling.py."""
 
@@ -203,16 +217,14 @@ class Upsample:
         expect_kind(source, "Upsample2D")
         expect(source, use_conv=True, use_conv_transpose=False, norm=None, name="conv")
         expect(source, interpolate=True)
-        expect(source.conv, kernel_size=(3, 3), padding=(1, 1), groups=1)
-        self._conv = source.conv
-        self._phases = ops.phases_of(self._conv.weight.data)
+        self._conv, self._doubled = source.conv, DoubledConvolution(source.conv)
 
     def refresh(self) -> None:
         """What is made of the weights, anew and in place."""
-        self._phases.copy_(ops.phases_of(self._conv.weight.data))
+        self._doubled.refresh()
 
     def __call__(self, x: Tensor, rows: int, columns: int) -> Tensor:
         if (rows, columns) == (2 * x.shape[1], 2 * x.shape[2]):
-            return ops.convolve_upsampled(x, self._phases, self._conv.bias)
+            return self._doubled(x)
         x = ops.upsample(x, rows, columns)
         return ops.add(ops.convolve(x, self._conv), self._conv.bias)

@@ -158,7 +158,8 @@ def _scale_and_shift(
 @triton.jit
 def _add(
     x, bias, residual, y, num_rows, num_channels,
-    has_bias: tl.constexpr, has_residual: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    has_bias: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr,
+    rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * width + tl.arange(0, width)
@@ -170,6 +171,8 @@ def _add(
         value += _load(bias + channel, is_channel)[None, :]
     if has_residual:
         value += _load(residual + at, mask)
+    if relu:
+        value = tl.where(value < 0.0, 0.0, value)  # what is no number stays none
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -193,6 +196,45 @@ def _layer_norm(
     value = off * tl.rsqrt(variance + eps)[:, None] * _load(gamma + channel, is_channel)[None, :]
     value += _load(beta + channel, is_channel)[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def _short_attention(
+    query, key, value, y, query_image, query_row, key_image, key_row,
+    num_queries, num_keys, num_columns, scale,
+    head_dim: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    """Some queries of one head against all of its keys, ``keys`` at a time."""
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
+    is_row, is_column = row < num_queries, column < head_dim
+    mask = is_row[:, None] & is_column[None, :]
+    at = head * head_dim + column
+    queries = tl.load(
+        query + image * query_image + row[:, None] * query_row + at[None, :], mask=mask, other=0.0
+    )
+    largest = tl.full((rows,), float("-inf"), tl.float32)
+    total = tl.zeros((rows,), tl.float32)
+    sums = tl.zeros((rows, width), tl.float32)
+    first = 0
+    while first < num_keys:
+        item = first + tl.arange(0, keys)
+        there = image * key_image + item[:, None] * key_row + at[None, :]
+        known = (item < num_keys)[:, None] & is_column[None, :]
+        own = tl.load(key + there, mask=known, other=0.0)  # [keys, width]
+        scores = tl.dot(queries, tl.trans(own)) * scale  # [rows, keys]
+        scores = tl.where((item < num_keys)[None, :], scores, float("-inf"))
+        above = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp(scores - above[:, None])
+        kept = tl.exp(largest - above)
+        total = total * kept + tl.sum(weights, 1)
+        own = tl.load(value + there, mask=known, other=0.0)
+        sums = sums * kept[:, None] + tl.dot(weights.to(own.dtype), own)
+        largest = above
+        first += keys
+    sums /= total[:, None]
+    at = (image * num_queries + row[:, None]) * num_columns + at[None, :]
+    tl.store(y + at, sums.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -282,15 +324,15 @@ def group_norm(
     return y
 
 
-def add(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def add(x: Tensor, bias: Tensor | None, residual: Tensor | None, *, relu: bool = False) -> Tensor:
     """`ops.add` over ``x [..., C]``, into ``x`` itself."""
     channels = x.shape[-1]
     num_rows = x.numel() // channels
     rows, width = _tile(channels)
     _add[(triton.cdiv(num_rows, rows), triton.cdiv(channels, width))](
         x, x if bias is None else bias, x if residual is None else residual, x, num_rows, channels,
-        has_bias=bias is not None, has_residual=residual is not None, rows=rows, width=width,
-        num_warps=4,
+        has_bias=bias is not None, has_residual=residual is not None, relu=relu, rows=rows,
+        width=width, num_warps=4,
     )  # fmt: skip
     return x
 
@@ -310,6 +352,22 @@ def layer_norm(
         has_added=added is not None, rows=rows, width=width, num_warps=4,
     )  # fmt: skip
     return total, y
+
+
+def short_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """`ops.attention` of ``query [N, L, C]`` over ``key, value [N, K, C]``, which may be columns of
+    one wider tensor, in half precision."""
+    images, num_queries, columns = query.shape
+    head_dim = columns // num_heads
+    y = torch.empty((images, num_queries, columns), dtype=query.dtype, device=query.device)
+    width = max(16, triton.next_power_of_2(head_dim))
+    keys = 128 if width <= 64 else 64 if width <= 128 else 32
+    _short_attention[(triton.cdiv(num_queries, 64), num_heads, images)](
+        query, key, value, y, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+        num_queries, key.shape[1], columns, head_dim**-0.5,
+        head_dim=head_dim, width=width, rows=64, keys=keys, num_warps=4,
+    )  # fmt: skip
+    return y
 
 
 def geglu(x: Tensor) -> Tensor:

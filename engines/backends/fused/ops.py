@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_KEYS = 128  # a text's, or an image's of 8 x 8 latents
+
 
 @functools.cache
 def _kernels() -> ModuleType | None:
@@ -60,14 +62,17 @@ def group_norm(
     return F.silu(y) if silu else y
 
 
-def add(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """``x [..., C] + bias [C] + residual [..., C]``; ``x`` is used up."""
-    if bias is None and residual is None:
+def add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = False
+) -> Tensor:
+    """``x [..., C] + bias [C] + residual [..., C]``, then ReLU where asked; ``x`` is used up."""
+    if bias is None and residual is None and not relu:
         return x
     if _has_kernels(x) and (kernels := _kernels()):
-        return kernels.add(x, bias, residual)  # type: ignore[no-any-return]
+        return kernels.add(x, bias, residual, relu=relu)  # type: ignore[no-any-return]
     x = x if bias is None else x + bias
-    return x if residual is None else x + residual
+    x = x if residual is None else x + residual
+    return F.relu(x) if relu else x
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -76,6 +81,22 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> tu
         return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, added)  # type: ignore[no-any-return]
     total = x if added is None else x + added
     return total, F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """``query [N, L, C]`` over ``key, value [N, K, C]`` → ``[N, L, C]``, all of C in ``num_heads``.
+
+    Few keys have a kernel of their own: for each shape that it meets cuDNN makes a plan first,
+    70 ms beside an H200 (November 2026), and a model has eight shapes for each batch size.
+    """
+    halves = query.dtype in (torch.float16, torch.bfloat16)
+    fits = key.shape[1] <= FEW_KEYS and query.shape[-1] <= 256 * num_heads and halves
+    if fits and _has_kernels(query) and (kernels := _kernels()):
+        return kernels.short_attention(query, key, value, num_heads)  # type: ignore[no-any-return]
+    query, key, value = (
+        x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value)
+    )
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def geglu(x: Tensor) -> Tensor:

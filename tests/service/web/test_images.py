@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from service.settings import Settings
+from service.web import images
 from service.web.images import encode_image
 
 TEXT = {"parameters": "a red star\nSteps: 4", "note": "größer, 星"}
@@ -31,6 +32,19 @@ def test_png_is_lossless_at_every_level(level: int, height: int, width: int) -> 
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), pixels)
         assert image.text == TEXT  # type: ignore[attr-defined]
+
+
+def test_png_in_stripes_is_lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = picture(513, 515)
+    files = set()
+    for count in (1, 3, 4):
+        monkeypatch.setattr(images, "MAX_STRIPES", count)
+        data = encode_image(pixels, "png", Settings())
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            assert np.array_equal(np.asarray(image), pixels)
+        files.add(data)
+    assert len(files) == 3  # so that they were really made so
 
 
 def test_the_default_level_is_no_larger_than_zlibs_own_on_a_photograph() -> None:

@@ -100,3 +100,21 @@ def test_the_others(dtype: torch.dtype) -> None:
         truth = x.double() + (0 if own_bias is None else own_bias.double())
         truth = truth + (0 if own_residual is None else own_residual.double())
         assert _relative(kernels.add(x.clone(), own_bias, own_residual), truth) < limit
+        found = kernels.add(x.clone(), own_bias, own_residual, relu=True)
+        assert _relative(found, truth.relu()) < limit
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "head_dim"), [(100, 77, 40), (64, 64, 160), (9, 5, 80)]
+)
+@torch.no_grad()
+def test_attention_over_few_keys(queries: int, keys: int, head_dim: int) -> None:
+    """In float16: the interpreter multiplies no matrices of bfloat16."""
+    torch.manual_seed(0)
+    columns = 3 * head_dim
+    query = torch.randn(2, queries, columns).half()
+    both = torch.randn(2, keys, 4 * columns).half()[..., columns : 3 * columns]  # of others too
+    key, value = both.chunk(2, dim=-1)
+    found = kernels.short_attention(query, key, value, 3)
+    truth = ops.attention(query.double(), key.double(), value.double(), 3)
+    assert _relative(found, truth) < 3 * LIMITS[torch.float16]  # the keys' weights are halves too

@@ -45,9 +45,11 @@ from engines.backends.fused import kernels
 
 def check(kernel, constants, num_warps):
     names = kernel.arg_names
-    sizes = ("added_stride", "rows", "per_group")
+    strides = ("added_stride", "query_image", "query_row", "key_image", "key_row")
+    sizes = (*strides, "rows", "per_group")
     integers = [n for n in names if n.startswith("num_") or n in sizes]
-    types = {n: "i32" if n in integers else "fp32" if n == "eps" else "*fp16" for n in names}
+    reals = ("eps", "scale")
+    types = {n: "i32" if n in integers else "fp32" if n in reals else "*fp16" for n in names}
     types |= {n: "*fp32" for n in ("moments", "folded") if n in names}
     types |= {n: "constexpr" for n in constants}
     places = {(names.index(n),): v for n, v in constants.items()}
@@ -57,13 +59,17 @@ def check(kernel, constants, num_warps):
     assert made.asm["cubin"], kernel
 
 has = {"has_bias": True, "has_added": True}
+added = {"has_bias": True, "has_residual": True}
 whole = {"silu": True, "rows": 256, "width": 64}
 check(kernels._whole_group_norm, {"per_group": 40, **has, **whole}, 8)
 check(kernels._channel_moments, {"rows": 32, "turns": 8, "width": 64}, 4)
 check(kernels._fold_moments, {**has, "tiles": 256, "width": 16}, 4)
 check(kernels._scale_and_shift, {"silu": True, "rows": 64, "width": 64}, 4)
-check(kernels._add, {"has_bias": True, "has_residual": True, "rows": 64, "width": 64}, 4)
+check(kernels._add, {**added, "relu": True, "rows": 64, "width": 64}, 4)
 check(kernels._layer_norm, {"has_added": True, "rows": 8, "width": 512}, 4)
 check(kernels._geglu, {"rows": 16, "width": 256}, 4)
+for head_dim, width, keys in ((40, 64, 128), (80, 128, 64), (160, 256, 32)):
+    sizes = {"head_dim": head_dim, "width": width, "rows": 64, "keys": keys}
+    check(kernels._short_attention, sizes, 4)
 check(kernels._interleave, {"rows": 16, "width": 64}, 4)
 """

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from engines.backends.fused import fuse, refresh
 from engines.backends.fused.unet import FusedUNet
 from engines.families.stable_diffusion import Denoiser
-from engines.families.vae import VaeDecoder, VaeEncoder
+from engines.families.vae import TinyVaeEncoder, VaeDecoder, VaeEncoder
 
 SIDES = [(16, 16), (13, 18)]  # the second is no multiple of what the UNet halves
 
@@ -97,6 +97,23 @@ def test_a_vae_codes_what_diffusers_codes(changes: dict[str, Any]) -> None:
     pixels = torch.randint(0, 255, (2, 64, 72, 3), dtype=torch.uint8)
     for ours, theirs in zip(encoder(pixels), VaeEncoder(vae)(pixels), strict=True):
         assert _relative(ours, theirs) < 2e-6
+
+
+@torch.no_grad()
+def test_a_tiny_vae_codes_what_diffusers_codes() -> None:
+    torch.manual_seed(0)
+    channels = (32, 32, 32, 32)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=channels, decoder_block_out_channels=channels,
+        num_decoder_blocks=(2, 1, 1, 1),
+    ).eval()  # fmt: skip
+    decoder, encoder = VaeDecoder(copy.deepcopy(vae)), TinyVaeEncoder(copy.deepcopy(vae))
+    assert (fuse(decoder), fuse(encoder)) == ("", "")
+    latents = 4 * torch.randn(2, 4, 8, 9)  # beyond where it bends them
+    found = decoder.vae.decode(latents, return_dict=False)[0]
+    assert _relative(found, vae.decode(latents).sample) < 2e-6
+    pixels = torch.randint(0, 255, (2, 64, 72, 3), dtype=torch.uint8)
+    assert _relative(encoder(pixels), TinyVaeEncoder(vae)(pixels)) < 2e-6
 
 
 @torch.no_grad()
