@@ -2,7 +2,7 @@
 
 A raylet ends itself where an agent does not name its port in a file within 15 s, which no setting
 of Ray changes. So the agents get ports that were chosen before, and the raylet is told of them
-before it starts. ``python -m service.ray_serve.node start`` is ``ray start`` with that.
+before it starts.
 """
 
 from __future__ import annotations
@@ -98,15 +98,3 @@ def _reserved_port() -> int:
     else:
         held.close()
     return port
-
-
-def main() -> None:
-    """Ray's own command, ``ray``."""
-    from ray.scripts.scripts import main as ray
-
-    with ports_given():
-        ray()
-
-
-if __name__ == "__main__":
-    main()

@@ -78,9 +78,7 @@ class RayCluster:
         environment |= {f"RAY_SERVE_{port}_PORT": str(free_port()) for port in OWN_PORTS}
         environment[PROBES_AT] = f"127.0.0.1:{free_port()}"
         environment["RAY_SERVE_WORKER_PROXY_HTTP_PORT"] = str(self.ports["worker"])
-        # As `ray start`, patient with agents that are late on a busy machine.
-        command = [sys.executable, "-m", "service.ray_serve.node", "start", *options]
-        command += ["--block", "--disable-usage-stats"]
+        command = [str(BIN / "ray"), "start", *options, "--block", "--disable-usage-stats"]
         command += ["--num-cpus", "8", "--num-gpus", str(self._gpus_per_node)]
         command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", str(100 << 20)]
         command += ["--dashboard-agent-listen-port", str(self.agent_ports[name])]
