@@ -17,12 +17,12 @@ CALL_PIXELS = {"cpu": 512 * 512, "cuda": FULL_BATCH * 512 * 512}
 MAX_DECODE_PIXELS = FULL_BATCH * 512 * 512
 
 
-def denoise_rows(device: str, size_px: int, num_frames: int = 1) -> int:
-    """Lanes of a denoise call of images of ``size_px`` squared, or of clips of ``num_frames`` such;
-    at least the two of guidance.
+def denoise_rows(device: str, size_px: int) -> int:
+    """Lanes of a denoise call of images of ``size_px`` squared; at least the two of guidance.
+
+    Each frame of a clip counts as one (`Drawing.num_pictures`).
     """
-    rows = _rows(device, size_px) if device == "cpu" else FULL_BATCH
-    return max(2, rows // num_frames)
+    return max(2, _rows(device, size_px) if device == "cpu" else FULL_BATCH)
 
 
 def decode_rows(device: str, size_px: int, max_batch: int) -> int:

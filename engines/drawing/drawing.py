@@ -63,6 +63,11 @@ class Drawing:
         return len(self.texts.lanes)
 
     @property
+    def num_pictures(self) -> int:
+        """What it takes of a denoise call: its lanes, of a clip each frame of them."""
+        return self.num_lanes * self.recipe.num_frames
+
+    @property
     def num_truncated_tokens(self) -> tuple[int, ...]:
         """Of each lane's text: for how many there is no room."""
         return tuple(0 if text is None else text.num_truncated for text in self.texts.lanes)

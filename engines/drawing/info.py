@@ -96,9 +96,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         samplers=samplers_of(noise),
         loras=model.adapters.names,
         max_batch=lanes,
-        max_decode_batch=decode_rows(
-            model.device, facts.default_size_px, lanes * facts.default_num_frames
-        ),
+        max_decode_batch=decode_rows(model.device, facts.default_size_px, lanes),
         max_calls=model.max_calls,
         components=facts.components,
         decoders=facts.decoders,

@@ -65,9 +65,7 @@ class Model:
     def batch_for(self, wanted: int | None) -> int:
         """Lanes of one denoise call: what is wanted or the default, and no more than plans take."""
         if self.target is None:
-            facts = self.facts
-            rows = denoise_rows(self.device, facts.default_size_px, facts.default_num_frames)
-            return wanted or rows
+            return wanted or denoise_rows(self.device, self.facts.default_size_px)
         return min(wanted or self.target.max_batch, self.target.max_batch)
 
     @property

@@ -324,8 +324,8 @@ class Runner:
         while open_ := [drawing for drawing in drawings if drawing.stage is not Stage.DONE]:
             leader = open_[0]
             alike = [d for d in open_ if (d.stage, d.alike) == (leader.stage, leader.alike)]
-            lanes = itertools.accumulate(drawing.num_lanes for drawing in alike)
-            num_rows = max(1, sum(count <= self.info.max_batch for count in lanes))
+            pictures = itertools.accumulate(drawing.num_pictures for drawing in alike)
+            num_rows = max(1, sum(count <= self.info.max_batch for count in pictures))
             if leader.stage is not Stage.DENOISE:
                 fitting = self.rows_that_fit(leader.alike)
                 num_rows = min(num_rows, self.info.max_decode_batch, fitting)

@@ -30,13 +30,15 @@ def draw_every_batch(runner: Runner, loras: Mapping[str, float]) -> None:
     info = runner.info
     turns = range(1 if runner.device == "cpu" else 2)
     num_frames = 1 if runner.device == "cpu" else info.default_num_frames
+    at_once = max(2, info.max_batch // num_frames)  # a clip with guidance has two lanes
     for count, turn in itertools.product(_counts(runner.device, info.max_batch), turns):
         rows = _rows(runner, count, loras, f"text {turn}", num_frames=num_frames)
         runner.encode_text(rows)
         pictured = [row for row in rows if row.stage is Stage.ENCODE_IMAGE]
         for first in range(0, len(pictured), info.max_decode_batch):  # to a UNet that takes a mask
             runner.encode_image(pictured[first : first + info.max_decode_batch])
-        runner.denoise(rows)
+        if count <= at_once:
+            runner.denoise(rows)
     for count, turn in itertools.product(_counts(runner.device, info.max_decode_batch), turns):
         rows = _decodable(runner, count, loras, f"picture {turn}")
         for decoder in info.decoders:

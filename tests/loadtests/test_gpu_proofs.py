@@ -58,11 +58,25 @@ def test_what_was_counted_stands_although_pytest_does_not_leave(
     assert not _is_alive(tmp_path)
 
 
-def test_tests_that_never_end_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables, left_out = _prove(tmp_path, monkeypatch, "time.sleep(60)", seconds=3)
+@pytest.mark.parametrize(
+    ("body", "passed"),
+    [
+        ("time.sleep(60)", 0),
+        ("def test_first(): pass\ndef test_long(): time.sleep(60)", 1),
+        ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", 0),
+    ],
+    ids=["while collecting", "amid its tests", "deaf"],
+)
+def test_tests_that_never_end_are_left_out(
+    body: str, passed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they had counted by then stays."""
+    monkeypatch.setattr(proofs, "INTERRUPTED_S", 2.0)
+    monkeypatch.setattr(proofs, "_workers", list)  # the first is done before the long one
+    tables, left_out = _prove(tmp_path, monkeypatch, body, seconds=4)
     (row,) = tables["pytest"]
-    assert row["ended"] == "killed amid its tests, when the time was over"
-    assert row["passed"] == 0
+    assert row["ended"] == "stopped amid its tests, when the time was over"
+    assert row["passed"] == passed
     assert "failed" not in tables
     assert left_out == ["pytest"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,28 @@ def test_mixed_in_one_batch(runner: Runner, peer: Peer) -> None:
     assert len({runner.start(each).group for each in mixed}) == 4
     for wanted, ours in zip(mixed, draw_together(runner, mixed), strict=True):
         assert_agree(ours, peer.draw(wanted), wanted)
+
+
+def test_a_call_is_as_full_of_short_clips_as_of_pictures(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each frame counts as a picture does; a clip that is more than a call goes alone."""
+    calls: list[list[int]] = []
+    plain = Runner.denoise
+
+    def denoise(self: Runner, drawings: Sequence[Drawing], *more: Any) -> None:
+        calls.append([drawing.num_pictures for drawing in drawings])
+        plain(self, drawings, *more)
+
+    monkeypatch.setattr(Runner, "denoise", denoise)
+    most = runner.info.max_batch
+    short = recipe(num_steps=1, num_frames=most // 4)
+    runner.draw([short] * 5)
+    assert calls == [[most // 4] * 4, [most // 4]]
+    calls.clear()
+    long = recipe(num_steps=1, num_frames=most, guidance_scale=2.0)
+    runner.draw([long, long])
+    assert calls == [[2 * most]] * 2
 
 
 def test_frames_know_of_each_other(runner: Runner) -> None:
