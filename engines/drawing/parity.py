@@ -7,7 +7,7 @@ part alone, never of the steps before it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,11 +86,11 @@ class Parity:
 class _Both:
     """An engine that answers with the reference's outputs and counts the other's beside them."""
 
-    def __init__(self, part: str, reference: Engine, other: Engine, precision: str) -> None:
+    def __init__(self, part: str, reference: Engine, other: Engine, *, in_8_bits: bool) -> None:
         self._part, self._reference, self._other = part, reference, other
         self._limits = (
             (MIN_IMAGE_PSNR_DB, MAX_RELATIVE_ERROR_INT8)
-            if precision in EIGHT_BITS
+            if in_8_bits
             else (MIN_PSNR_DB, MAX_RELATIVE_ERROR)
         )
         self.outputs: dict[str, Parity] = {}
@@ -118,13 +118,19 @@ class _Both:
         self._other.close()
 
 
-def compare(reference: Model, other: Model, prompts: Sequence[str]) -> list[Parity]:
+def compare(
+    reference: Model, other: Model, prompts: Sequence[str], in_8_bits: Collection[str] = ()
+) -> list[Parity]:
     """Draw the prompts, from text and again by every decoder, from the picture where models take
-    one, and compare every output met.
+    one, and compare every output met. ``in_8_bits`` are the parts with weights of 8 bits, where not
+    all of the model is in such a precision.
     """
     parts = parts_of(reference.facts)
+    whole = other.precision in EIGHT_BITS
     engines = {
-        part: _Both(part, reference.engines[part], other.engines[part], other.precision)
+        part: _Both(
+            part, reference.engines[part], other.engines[part], in_8_bits=whole or part in in_8_bits
+        )
         for part in parts
     }
     runner = Runner(dataclasses.replace(reference, engines=engines))

@@ -17,11 +17,14 @@ import torch
 from diffusers import LCMScheduler, PixArtAlphaPipeline, StableDiffusionImg2ImgPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import T5EncoderModel
 
 from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of
 from engines.build.plan import PlanTarget, check_target, profiles_of
 from engines.build.source import Overrides
 from engines.drawing.fitting import fit
+from engines.drawing.parity import MAX_RELATIVE_ERROR_INT8, compare
 from engines.drawing.runner import Runner
 from engines.errors import CheckpointError, InvalidInput
 from engines.facts import Facts
@@ -291,7 +294,28 @@ def test_t5_in_8_bits(folder: Path, torch_runner: Runner, cache_dir: Path) -> No
     exact, rounded = (draw_together(each, wanted) for each in (torch_runner, small))
     for ours, theirs in zip(rounded, exact, strict=True):
         assert 45 < psnr_db(ours.pixels, theirs.pixels) < 100
+    found = compare(torch_runner._model, small._model, ["a cube"], ["text_encoder"])
+    off = {(result.part, result.max_relative_error) for result in found if result.relative_error}
+    assert off == {("text_encoder", MAX_RELATIVE_ERROR_INT8)}
+    assert all(result.good for result in found)
     small.close()
+
+
+def test_t5_in_8_bits_takes_no_lora_on_its_layers(
+    folder: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    layer = "text_encoder.encoder.block.0.layer.0.SelfAttention.q"
+    width = T5EncoderModel.from_pretrained(folder / "text_encoder").config.d_model
+    pair = {"lora_A": torch.randn(2, width), "lora_B": torch.randn(width, 2)}
+    weights = {f"{layer}.{name}.weight": value for name, value in pair.items()}
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    wide = open_runner(folder, "torch", cache_dir, loras={"it": tmp_path})
+    wanted = recipe(num_steps=1, loras={"it": 1.0})
+    draw_together(wide, [wanted])
+    with pytest.raises(
+        CheckpointError, match=r"LoRA 'it' .* changes text_encoder.* in 8 bits .*--t5-int8"
+    ):
+        open_runner(folder, "torch", cache_dir, t5_int8=True, loras={"it": tmp_path})
 
 
 def test_t5_in_8_bits_is_of_t5_alone(folder: Path, checkpoints: Path, tmp_path: Path) -> None:
