@@ -25,12 +25,26 @@ def test_wrong(): assert 1 == 2
 """
 
 
+SLEEP = "pathlib.Path(__file__).with_name('over').touch(); time.sleep(60)"
+
+
+class Until(Section):
+    """A section whose time is over when a file is there, if not before."""
+
+    over: Path
+
+    @property
+    def seconds_left(self) -> float:
+        return 0.0 if self.over.exists() else super().seconds_left
+
+
 def _prove(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str, seconds: float) -> Any:
     tests = folder / "test_slow.py"
     tests.write_text(TESTS.format(body=body))
     monkeypatch.setattr(proofs, "FILES", (str(tests), "--noconftest"))
     findings = Findings(folder / "gpu.jsonl")
-    section = Section("tests", "cpu", findings, time.monotonic() + seconds)
+    section = Until("tests", "cpu", findings, time.monotonic() + seconds)
+    section.over = folder / "over"
     findings.begin("tests", {})
     proofs.prove(section)
     return findings.chapters({})["tests"].tables, section.left_out
@@ -61,9 +75,9 @@ def test_what_was_counted_stands_although_pytest_does_not_leave(
 @pytest.mark.parametrize(
     ("body", "passed"),
     [
-        ("time.sleep(60)", 0),
-        ("def test_first(): pass\ndef test_long(): time.sleep(60)", 1),
-        ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", 0),
+        (SLEEP, 0),
+        (f"def test_first(): pass\ndef test_long(): {SLEEP}", 1),
+        (f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {SLEEP}", 0),
     ],
     ids=["while collecting", "amid its tests", "deaf"],
 )
@@ -73,7 +87,7 @@ def test_tests_that_never_end_are_left_out(
     """What they had counted by then stays."""
     monkeypatch.setattr(proofs, "INTERRUPTED_S", 2.0)
     monkeypatch.setattr(proofs, "_workers", list)  # the first is done before the long one
-    tables, left_out = _prove(tmp_path, monkeypatch, body, seconds=4)
+    tables, left_out = _prove(tmp_path, monkeypatch, body, seconds=60)
     (row,) = tables["pytest"]
     assert row["ended"] == "stopped amid its tests, when the time was over"
     assert row["passed"] == passed

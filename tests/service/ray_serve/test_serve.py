@@ -28,7 +28,10 @@ from tests.service.processes import start, wait_until_ready
 
 
 @pytest.fixture
-def server(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def server(
+    lcm_checkpoint: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    monkeypatch.setenv("FOURSTEP_METRICS_MAX_AGE_S", "0")  # `wait_until_running` reads them
     port = free_port()
     process = start(lcm_checkpoint, cache_dir, port, own_session=True)
     yield process, port
@@ -142,7 +145,7 @@ def wait_until_running(base: str, answers: list[Future[int]]) -> None:
         metrics = httpx.get(f"{base}/metrics").text
         found = re.findall(r"^fourstep_(?:running|waiting)_rows.* (\S+)$", metrics, re.M)
         in_flight = sum(map(float, found))
-    assert in_flight > 4 * (len(answers) - 1)
+    assert in_flight > 4 * (len(answers) - 1), [a.result() for a in answers if a.done()]
 
 
 LATE_AGENTS = """
