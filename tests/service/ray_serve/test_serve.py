@@ -132,20 +132,23 @@ def test_a_terminal_shows_our_words_alone(
     assert "given" in [json.loads(line)["request_id"] for line in log]
 
 
+NUM_IMAGES = 8  # of a request: six of them are in hand while someone looks
+
+
 def draw(base: str, seed: int) -> int:
-    """The status of an answer that takes a second or two of work."""
-    body = {"prompt": "a red star", "n": 4, "num_inference_steps": 50, "seed": seed}
+    """The status of an answer that takes some seconds of work, in all."""
+    body = {"prompt": "a red star", "n": NUM_IMAGES, "num_inference_steps": 50, "seed": seed}
     return httpx.post(f"{base}/v1/images/generations", json=body, timeout=60).status_code
 
 
 def wait_until_running(base: str, answers: list[Future[int]]) -> None:
     """All requests must have come in, none be finished, when something is broken."""
-    in_flight = 0.0
-    while in_flight <= 4 * (len(answers) - 1) and not any(answer.done() for answer in answers):
+    in_flight, wanted = 0.0, NUM_IMAGES * (len(answers) - 1)
+    while in_flight <= wanted and not any(answer.done() for answer in answers):
         metrics = httpx.get(f"{base}/metrics").text
         found = re.findall(r"^fourstep_(?:running|waiting)_rows.* (\S+)$", metrics, re.M)
         in_flight = sum(map(float, found))
-    assert in_flight > 4 * (len(answers) - 1), [a.result() for a in answers if a.done()]
+    assert in_flight > wanted, [a.result() for a in answers if a.done()]
 
 
 LATE_AGENTS = """
