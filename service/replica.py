@@ -68,7 +68,7 @@ class Replica:
         self.created = int(time.time())
         self.quotas = Quotas()
         self.image_workers = ThreadPoolExecutor(
-            settings.num_image_workers or min(8, max(2, len(os.sched_getaffinity(0)) // 4)),
+            settings.num_image_workers or min(8, max(2, (os.cpu_count() or 1) // 4)),
             thread_name_prefix="fourstep-image",
         )
         self.safety: Safety | None = None  # by start, where a filter is set

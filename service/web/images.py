@@ -28,7 +28,7 @@ DEFAULT_QUALITY = 90
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ZLIB_HEADER = b"\x78\x01"  # 32 KiB of window, the quickest way
 STRIPE_PX = 2**16  # of a PNG, at least: smaller ones cost more than they bring
-MAX_STRIPES = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+MAX_STRIPES = max(1, min(4, (os.cpu_count() or 1) // 2))
 _stripe_workers = ThreadPoolExecutor(MAX_STRIPES, thread_name_prefix="fourstep-png")
 
 

@@ -151,6 +151,17 @@ def wait_until_running(base: str, answers: list[Future[int]]) -> None:
     assert in_flight > wanted, [a.result() for a in answers if a.done()]
 
 
+@contextlib.contextmanager
+def six_in_hand(port: int) -> Iterator[None]:
+    """Six requests have come in when this is entered; whatever is done inside, all are answered."""
+    base = f"http://127.0.0.1:{port}"
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(draw, base, seed) for seed in range(6)]
+        wait_until_running(base, answers)
+        yield
+        assert [answer.result() for answer in answers] == [200] * 6
+
+
 LATE_AGENTS = """
 import sys, time
 from pathlib import Path
@@ -179,12 +190,8 @@ def test_though_rays_agents_are_late_it_serves_and_sigterm_finishes_what_was_acc
     process, port = server
     wait_until_ready(process, port)
     assert len(list(late_agents.glob("*agent*"))) == 2
-    base = f"http://127.0.0.1:{port}"
-    with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(draw, base, seed) for seed in range(6)]
-        wait_until_running(base, answers)
+    with six_in_hand(port):
         process.send_signal(signal.SIGTERM)
-        assert [answer.result() for answer in answers] == [200] * 6
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
 
@@ -195,12 +202,8 @@ def test_sigterm_to_the_whole_group_finishes_what_was_accepted_and_leaves_nothin
     """Ray's raylet and GCS get it too, and then cannot stop the rest."""
     process, port = server
     wait_until_ready(process, port)
-    base = f"http://127.0.0.1:{port}"
-    with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(draw, base, seed) for seed in range(6)]
-        wait_until_running(base, answers)
+    with six_in_hand(port):
         os.killpg(process.pid, signal.SIGTERM)
-        assert [answer.result() for answer in answers] == [200] * 6
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert_nothing_is_left(process, port)
@@ -221,13 +224,9 @@ def test_without_ray_itself_it_ends_and_leaves_nothing(
     """Ray would replace nothing any more: what had come in is drawn, then a supervisor's turn."""
     process, port = server
     wait_until_ready(process, port)
-    base = f"http://127.0.0.1:{port}"
-    with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(draw, base, seed) for seed in range(6)]
-        wait_until_running(base, answers)
+    with six_in_hand(port):
         (lost,) = [each for each in session(process) if each.name() == name]
         lost.send_signal(number)
-        assert [answer.result() for answer in answers] == [200] * 6
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(r"^error: Ray's \w+ is gone ", output, re.M), output
