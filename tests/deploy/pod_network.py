@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from tests.deploy.kuberay import Object, selects
 
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 T = TypeVar("T")
+_NETWORKS = itertools.count()  # of this process: a later one may come before the first has closed
 
 
 class PodNetwork:
@@ -25,8 +27,8 @@ class PodNetwork:
 
     def __init__(self, policies: list[Object]) -> None:
         self._policies = policies
-        number = os.getpid() % 250
-        self._prefix = f"fs{os.getpid() % 100000}"
+        number = (os.getpid() + next(_NETWORKS)) % 250
+        self._prefix = f"fs{os.getpid() % 10000}n{number}"
         self._subnet = f"10.231.{number}"
         self.node = f"{self._subnet}.1"
         self.api_server, self.redis = f"{self._subnet}.2", f"{self._subnet}.3"

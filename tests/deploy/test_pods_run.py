@@ -67,9 +67,9 @@ def on_cpus(objects: list[Object]) -> list[Object]:
     return objects
 
 
-def ask(plane: ControlPlane, pod: Pod, *, route: str = "", seed: int = 1) -> httpx.Response:
+def ask(plane: ControlPlane, pod: Pod, *, route: str = "", **more: object) -> httpx.Response:
     """A picture, asked for by somebody from outside of Ray's pods, at a pod's own proxy."""
-    body = {"prompt": "a large red star", "seed": seed, "response_format": "b64_json"}
+    body = {"prompt": "a large red star", "seed": 1, "response_format": "b64_json"} | more
 
     def work() -> httpx.Response:
         url = f"http://{pod.address}:8000{route}/v1/images/generations"
@@ -178,9 +178,14 @@ def test_an_exporter_that_dies_comes_again(local: ControlPlane) -> None:
 
 
 def load(plane: ControlPlane, num_clients: int) -> Load:
-    """Pictures, one client's after another's, through every pod that the Service would have."""
+    """Pictures, one client's after another's, through every pod that the Service would have.
+
+    They take so long that a client nearly always has one in hand, however fast the machine.
+    """
     return Load(
-        plane.ready, lambda name, number: ask(plane, plane.pods[name], seed=number), num_clients
+        plane.ready,
+        lambda name, number: ask(plane, plane.pods[name], seed=number, num_inference_steps=50),
+        num_clients,
     )
 
 

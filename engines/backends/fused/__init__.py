@@ -30,25 +30,27 @@ def fuse(module: nn.Module) -> str:
         AutoencoderKL,
         AutoencoderTiny,
         ModelMixin,
+        PixArtTransformer2DModel,
         UNet2DConditionModel,
         UNetMotionModel,
     )
 
-    from engines.backends.fused.motion import part_attention
+    from engines.backends.fused.pixart import FusedPixArt
     from engines.backends.fused.tiny import FusedTinyVae
-    from engines.backends.fused.unet import FusedUNet
+    from engines.backends.fused.unet import FusedMotionUNet, FusedUNet
     from engines.backends.fused.vae import FusedVae
+    from engines.motion_unet import PooledTextUNet
 
     forms = {
-        UNet2DConditionModel: FusedUNet, AutoencoderKL: FusedVae, AutoencoderTiny: FusedTinyVae,
+        UNet2DConditionModel: FusedUNet, UNetMotionModel: FusedMotionUNet,
+        PooledTextUNet: FusedMotionUNet, PixArtTransformer2DModel: FusedPixArt,
+        AutoencoderKL: FusedVae, AutoencoderTiny: FusedTinyVae,
     }  # fmt: skip
     for name, child in list(module.named_children()):
         child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if isinstance(child, UNetMotionModel):
-            part_attention(child)
         form = forms.get(type(child))
         if form is None:
-            if isinstance(child, ModelMixin):  # of diffusers, such as PixArt's or AnimateDiff's
+            if isinstance(child, ModelMixin):  # of diffusers
                 logger.info(
                     "%s draws by its own forward: no %s is fused", name, type(child).__name__
                 )

@@ -7,6 +7,7 @@ refused when it is made (`Unfusable`), never drawn wrongly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,46 +90,63 @@ class TransformerBlock:
         expect_kind(source, "BasicTransformerBlock")
         expect(source, norm_type="layer_norm", pos_embed=None, only_cross_attention=False)
         expect(source, double_self_attention=False, _chunk_size=None)
-        expect_kind(source.ff.net[0], "GEGLU")
-        for norm in (source.norm1, source.norm2, source.norm3):
-            if norm is None or norm.weight is None or norm.bias is None:
-                raise Unfusable("BasicTransformerBlock with a norm without weights")
-        self._norms = (source.norm1, source.norm2, source.norm3)
+        self._norms = norms_of(source)
         self._self_attention = Attention(source.attn1)
         self._self_attention.fuse_with_queries()
         self.cross_attention = Attention(source.attn2)
-        self._gate, self._out = source.ff.net[0].proj, source.ff.net[2]
+        self._feed_forward = FeedForward(source.ff)
 
     def __call__(self, x: Tensor, context: Tensor) -> Tensor:
         first, second, third = self._norms
         _, normed = ops.layer_norm(x, first)
         x, normed = ops.layer_norm(x, second, added=self._self_attention(normed))
         x, normed = ops.layer_norm(x, third, added=self.cross_attention(normed, context))
+        return self._feed_forward(normed, x)
+
+
+def norms_of(block: Any) -> tuple[nn.LayerNorm, nn.LayerNorm, nn.LayerNorm]:
+    """Those of a `BasicTransformerBlock`, all with weights of their own."""
+    for norm in (block.norm1, block.norm2, block.norm3):
+        if norm is None or norm.weight is None or norm.bias is None:
+            raise Unfusable("BasicTransformerBlock with a norm without weights")
+    return block.norm1, block.norm2, block.norm3
+
+
+class FeedForward:
+    """diffusers/models/attention.py `FeedForward`, of gated linear units."""
+
+    def __init__(self, source: Any) -> None:
+        expect_kind(source.net[0], "GEGLU")
+        self._gate, self._out = source.net[0].proj, source.net[2]
+
+    def __call__(self, normed: Tensor, residual: Tensor) -> Tensor:
+        """``[..., C]``, the residual included."""
         hidden = ops.geglu(F.linear(normed, self._gate.weight, self._gate.bias))
-        return ops.add(F.linear(hidden, self._out.weight), self._out.bias, x)
+        return ops.add(F.linear(hidden, self._out.weight), self._out.bias, residual)
 
 
 class Attention:
-    """diffusers/models/attention_processor.py `AttnProcessor2_0`, without masks."""
+    """diffusers/models/attention_processor.py `AttnProcessor2_0`."""
 
     def __init__(self, source: Any) -> None:
         expect_kind(source, "Attention")
         expect(source, rescale_output_factor=1.0, residual_connection=False, group_norm=None)
         expect(source, norm_q=None, norm_k=None, norm_cross=None, spatial_norm=None)
         expect(source, add_k_proj=None)
-        if source.to_q.bias is not None or source.to_k is None or source.to_v is None:
-            raise Unfusable("Attention with biased queries or none of its own keys")
+        if source.to_k is None or source.to_v is None:
+            raise Unfusable("Attention with none of its own keys")
         expect_kind(source.processor, "AttnProcessor2_0")
         self._heads = int(source.heads)
         expect(source, scale=(source.to_q.out_features // self._heads) ** -0.5)
         self._source, self._out = source, source.to_out[0]
-        self._queries: Tensor | None = None  # [3 C, C] where queries, keys and values are one
+        self._weight: Tensor | None = None  # [3 C, C] where queries, keys and values are one
+        self._bias: Tensor | None = None  # [3 C]
         self._columns = slice(0)  # of the context, where its keys and values are
 
     def fuse_with_queries(self) -> None:
         """Self-attention: one product for all three."""
         layers = [self._source.to_q, self._source.to_k, self._source.to_v]
-        self._queries, _ = ops.fuse_linears(layers)
+        self._weight, self._bias = ops.fuse_linears(layers)
 
     def read_context(self, first: int) -> list[nn.Linear]:
         """Cross-attention: the layers of its keys and values, found in the context from ``first``
@@ -137,16 +155,34 @@ class Attention:
         self._columns = slice(first, first + sum(layer.out_features for layer in layers))
         return layers
 
-    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``x [N, L, C]`` → ``[N, L, C]``."""
+    def __call__(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """``x [N, L, C]`` → ``[N, L, C]``. A ``context [M, K, ΣK]`` serves N / M of x side by side;
+        ``mask [M, K]`` is added to what its keys score."""
         if context is None:
-            assert self._queries is not None, "fuse_with_queries comes first"
-            query, key, value = F.linear(x, self._queries).chunk(3, dim=-1)
+            assert self._weight is not None, "fuse_with_queries comes first"
+            out = self._attend(*F.linear(x, self._weight, self._bias).chunk(3, dim=-1))
         else:
-            query = F.linear(x, self._source.to_q.weight)
+            query = F.linear(x, self._source.to_q.weight, self._source.to_q.bias)
             key, value = context[..., self._columns].chunk(2, dim=-1)
-        out = ops.attention(query, key, value, self._heads)
+            query = query.view(len(key), -1, query.shape[-1])
+            out = ops.attention(query, key, value, self._heads, mask).view(*x.shape[:2], -1)
         return F.linear(out, self._out.weight, self._out.bias)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ops.attention(query, key, value, self._heads)
+
+
+def fuse_contexts(attentions: Iterable[Attention]) -> tuple[Tensor | None, Tensor | None]:
+    """One weight ``[ΣK, D]`` and bias ``[ΣK]`` for the keys and values of all cross-attentions."""
+    layers: list[nn.Linear] = []
+    first = 0
+    for attention in attentions:
+        own = attention.read_context(first)
+        first += sum(layer.out_features for layer in own)
+        layers += own
+    return ops.fuse_linears(layers) if layers else (None, None)
 
 
 class WideAttention:

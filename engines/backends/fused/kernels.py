@@ -7,6 +7,8 @@ on the host or waits for the device, so all of it can be captured into a CUDA gr
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -155,13 +157,14 @@ def _scale_and_shift(
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_per_group", "gate_stride"])
 def _add(
-    x, bias, residual, y, num_rows, num_channels,
-    has_bias: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr,
+    x, bias, gate, residual, y, num_rows, num_channels, num_per_group, gate_stride,
+    has_bias: tl.constexpr, has_gate: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr,
     rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    first = tl.program_id(0) * rows
+    row = first + tl.arange(0, rows)
     channel = tl.program_id(1) * width + tl.arange(0, width)
     is_channel = channel < num_channels
     mask = (row < num_rows)[:, None] & is_channel[None, :]
@@ -169,6 +172,8 @@ def _add(
     value = _load(x + at, mask)
     if has_bias:
         value += _load(bias + channel, is_channel)[None, :]
+    if has_gate:
+        value *= _load(gate + first // num_per_group * gate_stride + channel, is_channel)[None, :]
     if has_residual:
         value += _load(residual + at, mask)
     if relu:
@@ -176,42 +181,52 @@ def _add(
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_per_group", "num_groups", "scale_stride", "shift_stride", "gate_stride"]
+)
 def _layer_norm(
-    x, added, total, y, gamma, beta, num_rows, num_channels, eps,
-    has_added: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
+    x, added, gate, total, y, scale, shift, num_rows, num_channels, num_per_group, num_groups,
+    scale_stride, shift_stride, gate_stride, eps,
+    has_added: tl.constexpr, has_gate: tl.constexpr, rows: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    row, channel = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
+    """Rows of one group, of which each has its own scale, shift and gate."""
+    first = tl.program_id(0) * rows
+    row, channel = first + tl.arange(0, rows), tl.arange(0, width)
+    group = first // num_per_group % num_groups
     is_channel = channel < num_channels
     mask = (row < num_rows)[:, None] & is_channel[None, :]
     at = row.to(tl.int64)[:, None] * num_channels + channel[None, :]
     value = _load(x + at, mask)
     if has_added:
-        kept = (value + _load(added + at, mask)).to(total.dtype.element_ty)
+        more = _load(added + at, mask)
+        if has_gate:
+            more *= _load(gate + group * gate_stride + channel, is_channel)[None, :]
+        kept = (value + more).to(total.dtype.element_ty)
         tl.store(total + at, kept, mask=mask)
         value = kept.to(tl.float32)  # normed as it is kept, like the plain module does
     mean = tl.sum(value, 1) / num_channels
     off = tl.where(mask, value - mean[:, None], 0.0)
     variance = tl.sum(off * off, 1) / num_channels
-    value = off * tl.rsqrt(variance + eps)[:, None] * _load(gamma + channel, is_channel)[None, :]
-    value += _load(beta + channel, is_channel)[None, :]
+    own = _load(scale + group * scale_stride + channel, is_channel)
+    value = off * tl.rsqrt(variance + eps)[:, None] * own[None, :]
+    value += _load(shift + group * shift_stride + channel, is_channel)[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "mask_image"])
 def _short_attention(
-    query, key, value, y, query_image, query_row, key_image, key_row,
-    num_queries, num_keys, num_columns, scale,
+    query, key, value, mask, y, query_image, query_row, key_image, key_row, mask_image,
+    num_queries, num_keys, num_columns, scale, has_mask: tl.constexpr,
     head_dim: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """Some queries of one head against all of its keys, ``keys`` at a time."""
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
     is_row, is_column = row < num_queries, column < head_dim
-    mask = is_row[:, None] & is_column[None, :]
+    within = is_row[:, None] & is_column[None, :]
     at = head * head_dim + column
     queries = tl.load(
-        query + image * query_image + row[:, None] * query_row + at[None, :], mask=mask, other=0.0
+        query + image * query_image + row[:, None] * query_row + at[None, :], mask=within, other=0.0
     )
     largest = tl.full((rows,), float("-inf"), tl.float32)
     total = tl.zeros((rows,), tl.float32)
@@ -223,6 +238,8 @@ def _short_attention(
         known = (item < num_keys)[:, None] & is_column[None, :]
         own = tl.load(key + there, mask=known, other=0.0)  # [keys, width]
         scores = tl.dot(queries, tl.trans(own)) * scale  # [rows, keys]
+        if has_mask:
+            scores += _load(mask + image * mask_image + item, item < num_keys)[None, :]
         scores = tl.where((item < num_keys)[None, :], scores, float("-inf"))
         above = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp(scores - above[:, None])
@@ -234,7 +251,32 @@ def _short_attention(
         first += keys
     sums /= total[:, None]
     at = (image * num_queries + row[:, None]) * num_columns + at[None, :]
-    tl.store(y + at, sums.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, sums.to(y.dtype.element_ty), mask=within)
+
+
+@triton.jit(do_not_specialize=["num_frames"])
+def _frame_attention(
+    query, key, value, y, clip_stride, frame_stride, place_stride, num_frames, num_places, scale,
+    num_heads: tl.constexpr, head_dim: tl.constexpr, width: tl.constexpr, frames: tl.constexpr,
+):  # fmt: skip
+    """One head of one place: all of its frames to each other."""
+    head, place = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
+    clip = tl.program_id(1).to(tl.int64)
+    frame, column = tl.arange(0, frames), tl.arange(0, width)
+    is_frame = frame < num_frames
+    mask = is_frame[:, None] & (column < head_dim)[None, :]
+    at = clip * clip_stride + frame.to(tl.int64)[:, None] * frame_stride + place * place_stride
+    at += head * head_dim + column[None, :]
+    queries = tl.load(query + at, mask=mask, other=0.0)
+    keys = tl.load(key + at, mask=mask, other=0.0)
+    values = tl.load(value + at, mask=mask, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys)) * scale  # [frames, frames]
+    scores = tl.where(is_frame[None, :], scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    found = tl.dot(weights.to(values.dtype), values) / tl.sum(weights, 1)[:, None]
+    at = (clip * num_frames + frame[:, None]) * num_places + place
+    at = at * num_heads * head_dim + head * head_dim + column[None, :]
+    tl.store(y + at, found.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -324,48 +366,82 @@ def group_norm(
     return y
 
 
-def add(x: Tensor, bias: Tensor | None, residual: Tensor | None, *, relu: bool = False) -> Tensor:
+def _stride(each: Tensor | None) -> int:
+    """From one group to the next of ``each [G, 1, C]``; 0 where it is ``[C]``, or None."""
+    return 0 if each is None or each.ndim == 1 else each.stride(0)
+
+
+def add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, *, relu: bool = False,
+    gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`ops.add` over ``x [..., C]``, into ``x`` itself."""
     channels = x.shape[-1]
     num_rows = x.numel() // channels
     rows, width = _tile(channels)
+    per_group = num_rows if gate is None else x.shape[-2]
+    rows = rows if gate is None else math.gcd(rows, per_group)
     _add[(triton.cdiv(num_rows, rows), triton.cdiv(channels, width))](
-        x, x if bias is None else bias, x if residual is None else residual, x, num_rows, channels,
-        has_bias=bias is not None, has_residual=residual is not None, relu=relu, rows=rows,
-        width=width, num_warps=4,
+        x, x if bias is None else bias, x if gate is None else gate,
+        x if residual is None else residual, x, num_rows, channels, per_group,
+        _stride(gate), has_bias=bias is not None, has_gate=gate is not None,
+        has_residual=residual is not None, relu=relu, rows=rows, width=width, num_warps=4,
     )  # fmt: skip
     return x
 
 
 def layer_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, added: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`ops.layer_norm` over ``x [..., C]``; the sum goes into ``added`` itself."""
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, added: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ops.modulated_norm` over ``x [..., C]``; the sum goes into ``added`` itself."""
     channels = x.shape[-1]
     num_rows = x.numel() // channels
     y = torch.empty_like(x)
     width = triton.next_power_of_2(channels)
-    rows = max(1, 4096 // width)
+    rows = max(4, 4096 // width)
     total = x if added is None else added
+    grouped = [each for each in (scale, shift, gate) if each is not None and each.ndim > 1]
+    groups, per_group = (len(grouped[0]), x.shape[-2]) if grouped else (1, num_rows)
+    rows = math.gcd(rows, per_group) if grouped else rows  # a program's are of one group
     _layer_norm[(triton.cdiv(num_rows, rows),)](
-        x, total, total, y, gamma, beta, num_rows, channels, eps,
-        has_added=added is not None, rows=rows, width=width, num_warps=4,
+        x, total, x if gate is None else gate, total, y, scale, shift, num_rows, channels,
+        per_group, groups, _stride(scale), _stride(shift), _stride(gate), eps,
+        has_added=added is not None, has_gate=gate is not None, rows=rows, width=width,
+        num_warps=4,
     )  # fmt: skip
     return total, y
 
 
-def short_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def short_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None
+) -> Tensor:
     """`ops.attention` of ``query [N, L, C]`` over ``key, value [N, K, C]``, which may be columns of
     one wider tensor, in half precision."""
     images, num_queries, columns = query.shape
     head_dim = columns // num_heads
     y = torch.empty((images, num_queries, columns), dtype=query.dtype, device=query.device)
     width = max(16, triton.next_power_of_2(head_dim))
-    keys = 128 if width <= 64 else 64 if width <= 128 else 32
     _short_attention[(triton.cdiv(num_queries, 64), num_heads, images)](
-        query, key, value, y, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-        num_queries, key.shape[1], columns, head_dim**-0.5,
-        head_dim=head_dim, width=width, rows=64, keys=keys, num_warps=4,
+        query, key, value, query if mask is None else mask, y, query.stride(0), query.stride(1),
+        key.stride(0), key.stride(1), _stride(mask), num_queries, key.shape[1], columns,
+        head_dim**-0.5, has_mask=mask is not None, head_dim=head_dim, width=width, rows=64,
+        keys=32, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def frame_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """`ops.frame_attention` of ``[N, F, P, C]``, in half precision."""
+    clips, num_frames, places, columns = query.shape
+    head_dim = columns // num_heads
+    y = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    width = max(16, triton.next_power_of_2(head_dim))
+    frames = max(16, triton.next_power_of_2(num_frames))
+    _frame_attention[(places * num_heads, clips)](
+        query, key, value, y, *query.stride()[:3], num_frames, places, head_dim**-0.5,
+        num_heads=num_heads, head_dim=head_dim, width=width, frames=frames,
+        num_warps=max(1, frames * width // 1024),
     )  # fmt: skip
     return y
 

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_KEYS = 128  # a text's, or an image's of 8 x 8 latents
+# Rows of attention in one call of torch's, whose kernels fail above 65,535
+# (pytorch/pytorch#146704 and #181085): half of it, so that two parts of a size share a plan.
+MAX_ROWS = 2**15
 
 
 @functools.cache
@@ -63,28 +66,54 @@ def group_norm(
 
 
 def add(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = False
-) -> Tensor:
-    """``x [..., C] + bias [C] + residual [..., C]``, then ReLU where asked; ``x`` is used up."""
-    if bias is None and residual is None and not relu:
+    x: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, relu: bool = False,
+    gate: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``(x [..., C] + bias [C]) · gate + residual [..., C]``, then ReLU where asked; ``x`` is used
+    up. ``gate [N, 1, C]`` is for ``x [N, L, C]``."""
+    if bias is None and residual is None and gate is None and not relu:
         return x
     if _has_kernels(x) and (kernels := _kernels()):
-        return kernels.add(x, bias, residual, relu=relu)  # type: ignore[no-any-return]
+        return kernels.add(x, bias, residual, relu=relu, gate=gate)  # type: ignore[no-any-return]
     x = x if bias is None else x + bias
+    x = x if gate is None else x * gate
     x = x if residual is None else x + residual
     return F.relu(x) if relu else x
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``x + added`` and its norm, both ``[..., C]``; ``added`` is used up."""
+def layer_norm(
+    x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None, *, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x + added`` and its norm, both ``[..., C]``; ``added`` is used up.
+
+    ``offset [G, 1, C]``, for ``x [..., G, L, C]``, is added to the norm.
+    """
+    shift = norm.bias if offset is None else norm.bias + offset
+    return modulated_norm(x, norm.eps, norm.weight, shift, added)
+
+
+def modulated_norm(
+    x: Tensor, eps: float, scale: Tensor, shift: Tensor, added: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``total = x + added · gate`` and its norm, ``· scale + shift``, both ``[..., C]``; ``added``
+    is used up.
+
+    ``scale``, ``shift`` and ``gate`` are ``[C]``, or ``[G, 1, C]`` for ``x [..., G, L, C]``.
+    """
     if _has_kernels(x) and (kernels := _kernels()):
-        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, added)  # type: ignore[no-any-return]
-    total = x if added is None else x + added
-    return total, F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return kernels.layer_norm(x, scale, shift, eps, added, gate)  # type: ignore[no-any-return]
+    total = x if added is None else x + (added if gate is None else added * gate)
+    total = total.to(x.dtype)
+    normed = F.layer_norm(total, total.shape[-1:], eps=eps) * scale + shift
+    return total, normed.to(x.dtype)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """``query [N, L, C]`` over ``key, value [N, K, C]`` → ``[N, L, C]``, all of C in ``num_heads``.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None
+) -> Tensor:
+    """``query [N, L, C]`` over ``key, value [N, K, C]`` → ``[N, L, C]``, all of C in ``num_heads``;
+    ``mask [N, K]`` is added to what its keys score.
 
     Few keys have a kernel of their own: for each shape that it meets cuDNN makes a plan first,
     70 ms beside an H200 (November 2026), and a model has eight shapes for each batch size.
@@ -92,11 +121,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tens
     halves = query.dtype in (torch.float16, torch.bfloat16)
     fits = key.shape[1] <= FEW_KEYS and query.shape[-1] <= 256 * num_heads and halves
     if fits and _has_kernels(query) and (kernels := _kernels()):
-        return kernels.short_attention(query, key, value, num_heads)  # type: ignore[no-any-return]
+        return kernels.short_attention(query, key, value, num_heads, mask)  # type: ignore[no-any-return]
     query, key, value = (
         x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value)
     )
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    scores = None if mask is None else mask[:, None, None].to(query.dtype)
+    found = F.scaled_dot_product_attention(query, key, value, scores)
+    return found.transpose(1, 2).flatten(2)
+
+
+def frame_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Of each place over its frames: all ``[N, F, P, C]``, thirds of one tensor ``[N, F, P, 3 C]``
+    → ``[N, F, P, C]``."""
+    halves = query.dtype in (torch.float16, torch.bfloat16)
+    if halves and _has_kernels(query) and (kernels := _kernels()):
+        return kernels.frame_attention(query, key, value, num_heads)  # type: ignore[no-any-return]
+    parts = (torch.split(x.transpose(1, 2).flatten(0, 1), MAX_ROWS) for x in (query, key, value))
+    found = torch.cat([attention(q, k, v, num_heads) for q, k, v in zip(*parts, strict=True)])
+    clips, frames, places, channels = query.shape
+    return found.view(clips, places, frames, channels).transpose(1, 2).contiguous()
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -105,6 +148,16 @@ def geglu(x: Tensor) -> Tensor:
         return kernels.geglu(x)  # type: ignore[no-any-return]
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer, bias included, then GELU by tanh."""
+    if x.is_cuda:  # where one call does both
+        found = torch._addmm_activation(
+            layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True
+        )
+        return found.view(*x.shape[:-1], -1)
+    return F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
 
 
 def upsample(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -174,3 +227,11 @@ def fuse_linears(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     for own, view in zip(biases, torch.split(bias, sizes), strict=True):
         own.data = view
     return weight, bias
+
+
+def fuse_parameters(parameters: list[nn.Parameter]) -> Tensor:
+    """Parameters of one shape as one, ``[N, ...]``, of which they become views: `fuse_linears`."""
+    fused = torch.stack([each.data for each in parameters])
+    for own, view in zip(parameters, fused, strict=True):
+        own.data = view
+    return fused

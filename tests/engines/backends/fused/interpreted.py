@@ -91,6 +91,16 @@ def test_the_others(dtype: torch.dtype) -> None:
         )
         for found, truth in zip(kept, truths, strict=True):
             assert _relative(found, truth) < limit * 3  # both are rounded
+    for own, own_gate in [(added, None), (added, random(3, 1, 320)), (None, None)]:
+        scale, shift = random(3, 6, 320)[:, 1:3].split(1, dim=1)
+        given = (None if own is None else own.clone(), own_gate)
+        truths = ops.modulated_norm(x, 1e-6, scale, shift, *given)
+        kept = kernels.layer_norm(x, scale, shift, 1e-6, *given)
+        for found, truth in zip(kept, truths, strict=True):
+            assert _relative(found, truth) < limit * 3
+    frames, offset = random(2, 3, 25, 320), random(3, 1, 320)
+    found = kernels.layer_norm(frames, norm.weight, norm.bias + offset, norm.eps)[1]
+    assert _relative(found, ops.layer_norm(frames, norm, offset=offset)[1]) < limit * 3
     gates = random(3, 5, 2 * 320)
     assert _relative(kernels.geglu(gates), ops.geglu(gates.double())) < limit
     places, bias = random(2, 6, 8, 4 * 96), random(96)
@@ -102,6 +112,9 @@ def test_the_others(dtype: torch.dtype) -> None:
         assert _relative(kernels.add(x.clone(), own_bias, own_residual), truth) < limit
         found = kernels.add(x.clone(), own_bias, own_residual, relu=True)
         assert _relative(found, truth.relu()) < limit
+    gate = random(3, 1, 320)
+    truth = x.double() * gate.double() + residual.double()
+    assert _relative(kernels.add(x.clone(), None, residual, gate=gate), truth) < limit
 
 
 @pytest.mark.parametrize(
@@ -115,6 +128,21 @@ def test_attention_over_few_keys(queries: int, keys: int, head_dim: int) -> None
     query = torch.randn(2, queries, columns).half()
     both = torch.randn(2, keys, 4 * columns).half()[..., columns : 3 * columns]  # of others too
     key, value = both.chunk(2, dim=-1)
-    found = kernels.short_attention(query, key, value, 3)
-    truth = ops.attention(query.double(), key.double(), value.double(), 3)
-    assert _relative(found, truth) < 3 * LIMITS[torch.float16]  # the keys' weights are halves too
+    lengths = torch.tensor([[1], [max(1, keys - 3)]])
+    masked = -10000.0 * (torch.arange(keys) >= lengths)
+    for mask in (None, masked):
+        found = kernels.short_attention(query, key, value, 3, mask)
+        truth = ops.attention(query.double(), key.double(), value.double(), 3, mask)
+        # The keys' weights are halves too.
+        assert _relative(found, truth) < 3 * LIMITS[torch.float16]
+
+
+@pytest.mark.parametrize(("frames", "places", "head_dim"), [(16, 12, 40), (5, 7, 80), (24, 3, 24)])
+@torch.no_grad()
+def test_attention_over_frames(frames: int, places: int, head_dim: int) -> None:
+    torch.manual_seed(0)
+    columns = 3 * head_dim
+    given = torch.randn(2, frames, places, 3 * columns).half().chunk(3, dim=-1)
+    found = kernels.frame_attention(*given, 3)
+    truth = ops.frame_attention(*(each.double() for each in given), 3)
+    assert _relative(found, truth) < 3 * LIMITS[torch.float16]

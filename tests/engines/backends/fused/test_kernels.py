@@ -45,10 +45,9 @@ from engines.backends.fused import kernels
 
 def check(kernel, constants, num_warps):
     names = kernel.arg_names
-    strides = ("added_stride", "query_image", "query_row", "key_image", "key_row")
-    sizes = (*strides, "rows", "per_group")
-    integers = [n for n in names if n.startswith("num_") or n in sizes]
-    reals = ("eps", "scale")
+    sizes = ("query_image", "query_row", "key_image", "key_row", "mask_image", "rows", "per_group")
+    integers = [n for n in names if n.startswith("num_") or n.endswith("_stride") or n in sizes]
+    reals = ("eps", "scale") if "scale_stride" not in names else ("eps",)
     types = {n: "i32" if n in integers else "fp32" if n in reals else "*fp16" for n in names}
     types |= {n: "*fp32" for n in ("moments", "folded") if n in names}
     types |= {n: "constexpr" for n in constants}
@@ -65,11 +64,14 @@ check(kernels._whole_group_norm, {"per_group": 40, **has, **whole}, 8)
 check(kernels._channel_moments, {"rows": 32, "turns": 8, "width": 64}, 4)
 check(kernels._fold_moments, {**has, "tiles": 256, "width": 16}, 4)
 check(kernels._scale_and_shift, {"silu": True, "rows": 64, "width": 64}, 4)
-check(kernels._add, {**added, "relu": True, "rows": 64, "width": 64}, 4)
-check(kernels._layer_norm, {"has_added": True, "rows": 8, "width": 512}, 4)
+check(kernels._add, {**added, "has_gate": True, "relu": True, "rows": 64, "width": 64}, 4)
+modulated = {"has_added": True, "has_gate": True}
+check(kernels._layer_norm, {**modulated, "rows": 8, "width": 512}, 4)
 check(kernels._geglu, {"rows": 16, "width": 256}, 4)
-for head_dim, width, keys in ((40, 64, 128), (80, 128, 64), (160, 256, 32)):
-    sizes = {"head_dim": head_dim, "width": width, "rows": 64, "keys": keys}
-    check(kernels._short_attention, sizes, 4)
+for head_dim, width in ((40, 64), (80, 128), (160, 256)):
+    sizes = {"head_dim": head_dim, "width": width}
+    masked = {"has_mask": True, "rows": 64, "keys": 32}
+    check(kernels._short_attention, {**sizes, **masked}, 4)
+    check(kernels._frame_attention, {**sizes, "num_heads": 8, "frames": 16}, 1)
 check(kernels._interleave, {"rows": 16, "width": 64}, 4)
 """

@@ -4,17 +4,26 @@ same on a GPU, where kernels take the place of torch's (`test_kernels`)."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    MotionAdapter,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 
-from engines.backends.fused import fuse, refresh
+from engines.backends.fused import fuse, ops, refresh
 from engines.backends.fused.unet import FusedUNet
+from engines.families import animatediff, pixart
 from engines.families.stable_diffusion import Denoiser
 from engines.families.vae import TinyVaeEncoder, VaeDecoder, VaeEncoder
+from engines.motion_unet import join
 
 SIDES = [(16, 16), (13, 18)]  # the second is no multiple of what the UNet halves
 
@@ -62,6 +71,79 @@ def test_a_unet_draws_what_diffusers_draws(changes: dict[str, Any], side: tuple[
     fused = copy.deepcopy(plain)
     assert fuse(fused) == ""
     inputs = _inputs(*side, changes.get("time_cond_proj_dim", 0))
+    for found, truth in zip(fused(**inputs), plain(**inputs), strict=True):
+        assert _relative(found, truth) < 2e-6
+
+
+POOLED = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+
+
+def _clips(**changes: Any) -> animatediff.Denoiser:
+    layers = {name: changes.pop(name) for name in list(changes) if name.startswith("motion_")}
+    adapter = MotionAdapter(
+        block_out_channels=(32, 32, 64, 64), motion_layers_per_block=2, motion_norm_num_groups=8,
+        motion_num_attention_heads=4, use_motion_mid_block=changes.pop("middle", False), **layers,
+    )  # fmt: skip
+    return animatediff.Denoiser(join(_unet(**changes), adapter))
+
+
+def _clip_inputs(rows: int, columns: int, embedding: int = 0) -> dict[str, torch.Tensor]:
+    inputs = _inputs(rows, columns, embedding)
+    for name in ("sample", "noise", "previous"):
+        inputs[name] = torch.randn(3, 4, 5, rows, columns)
+    return inputs
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"time_cond_proj_dim": 32},
+        {"middle": True, "motion_transformer_layers_per_block": 2},  # AnimateDiff 1
+        {"use_linear_projection": True, **POOLED},  # the demo's
+    ],
+    ids=["lcm", "middle", "pooled"],
+)
+@torch.no_grad()
+def test_a_unet_of_clips_draws_what_diffusers_draws(
+    changes: dict[str, Any], side: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "MAX_ROWS", 40)  # of 3 · 256 places in the largest
+    plain = _clips(**changes)
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == ""
+    assert type(fused.unet).__name__ == "FusedMotionUNet"
+    inputs = _clip_inputs(*side, changes.get("time_cond_proj_dim", 0))
+    for found, truth in zip(fused(**inputs), plain(**inputs), strict=True):
+        assert _relative(found, truth) < 2e-6
+
+
+def _pixart(**changes: Any) -> pixart.Denoiser:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "sample_size": 16, "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3,
+        "cross_attention_dim": 48, "caption_channels": 24, "use_additional_conditions": False,
+    }  # fmt: skip
+    return pixart.Denoiser(PixArtTransformer2DModel(**{**sizes, **changes}).eval())
+
+
+def _pixart_inputs(rows: int, columns: int, *, told: bool) -> dict[str, torch.Tensor]:
+    inputs = _inputs(rows, columns, 0)
+    inputs["prompt_embeds"] = torch.randn(3, 7, 24)
+    inputs["prompt_attention_mask"] = (torch.arange(7) < torch.tensor([[1], [4], [7]])).long()
+    size = {"resolution": torch.full((3, 2), 128.0), "aspect_ratio": torch.ones(3, 1)}
+    return inputs | (size if told else {})
+
+
+@pytest.mark.parametrize("side", [(16, 16), (14, 18)], ids=str)
+@pytest.mark.parametrize("told", [False, True], ids=["sigma", "told its size"])
+@torch.no_grad()
+def test_a_transformer_draws_what_diffusers_draws(told: bool, side: tuple[int, int]) -> None:
+    plain = _pixart(use_additional_conditions=told)
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == ""
+    assert type(fused.transformer).__name__ == "FusedPixArt"
+    inputs = _pixart_inputs(*side, told=told)
     for found, truth in zip(fused(**inputs), plain(**inputs), strict=True):
         assert _relative(found, truth) < 2e-6
 
@@ -133,14 +215,24 @@ def test_sdxl_adds_a_pooled_prompt_and_sizes_to_the_time() -> None:
     assert _relative(found, truth) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: Denoiser(_unet(time_cond_proj_dim=32)), _inputs(16, 16, 32)),
+        (_clips, _clip_inputs(16, 16)),
+        (_pixart, _pixart_inputs(16, 16, told=False)),
+    ],
+    ids=["pictures", "clips", "pixart"],
+)
 @torch.no_grad()
-def test_weights_changed_in_place_are_followed_wherever_they_went() -> None:
+def test_weights_changed_in_place_are_followed_wherever_they_went(
+    make: Callable[[], torch.nn.Module], inputs: dict[str, torch.Tensor]
+) -> None:
     """Every one of them: into fused products, views and what is made of upsampling weights."""
-    plain = Denoiser(_unet(time_cond_proj_dim=32))
+    plain = make()
     fused = copy.deepcopy(plain)
     named = dict(fused.named_parameters())
     assert fuse(fused) == ""
-    inputs = _inputs(16, 16, 32)
     before = fused(**inputs)[0]
     for name, parameter in plain.named_parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
@@ -175,3 +267,8 @@ def test_what_is_not_known_draws_by_its_own_forward(caplog: pytest.LogCaptureFix
     unet = _unet()
     unet.mid_block.attentions[0].transformer_blocks[0].attn1.scale = 1.0
     assert "scale" in fuse(Denoiser(unet))
+    clips = _clips()
+    clips.unet.down_blocks[0].motion_modules[0].transformer_blocks[0].only_cross_attention = True
+    assert "only_cross_attention" in fuse(clips)
+    assert "approximate" in fuse(_pixart(activation_fn="gelu"))
+    assert "weight" in fuse(_pixart(norm_elementwise_affine=True))
