@@ -1,7 +1,7 @@
 """How fast other families draw: PixArt-δ at 1024 px, and clips of AnimateLCM's architecture.
 
-By the product's own parts and engines, with random weights. No network of these is fused but the
-decoder: the denoiser runs by diffusers' own forward, eagerly and as one CUDA graph.
+By the product's own parts and engines, with random weights: diffusers' own forward of a denoiser
+eagerly, and what the engine makes of it, as one CUDA graph, with the kernels of that.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from engines.families.family import Family
 from engines.families.part import Part
 from engines.motion_unet import join
 from loadtests.gpu.clocks import device_ms, wait, wall_ms
+from loadtests.gpu.kernels import record_kernels
 from loadtests.gpu.models import (
     SCHEDULE,
     SD15,
@@ -195,18 +196,20 @@ def _measure(section: Section, subject: Subject) -> None:
     denoiser, scale = parts["denoiser"], facts.vae_scale_factor
     side = subject.size_px // scale // denoiser.patch
     sizes = {"rows": side, "columns": side, "frames": subject.num_frames}
+    # Before an engine fuses it, in place.
+    plain = dataclasses.replace(denoiser, module=copy.deepcopy(denoiser.module))
     flops = count_module_flops(
-        copy.deepcopy(denoiser.module), inputs_of(denoiser, {"batch": 1, **sizes})
+        copy.deepcopy(plain.module), inputs_of(denoiser, {"batch": 1, **sizes})
     )
     engines: dict[str, Engine] = {name: TorchEngine(parts[name], device) for name in PARTS}
-    eager = PlainEngine(denoiser, device)
+    eager = PlainEngine(plain, device)
     lanes = [rows * (1 + (guidance > 1)) for rows, guidance in subject.calls]
     model = make_model(facts, tokenizer, engines, subject.precision, device)
     runner = Runner(model, max_batch=max(lanes))
     wait(device)
     section.row(
         "models", model=subject.name, gflop_of_a_step=flops / 1e9,
-        parameters=sum(weight.numel() for weight in denoiser.module.parameters()),
+        parameters=sum(weight.numel() for weight in plain.module.parameters()),
         max_decode_batch=runner.info.max_decode_batch, make_s=time.perf_counter() - begun,
     )  # fmt: skip
     peak = matrix_peak(subject.precision, device, PEAK_SIDE[device])
@@ -224,22 +227,28 @@ def _measure(section: Section, subject: Subject) -> None:
                 **_whole(runner, engines, subject, rows, guidance, device),
                 memory_mib=peak_memory_mib(device),
             )  # fmt: skip
+    lowest = random_inputs(denoiser, {"batch": lanes[0], **sizes}, device)  # the first call's graph
+    if section.has_time("kernels", POINT_S if device == "cuda" else 0):
+        with section.attempt(f"{subject.name}, kernels"):
+            what = f"a step of {subject.name}, {lanes[0]} lanes"
+            record_kernels(section, what, lambda: engines["denoiser"].run(lowest))
     what = f"{subject.name}, agreement with fp32"
     if section.has_time(what, POINT_S if device == "cuda" else 0):
-        with section.attempt(what):  # by the first call's graph
-            given = random_inputs(denoiser, {"batch": lanes[0], **sizes}, device)
-            found_db = _agreement(denoiser, engines["denoiser"], given)
+        with section.attempt(what):
+            found_db = _agreement(plain, engines["denoiser"], lowest)
             section.row("a step against fp32", model=subject.name, signal_to_error_db=found_db)
     runner.close()
 
 
 def _agreement(part: Part, engine: Engine, given: Mapping[str, Tensor]) -> float:
-    """Of what a step gives as denoised, in dB, against the same weights in fp32, eagerly.
+    """Of what a step gives as denoised, in dB, against the part's own weights in fp32, eagerly.
+
+    The part's module is in fp32 afterwards.
 
     Raises:
         RuntimeError: an error as large as a tenth of the signal, or no numbers.
     """
-    exact = copy.deepcopy(part.module).float()
+    exact = part.module.float()
     with torch.inference_mode():
         truth = exact(**given)[1]
         error = (engine.run(given)["denoised"] - truth).square().mean()

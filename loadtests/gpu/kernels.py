@@ -43,8 +43,10 @@ def measure(section: Section) -> None:
             if each is shape:
                 for batch in BATCHES[device]:
                     step = step_inputs(batch, each, device)
-                    _kernels(section, f"a step, batch {batch}", _run(engines["denoiser"], step))
-            _kernels(section, f"a decoding, {each.name}", _run(decoder, latents))
+                    record_kernels(
+                        section, f"a step, batch {batch}", _run(engines["denoiser"], step)
+                    )
+            record_kernels(section, f"a decoding, {each.name}", _run(decoder, latents))
             for batch in BATCHES[device]:
                 with section.attempt(f"calls, {each.name}, batch {batch}"):
                     section.row("calls of an image, ms", of=each.name, batch=batch,
@@ -57,7 +59,8 @@ def _run(engine: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
     return lambda: engine.run(inputs)
 
 
-def _kernels(section: Section, what: str, call: Callable[[], object]) -> None:
+def record_kernels(section: Section, what: str, call: Callable[[], object]) -> None:
+    """How long a call takes and its device is busy, and the `MOST` kernels that take the most."""
     device = section.device
     ms = device_ms(call, device, SECONDS[device])
     runs = RUNS[device]
