@@ -332,7 +332,7 @@ def _compile(
             report = compile_plan(
                 folder / f"{part.name}.onnx",
                 folder / f"{part.name}.plan",
-                profiles_of(part, target, facts.vae_scale_factor),
+                profiles_of(part, target, facts),
                 target,
                 timing_cache=cache,
                 steps=lambda step, total, part=part, index=index: progress(  # type: ignore[misc]

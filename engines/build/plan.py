@@ -38,6 +38,7 @@ RTX_MAGIC = b"vtrt"
 RTX_CAPABILITY_BITS = {75: 0x01, 80: 0x02, 86: 0x04, 89: 0x08, 120: 0x10, 121: 0x20}
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]  # by input
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input → min, opt, max
 Steps = Callable[[int, int], None]  # of the builder's own phases: done, in all
 
@@ -89,14 +90,7 @@ class PlanTarget:
 
 
 def check_target(target: PlanTarget, facts: Facts) -> None:
-    """Raise InvalidInput for a size that the model does not draw, or tiles that fit no latents, and
-    BuildError for a model that draws clips.
-    """
-    if facts.draws_clips:
-        raise BuildError(
-            f"{facts.name} draws clips, which no plan of {target.engine} is built for yet; torch "
-            "and onnxruntime draw them, choose one by --engine"
-        )
+    """Raise InvalidInput for a size that the model does not draw, or tiles that fit no latents."""
     check_tile(target.tile_px, facts.vae_scale_factor)
     multiple, low, high = facts.size_multiple_px, facts.min_size_px, facts.max_size_px
     for size in target.sizes_px:
@@ -134,28 +128,38 @@ def import_tensorrt(engine: str) -> Any:
         ) from error
 
 
-def profiles_of(part: Part, target: PlanTarget, pixels_per_latent: int) -> list[Profile]:
+def profiles_of(part: Part, target: PlanTarget, facts: Facts) -> list[Profile]:
     """The shapes a part's plan takes.
 
     `tensorrt`: one fixed shape for each size, batch and length of text, which its tactics are then
-    timed for.
+    timed for; of a clip any number of frames, timed for the model's own.
     `tensorrt-rtx` specialises kernels when it runs and wants one wide profile.
     """
-    latents = [(h // pixels_per_latent, w // pixels_per_latent) for w, h in target.sizes_px]
+    scale = facts.vae_scale_factor
+    latents = [(h // scale, w // scale) for w, h in target.sizes_px]
     if "decoder" in part.name:
-        latents = _decoded(latents, target, pixels_per_latent)
+        latents = _decoded(latents, target, scale)
+    frames = 1, facts.default_num_frames, facts.max_num_frames
     if target.engine == "tensorrt":
         fixed = [
-            {name: (shape,) * 3 for name, shape in _shapes(part, batch, *size, chunks).items()}
+            _profile(*(_shapes(part, batch, *size, chunks, count) for count in frames))
             for chunks in range(1, target.max_chunks + 1)
             for size, batch in itertools.product(latents, target.batches)
         ]
         return [profile for i, profile in enumerate(fixed) if profile not in fixed[:i]]
     rows, columns = zip(*latents, strict=True)
-    low = _shapes(part, 1, min(rows), min(columns))
-    best = _shapes(part, target.max_batch, *latents[0])
-    high = _shapes(part, target.max_batch, max(rows), max(columns), target.max_chunks)
-    return [{name: (low[name], best[name], high[name]) for name in low}]
+    low, best, high = frames
+    return [
+        _profile(
+            _shapes(part, 1, min(rows), min(columns), 1, low),
+            _shapes(part, target.max_batch, *latents[0], 1, best),
+            _shapes(part, target.max_batch, max(rows), max(columns), target.max_chunks, high),
+        )
+    ]
+
+
+def _profile(low: Shapes, best: Shapes, high: Shapes) -> Profile:
+    return {name: (low[name], best[name], high[name]) for name in low}
 
 
 def _decoded(
@@ -175,10 +179,10 @@ def _decoded(
     return [*dict.fromkeys(found), *[(1, 1)] * wide]
 
 
-def _shapes(part: Part, batch: int, rows: int, columns: int, chunks: int = 1) -> dict[str, Shape]:
+def _shapes(part: Part, batch: int, rows: int, columns: int, chunks: int, frames: int) -> Shapes:
     sizes = {
         "batch": batch, "rows": rows // part.patch, "columns": columns // part.patch,
-        "chunks": chunks,
+        "chunks": chunks, "frames": frames,
     }  # fmt: skip
     return {
         name: tuple(

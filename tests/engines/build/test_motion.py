@@ -17,9 +17,8 @@ from torch import Tensor
 
 from engines.build.bundle import Blueprint
 from engines.build.checkpoint import load_facts, load_pipeline
-from engines.build.plan import PlanTarget, check_target
 from engines.build.source import Overrides, find_overrides
-from engines.errors import BuildError, CheckpointError
+from engines.errors import CheckpointError
 from engines.loras.file import read_lora
 from engines.motion_unet import join
 from tests.engines.checkpoints import make_checkpoint, make_lora, make_motion_adapter
@@ -212,12 +211,6 @@ def test_what_is_refused(tiny_motion: Path, checkpoints: Path, tmp_path: Path) -
     for lora in (file, tiny_motion):
         with pytest.raises(CheckpointError, match="is a motion adapter, not a LoRA, give it by"):
             read_lora(lora)
-
-
-def test_plans_are_refused(tiny_clips: Path) -> None:
-    facts = load_facts(tiny_clips, load_pipeline(tiny_clips, "fp32"))
-    with pytest.raises(BuildError, match="draws clips, which no plan of tensorrt-rtx is built for"):
-        check_target(PlanTarget("tensorrt-rtx", ((64, 64),), 2), facts)
 
 
 def test_a_folder_without_an_adapter(tiny_clips: Path, checkpoints: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from engines.build.plan import (
 )
 from engines.drawing.runner import Runner
 from engines.errors import BackendUnavailable, BuildError, BundleError, InvalidInput
-from engines.families import family_of
+from engines.facts import Facts
+from engines.families import family_named
 from engines.families.part import Part
 from engines.order import Order
 
@@ -47,11 +48,25 @@ def _no_progress(what: str, done: int, total: int) -> None:
     pass
 
 
+def _read(folder: Path) -> tuple[dict[str, Part], Facts]:
+    pipeline = load_pipeline(folder, "fp16")
+    facts = load_facts(folder, pipeline)
+    return {part.name: part for part in family_named(facts.family).parts(pipeline, facts)}, facts
+
+
 @pytest.fixture(scope="module")
-def parts() -> dict[str, Part]:
-    pipeline = load_pipeline(DEMO, "fp16")
-    family = family_of("LatentConsistencyModelPipeline")
-    return {part.name: part for part in family.parts(pipeline, load_facts(DEMO, pipeline))}
+def demo() -> tuple[dict[str, Part], Facts]:
+    return _read(DEMO)
+
+
+@pytest.fixture
+def parts(demo: tuple[dict[str, Part], Facts]) -> dict[str, Part]:
+    return demo[0]
+
+
+@pytest.fixture
+def facts(demo: tuple[dict[str, Part], Facts]) -> Facts:
+    return demo[1]
 
 
 @pytest.fixture(scope="module")
@@ -121,38 +136,61 @@ def test_the_network_runs_in_half_precision(built: Bundle, parts: dict[str, Part
     assert kinds == {trt.DataType.HALF}
 
 
-def test_profiles(parts: dict[str, Part]) -> None:
-    (wide,) = profiles_of(parts["vae_encoder"], TARGET, 8)
+def test_profiles(parts: dict[str, Part], facts: Facts) -> None:
+    (wide,) = profiles_of(parts["vae_encoder"], TARGET, facts)
     assert wide == {"pixels": ((1, 128, 96, 3), (4, 128, 128, 3), (4, 160, 128, 3))}
     fixed = dataclasses.replace(TARGET, engine="tensorrt", max_batch=3, compute_capabilities=())
     assert fixed.batches == (1, 2, 3)
-    shapes = [profile["latents"] for profile in profiles_of(parts["vae_decoder"], fixed, 8)]
+    shapes = [profile["latents"] for profile in profiles_of(parts["vae_decoder"], fixed, facts)]
     sizes = [(rows, columns) for rows, columns in ((16, 16), (20, 12)) for _ in range(3)]
     assert [low[2:] for low, _, _ in shapes] == sizes
     assert [low[0] for low, _, _ in shapes] == [1, 2, 3, 1, 2, 3]
     assert all(low == best == high for low, best, high in shapes)
-    assert len(profiles_of(parts["text_encoder"], fixed, 8)) == 3  # sizes are nothing to it
+    assert len(profiles_of(parts["text_encoder"], fixed, facts)) == 3  # sizes are nothing to it
     window = parts["text_encoder"].example["input_ids"].shape[1]
     for target, lengths in ((TARGET, [(1, 1, 3)]), (fixed, [(n, n, n) for n in (1, 2, 3)])):
-        profiles = profiles_of(parts["denoiser"], target, 8)
+        profiles = profiles_of(parts["denoiser"], target, facts)
         found = [tuple(shape[1] for shape in profile["prompt_embeds"]) for profile in profiles]
         expected = [tuple(n * window for n in each) for each in lengths]
         assert found == [each for each in expected for _ in range(len(profiles) // len(lengths))]
     plain = dataclasses.replace(fixed, max_chunks=1)
-    assert len(profiles_of(parts["denoiser"], plain, 8)) == len(SIZES) * 3
+    assert len(profiles_of(parts["denoiser"], plain, facts)) == len(SIZES) * 3
 
 
-def test_profiles_of_tiles(parts: dict[str, Part]) -> None:
+def test_profiles_of_tiles(parts: dict[str, Part], facts: Facts) -> None:
     """Of 16 latents 8, 8 and 4 are left, of 20 also 2, of 12 6; encoders see whole pictures."""
     tiled = dataclasses.replace(TARGET, tile_px=64)
-    (wide,) = profiles_of(parts["vae_decoder"], tiled, 8)
+    (wide,) = profiles_of(parts["vae_decoder"], tiled, facts)
     assert wide == {"latents": ((1, 4, 1, 1), (4, 4, 8, 8), (4, 4, 8, 8))}
     for name in ("vae_encoder", "denoiser"):
-        assert profiles_of(parts[name], tiled, 8) == profiles_of(parts[name], TARGET, 8)
+        assert profiles_of(parts[name], tiled, facts) == profiles_of(parts[name], TARGET, facts)
     fixed = dataclasses.replace(tiled, engine="tensorrt", max_batch=1, compute_capabilities=())
-    shapes = [profile["latents"][0][2:] for profile in profiles_of(parts["vae_decoder"], fixed, 8)]
+    shapes = [
+        profile["latents"][0][2:] for profile in profiles_of(parts["vae_decoder"], fixed, facts)
+    ]
     assert set(shapes) == {(8, 8), (8, 4), (4, 8), (4, 4), (8, 6), (2, 8), (2, 6)}
     assert len(shapes) == 7
+
+
+def test_clips(tiny_clips: Path, tmp_path: Path, cache_dir: Path) -> None:
+    """Of any number of frames up to the motion modules' own, tuned for the default."""
+    target = PlanTarget("tensorrt-rtx", ((64, 64), (64, 96)), 2, compute_capabilities=(89,))
+    blueprint = Blueprint(tiny_clips, "fp16", target)
+    bundle = build_bundle(blueprint, tmp_path / "clips", _no_progress, cache_dir)
+    parts, facts = _read(tiny_clips)
+    frames = facts.default_num_frames, facts.max_num_frames
+    assert 1 < frames[0] <= frames[1]
+    (wide,) = profiles_of(parts["denoiser"], target, facts)
+    assert wide["noise"] == ((1, 4, 1, 8, 8), (2, 4, frames[0], 8, 8), (2, 4, frames[1], 12, 8))
+    (pictures,) = profiles_of(parts["vae_decoder"], target, facts)
+    assert pictures["latents"] == ((1, 4, 8, 8), (2, 4, 8, 8), (2, 4, 12, 8))
+    for part in parts:
+        assert RtxHeader.read(bundle.part(part).with_suffix(".plan")).compute_capabilities == (89,)
+    fixed = dataclasses.replace(target, engine="tensorrt", compute_capabilities=())
+    shapes = [profile["noise"] for profile in profiles_of(parts["denoiser"], fixed, facts)]
+    assert [[shape[2] for shape in each] for each in shapes] == [[1, *frames]] * 4
+    assert all({shape[:2] + shape[3:] for shape in each} == {each[0][:2] + each[0][3:]}
+               for each in shapes)  # fmt: skip
 
 
 def test_manifest_says_the_same_twice(built: Bundle, cache_dir: Path, tmp_path: Path) -> None:

@@ -280,8 +280,7 @@ def test_plans_are_for_sizes_that_it_draws(folder: Path) -> None:
     target = PlanTarget(engine="tensorrt", sizes_px=((320, 192),), max_batch=1)
     check_target(target, facts)
     shapes = {
-        part.name: profiles_of(part, target, facts.vae_scale_factor)[0]
-        for part in pixart.parts(pipeline, facts)
+        part.name: profiles_of(part, target, facts)[0] for part in pixart.parts(pipeline, facts)
     }
     assert shapes["denoiser"]["sample"][0] == shapes["vae_decoder"]["latents"][0] == (1, 4, 24, 40)
     assert shapes["vae_encoder"]["pixels"][0] == (1, 192, 320, 3)
