@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from engines.build.bundle import MANIFEST, open_bundle
+from engines.build.source import DEMO_MODELS
 from engines.drawing.model import prepare
 from engines.errors import CheckpointError
 from engines.order import Order
@@ -76,4 +77,7 @@ def test_without_a_bundle_the_checkpoint_itself_is_fetched(monkeypatch: pytest.M
     (program,) = re.findall(r"exec python -c '([^']+)' \"\$MODEL\"", SCRIPT.read_text())
     monkeypatch.setattr(sys, "argv", ["-c", "nobody/nothing"])
     with pytest.raises(CheckpointError, match="nobody/nothing"):
+        exec(program, {})
+    for here in ("demo-lcm", str(DEMO_MODELS / "demo-lcm")):  # there is nothing to fetch
+        monkeypatch.setattr(sys, "argv", ["-c", here])
         exec(program, {})

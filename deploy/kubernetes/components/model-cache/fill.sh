@@ -3,7 +3,7 @@
 # checkpoint itself, for torch. A whole bundle is left as it is, a damaged one is built again.
 set -eu
 if [ -z "$BUNDLE" ]; then
-  exec python -c 'import sys; from engines.build.source import download; download(sys.argv[1])' "$MODEL"
+  exec python -c 'import sys; from engines.build.source import find_model; find_model(sys.argv[1])' "$MODEL"
 fi
 if fourstep inspect "$BUNDLE"; then exit 0; fi
 # Only to build is the lock taken: of two Jobs that start together one builds, the other finds it.
