@@ -225,32 +225,9 @@ def _build(
     quantise: Quantise | None,
 ) -> None:
     """Build in ``<folder>.partial`` and rename. Parts finished by a killed build are kept."""
-    source, target = blueprint.source, blueprint.target
-    overrides = blueprint.overrides
-    described = described_in(source, overrides)
-    pipeline_class(described)  # a clear error before anything heavy is imported
-    in_8_bits = blueprint.precision in EIGHT_BITS
-    if in_8_bits and quantise is None:
-        raise BundleError(
-            f"{name_of(source)} is not built in 8 bits yet, and is not while it is loaded; "
-            f"fourstep build MODEL --precision {blueprint.precision} --out DIR makes a bundle to "
-            "serve"
-        )
-    if in_8_bits and target and (target.refit or target.strip):
-        raise BuildError(
-            f"precision {blueprint.precision!r} leaves no weights that --refit, --strip or LoRAs "
-            "could replace: leave those out, fuse LoRAs by fourstep build --lora, or build in fp16"
-        )
-    old = [sm for sm in target.compute_capabilities if sm < FP8_FROM] if target else []
-    if blueprint.precision == "fp8" and old:
-        raise BuildError(
-            f"compute capability {', '.join(map(str, old))} has no fp8, which begins with "
-            f"{FP8_FROM}: build in int8 or fp16 for it"
-        )
-    if scale := target and target.tile_px and latent_scale(source, overrides):
-        check_tile(target.tile_px, scale)
+    _refuse(blueprint, quantise)
+    source, target, overrides = blueprint.source, blueprint.target, blueprint.overrides
     progress(f"loading {name_of(source)}", 0, 5)
-    from engines.build.export import OPSET, export_onnx
     from engines.families import family_named
     from engines.loras.fusing import fuse
 
@@ -259,6 +236,7 @@ def _build(
         if older != partial:  # of another checkpoint or other versions, and nobody holds the lock
             shutil.rmtree(older)
     partial.mkdir(exist_ok=True)
+    in_8_bits = blueprint.precision in EIGHT_BITS
     precision = "fp16" if target and in_8_bits else blueprint.precision  # what is left of plans
     pipeline = load_pipeline(source, precision, overrides)
     facts = with_defaults(load_facts(source, pipeline, overrides), blueprint.defaults)
@@ -267,33 +245,81 @@ def _build(
         check_target(target, facts)
     parts = family_named(facts.family).parts(pipeline, facts)
     fuse(parts, blueprint.loras, facts.name)
-    own = None if graphs is None else graphs / _toolchain()
     num_pieces = len(parts) * (2 if target else 1) + 1
-    for index, part in enumerate(parts):
-        progress(f"exporting {part.name}", index, num_pieces)
-        done = partial / f"{part.name}.done"
-        if not done.exists():
-            for half_written in partial.glob(f"{part.name}.onnx*"):
-                half_written.unlink()
-            export_onnx(part, partial / f"{part.name}.onnx", own)
-            done.touch()
+    _export(parts, partial, graphs, lambda what, done: progress(what, done, num_pieces))
     for window in facts.windows:
         file = partial / f"{window.tokenizer}.json"
         tokenizer_of(pipeline, window.tokenizer).save(str(file))
-    quantised = {}
+    about: dict[str, Any] = {}  # what the manifest says of some bundles alone
     if quantise and in_8_bits:
         for mark in partial.glob("*.done"):  # a killed build exports and compiles them anew
             mark.unlink()
         kind = blueprint.precision if target else ""
-        quantised = {"quantised": quantise(partial, facts, progress, kind)}
-    plans = _compile(parts, facts, target, partial, progress) if target else None
+        about["quantised"] = quantise(partial, facts, progress, kind)
+    if target:
+        about["plans"] = _compile(parts, facts, target, partial, progress)
     progress("writing the manifest", num_pieces - 1, num_pieces)
     for mark in partial.glob("*.done"):
         mark.unlink()
-    manifest = {
+    manifest = _manifest(blueprint, facts, partial) | about
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    progress("done", num_pieces, num_pieces)
+
+
+def _refuse(blueprint: Blueprint, quantise: Quantise | None) -> None:
+    """Raise for what cannot be built, before anything heavy is imported."""
+    source, target, precision = blueprint.source, blueprint.target, blueprint.precision
+    pipeline_class(described_in(source, blueprint.overrides))
+    if precision in EIGHT_BITS and quantise is None:
+        raise BundleError(
+            f"{name_of(source)} is not built in 8 bits yet, and is not while it is loaded; "
+            f"fourstep build MODEL --precision {precision} --out DIR makes a bundle to serve"
+        )
+    if target is None:
+        return
+    if precision in EIGHT_BITS and (target.refit or target.strip):
+        raise BuildError(
+            f"precision {precision!r} leaves no weights that --refit, --strip or LoRAs could "
+            "replace: leave those out, fuse LoRAs by fourstep build --lora, or build in fp16"
+        )
+    old = [sm for sm in target.compute_capabilities if sm < FP8_FROM]
+    if precision == "fp8" and old:
+        raise BuildError(
+            f"compute capability {', '.join(map(str, old))} has no fp8, which begins with "
+            f"{FP8_FROM}: build in int8 or fp16 for it"
+        )
+    if scale := target.tile_px and latent_scale(source, blueprint.overrides):
+        check_tile(target.tile_px, scale)
+
+
+def _export(
+    parts: list[Part], folder: Path, graphs: Path | None, progress: Callable[[str, int], None]
+) -> None:
+    """Each part as ONNX in ``folder``, but those that are done."""
+    from engines.build.export import export_onnx
+
+    own = None if graphs is None else graphs / _toolchain()
+    for index, part in enumerate(parts):
+        progress(f"exporting {part.name}", index)
+        done = folder / f"{part.name}.done"
+        if not done.exists():
+            for half_written in folder.glob(f"{part.name}.onnx*"):
+                half_written.unlink()
+            export_onnx(part, folder / f"{part.name}.onnx", own)
+            done.touch()
+
+
+def _manifest(blueprint: Blueprint, facts: Facts, folder: Path) -> dict[str, Any]:
+    """What every bundle says of itself and of the files that ``folder`` has."""
+    from engines.build.export import OPSET
+
+    return {
         "format": FORMAT,
         "key": blueprint.key,
-        "source": {"name": name_of(source), "sha256": blueprint.source_hash},
+        "source": {"name": name_of(blueprint.source), "sha256": blueprint.source_hash},
         "beside": {
             what: {"name": name, "sha256": digest}
             for what, (name, digest) in blueprint.beside.items()
@@ -303,18 +329,11 @@ def _build(
         "opset": OPSET,
         "built_with": {name: importlib.metadata.version(name) for name in BUILT_WITH},
         "facts": facts.to_json(),
-        **({"plans": plans} if plans else {}),
-        **quantised,
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(partial.iterdir())
+            for path in sorted(folder.iterdir())
         },
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    progress("done", num_pieces, num_pieces)
 
 
 def _compile(

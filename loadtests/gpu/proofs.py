@@ -51,7 +51,7 @@ def prove(section: Section) -> None:
 
 def _workers() -> list[str]:
     """Side by side where there are cores for it: most of a test's time is compiling and loading."""
-    count = min(8, len(os.sched_getaffinity(0)) // 2)
+    count = min(8, (os.cpu_count() or 1) // 2)
     return ["-n", str(count)] if count > 1 and importlib.util.find_spec("xdist") else []
 
 

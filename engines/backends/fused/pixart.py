@@ -85,6 +85,8 @@ class Block:
         self.cross_attention = Attention(source.attn2)
         self._hidden = expect_kind(source.ff.net[0], "GELU")
         expect(self._hidden, approximate="tanh")
+        if self._hidden.proj.bias is None:
+            raise Unfusable("GELU of a product without bias")
         self._out = source.ff.net[2]
 
     def __call__(
