@@ -257,5 +257,5 @@ def assert_it_outlives_its_head(plane: ControlPlane) -> None:
     plane.start_head()
     plane.wait(plane.all_run, "the same applications under another head")
     picture(ask(plane, worker, seed=99))
-    picture(ask(plane, plane.pods["head"], seed=99))
+    plane.wait(lambda: ask(plane, plane.pods["head"], seed=99).is_success, "the next head's proxy")
     assert {each.name: each.num_starts for each in worker.containers} == starts
