@@ -148,14 +148,10 @@ def profiles_of(part: Part, target: PlanTarget, facts: Facts) -> list[Profile]:
         ]
         return [profile for i, profile in enumerate(fixed) if profile not in fixed[:i]]
     rows, columns = zip(*latents, strict=True)
-    low, best, high = frames
-    return [
-        _profile(
-            _shapes(part, 1, min(rows), min(columns), 1, low),
-            _shapes(part, target.max_batch, *latents[0], 1, best),
-            _shapes(part, target.max_batch, max(rows), max(columns), target.max_chunks, high),
-        )
-    ]
+    low = _shapes(part, 1, min(rows), min(columns), 1, frames[0])
+    best = _shapes(part, target.max_batch, *latents[0], 1, frames[1])
+    largest = max(rows), max(columns), target.max_chunks, frames[2]
+    return [_profile(low, best, _shapes(part, target.max_batch, *largest))]
 
 
 def _profile(low: Shapes, best: Shapes, high: Shapes) -> Profile:

@@ -67,4 +67,7 @@ def _shown(name: str, value: Any) -> object:
         return f"{value:.0%}"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return value if isinstance(value, float) else str(value).replace("\n", " ").replace("|", "/")
+    if isinstance(value, float):
+        return value
+    text = str(value).replace("\n", " ").replace("|", "/")
+    return f"`{text}`" if name == "kernel" else text  # some have what would be a link

@@ -73,19 +73,19 @@ def test_what_was_counted_stands_although_pytest_does_not_leave(
 
 
 @pytest.mark.parametrize(
-    ("body", "passed"),
+    ("body", "passed", "patience_s"),
     [
-        (SLEEP, 0),
-        (f"def test_first(): pass\ndef test_long(): {SLEEP}", 1),
-        (f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {SLEEP}", 0),
+        (SLEEP, 0, 20.0),
+        (f"def test_first(): pass\ndef test_long(): {SLEEP}", 1, 20.0),
+        (f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {SLEEP}", 0, 1.0),
     ],
     ids=["while collecting", "amid its tests", "deaf"],
 )
 def test_tests_that_never_end_are_left_out(
-    body: str, passed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    body: str, passed: int, patience_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What they had counted by then stays."""
-    monkeypatch.setattr(proofs, "INTERRUPTED_S", 2.0)
+    monkeypatch.setattr(proofs, "INTERRUPTED_S", patience_s)
     monkeypatch.setattr(proofs, "_workers", list)  # the first is done before the long one
     tables, left_out = _prove(tmp_path, monkeypatch, body, seconds=60)
     (row,) = tables["pytest"]

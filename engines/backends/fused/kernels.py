@@ -19,7 +19,7 @@ WHOLE_GROUP = 32768  # values of a group that one program can hold in its regist
 
 
 @triton.jit
-def _load(at, mask):
+def load(at, mask):
     """As float32, 0 where masked."""
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
@@ -29,9 +29,9 @@ def _before(bias, added, image, channel, is_channel, added_stride, has_bias, has
     """What is added to each channel of an image before it is normed."""
     before = tl.zeros_like(channel).to(tl.float32)
     if has_bias:
-        before += _load(bias + channel, is_channel)
+        before += load(bias + channel, is_channel)
     if has_added:
-        before += _load(added + image * added_stride + channel, is_channel)
+        before += load(added + image * added_stride + channel, is_channel)
     return before
 
 
@@ -48,13 +48,13 @@ def _whole_group_norm(
     mask = (row < num_rows)[:, None] & is_channel[None, :]
     at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
     before = _before(bias, added, image, channel, is_channel, added_stride, has_bias, has_added)
-    value = _load(x + at, mask) + before[None, :]
+    value = load(x + at, mask) + before[None, :]
     count = num_rows * per_group
     mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), 1), 0) / count
     off = tl.where(mask, value - mean, 0.0)
     variance = tl.sum(tl.sum(off * off, 1), 0) / count
-    scale = _load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
-    value = off * scale[None, :] + _load(beta + channel, is_channel)[None, :]
+    scale = load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
+    value = off * scale[None, :] + load(beta + channel, is_channel)[None, :]
     if silu:
         value = value * tl.sigmoid(value)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
@@ -74,13 +74,13 @@ def _channel_moments(
     is_channel = channel < num_channels
     x += image.to(tl.int64) * num_rows * num_channels + channel[None, :]
     first = tile * rows * turns
-    pivot = _load(x + first * num_channels, is_channel[None, :])  # [1, width]
+    pivot = load(x + first * num_channels, is_channel[None, :])  # [1, width]
     total = tl.zeros((rows, width), tl.float32)
     squares = tl.zeros((rows, width), tl.float32)
     for turn in tl.static_range(turns):
         row = first + turn * rows + tl.arange(0, rows)
         mask = (row < num_rows)[:, None] & is_channel[None, :]
-        off = tl.where(mask, _load(x + row[:, None] * num_channels, mask) - pivot, 0.0)
+        off = tl.where(mask, load(x + row[:, None] * num_channels, mask) - pivot, 0.0)
         total += off
         squares += off * off
     count = tl.minimum(num_rows - first, rows * turns)
@@ -114,7 +114,7 @@ def _fold_moments(
         tile = first + tl.arange(0, tiles)
         mask = (tile < num_tiles)[:, None] & is_channel[None, :]
         count = tl.minimum(num_rows - tile * rows, rows).to(tl.float32)[:, None]
-        mean = _load(moments + tile[:, None] * 2 * num_channels + channel[None, :], mask)
+        mean = load(moments + tile[:, None] * 2 * num_channels + channel[None, :], mask)
         total += tl.sum(tl.where(mask, mean * count, 0.0), 0)
         first += tiles
     size = num_rows * per_group * 1.0
@@ -126,13 +126,13 @@ def _fold_moments(
         mask = (tile < num_tiles)[:, None] & is_channel[None, :]
         count = tl.minimum(num_rows - tile * rows, rows).to(tl.float32)[:, None]
         at = moments + tile[:, None] * 2 * num_channels + channel[None, :]
-        off = _load(at, mask) + before[None, :] - group_mean
-        own = _load(at + num_channels, mask)
+        off = load(at, mask) + before[None, :] - group_mean
+        own = load(at + num_channels, mask)
         squares += tl.sum(tl.where(mask, own + count * off * off, 0.0), 0)
         first += tiles
     variance = tl.sum(tl.where(is_channel, squares, 0.0), 0) / size
-    scale = _load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
-    shift = _load(beta + channel, is_channel) + (before - group_mean) * scale
+    scale = load(gamma + channel, is_channel) * tl.rsqrt(variance + eps)
+    shift = load(beta + channel, is_channel) + (before - group_mean) * scale
     to = folded + image * 2 * num_channels + channel
     tl.store(to, scale, mask=is_channel)
     tl.store(to + num_channels, shift, mask=is_channel)
@@ -150,8 +150,8 @@ def _scale_and_shift(
     mask = (row < num_rows)[:, None] & is_channel[None, :]
     at = image.to(tl.int64) * num_rows * num_channels + row[:, None] * num_channels + channel[None]
     folded += image * 2 * num_channels + channel
-    scale, shift = _load(folded, is_channel), _load(folded + num_channels, is_channel)
-    value = _load(x + at, mask) * scale[None, :] + shift[None, :]
+    scale, shift = load(folded, is_channel), load(folded + num_channels, is_channel)
+    value = load(x + at, mask) * scale[None, :] + shift[None, :]
     if silu:
         value = value * tl.sigmoid(value)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
@@ -169,13 +169,13 @@ def _add(
     is_channel = channel < num_channels
     mask = (row < num_rows)[:, None] & is_channel[None, :]
     at = row.to(tl.int64)[:, None] * num_channels + channel[None, :]
-    value = _load(x + at, mask)
+    value = load(x + at, mask)
     if has_bias:
-        value += _load(bias + channel, is_channel)[None, :]
+        value += load(bias + channel, is_channel)[None, :]
     if has_gate:
-        value *= _load(gate + first // num_per_group * gate_stride + channel, is_channel)[None, :]
+        value *= load(gate + first // num_per_group * gate_stride + channel, is_channel)[None, :]
     if has_residual:
-        value += _load(residual + at, mask)
+        value += load(residual + at, mask)
     if relu:
         value = tl.where(value < 0.0, 0.0, value)  # what is no number stays none
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
@@ -196,87 +196,21 @@ def _layer_norm(
     is_channel = channel < num_channels
     mask = (row < num_rows)[:, None] & is_channel[None, :]
     at = row.to(tl.int64)[:, None] * num_channels + channel[None, :]
-    value = _load(x + at, mask)
+    value = load(x + at, mask)
     if has_added:
-        more = _load(added + at, mask)
+        more = load(added + at, mask)
         if has_gate:
-            more *= _load(gate + group * gate_stride + channel, is_channel)[None, :]
+            more *= load(gate + group * gate_stride + channel, is_channel)[None, :]
         kept = (value + more).to(total.dtype.element_ty)
         tl.store(total + at, kept, mask=mask)
         value = kept.to(tl.float32)  # normed as it is kept, like the plain module does
     mean = tl.sum(value, 1) / num_channels
     off = tl.where(mask, value - mean[:, None], 0.0)
     variance = tl.sum(off * off, 1) / num_channels
-    own = _load(scale + group * scale_stride + channel, is_channel)
+    own = load(scale + group * scale_stride + channel, is_channel)
     value = off * tl.rsqrt(variance + eps)[:, None] * own[None, :]
-    value += _load(shift + group * shift_stride + channel, is_channel)[None, :]
+    value += load(shift + group * shift_stride + channel, is_channel)[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "mask_image"])
-def _short_attention(
-    query, key, value, mask, y, query_image, query_row, key_image, key_row, mask_image,
-    num_queries, num_keys, num_columns, scale, has_mask: tl.constexpr,
-    head_dim: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
-):  # fmt: skip
-    """Some queries of one head against all of its keys, ``keys`` at a time."""
-    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, column = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width)
-    is_row, is_column = row < num_queries, column < head_dim
-    within = is_row[:, None] & is_column[None, :]
-    at = head * head_dim + column
-    queries = tl.load(
-        query + image * query_image + row[:, None] * query_row + at[None, :], mask=within, other=0.0
-    )
-    largest = tl.full((rows,), float("-inf"), tl.float32)
-    total = tl.zeros((rows,), tl.float32)
-    sums = tl.zeros((rows, width), tl.float32)
-    first = 0
-    while first < num_keys:
-        item = first + tl.arange(0, keys)
-        there = image * key_image + item[:, None] * key_row + at[None, :]
-        known = (item < num_keys)[:, None] & is_column[None, :]
-        own = tl.load(key + there, mask=known, other=0.0)  # [keys, width]
-        scores = tl.dot(queries, tl.trans(own)) * scale  # [rows, keys]
-        if has_mask:
-            scores += _load(mask + image * mask_image + item, item < num_keys)[None, :]
-        scores = tl.where((item < num_keys)[None, :], scores, float("-inf"))
-        above = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp(scores - above[:, None])
-        kept = tl.exp(largest - above)
-        total = total * kept + tl.sum(weights, 1)
-        own = tl.load(value + there, mask=known, other=0.0)
-        sums = sums * kept[:, None] + tl.dot(weights.to(own.dtype), own)
-        largest = above
-        first += keys
-    sums /= total[:, None]
-    at = (image * num_queries + row[:, None]) * num_columns + at[None, :]
-    tl.store(y + at, sums.to(y.dtype.element_ty), mask=within)
-
-
-@triton.jit(do_not_specialize=["num_frames"])
-def _frame_attention(
-    query, key, value, y, clip_stride, frame_stride, place_stride, num_frames, num_places, scale,
-    num_heads: tl.constexpr, head_dim: tl.constexpr, width: tl.constexpr, frames: tl.constexpr,
-):  # fmt: skip
-    """One head of one place: all of its frames to each other."""
-    head, place = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    clip = tl.program_id(1).to(tl.int64)
-    frame, column = tl.arange(0, frames), tl.arange(0, width)
-    is_frame = frame < num_frames
-    mask = is_frame[:, None] & (column < head_dim)[None, :]
-    at = clip * clip_stride + frame.to(tl.int64)[:, None] * frame_stride + place * place_stride
-    at += head * head_dim + column[None, :]
-    queries = tl.load(query + at, mask=mask, other=0.0)
-    keys = tl.load(key + at, mask=mask, other=0.0)
-    values = tl.load(value + at, mask=mask, other=0.0)
-    scores = tl.dot(queries, tl.trans(keys)) * scale  # [frames, frames]
-    scores = tl.where(is_frame[None, :], scores, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-    found = tl.dot(weights.to(values.dtype), values) / tl.sum(weights, 1)[:, None]
-    at = (clip * num_frames + frame[:, None]) * num_places + place
-    at = at * num_heads * head_dim + head * head_dim + column[None, :]
-    tl.store(y + at, found.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -286,7 +220,7 @@ def _geglu(x, y, num_rows, num_columns, rows: tl.constexpr, width: tl.constexpr)
     mask = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     row = row.to(tl.int64)
     at = x + row[:, None] * 2 * num_columns + column[None, :]
-    value, gate = _load(at, mask), _load(at + num_columns, mask)
+    value, gate = load(at, mask), load(at + num_columns, mask)
     value *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     at = row[:, None] * num_columns + column[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
@@ -302,7 +236,7 @@ def _interleave(
     channel = tl.program_id(1) * width + tl.arange(0, width)
     is_channel = channel < num_channels
     mask = (pixel < num_pixels)[:, None] & is_channel[None, :]
-    constant = _load(bias + channel, is_channel)[None, :]
+    constant = load(bias + channel, is_channel)[None, :]
     pixel = pixel.to(tl.int64)
     column, line = pixel % num_columns, pixel // num_columns  # lines of all images
     image = line // num_rows
@@ -311,7 +245,7 @@ def _interleave(
         source = (
             (line + image + below) * (num_columns + 1) + column + right
         )  # one line, one column more
-        value = _load(x + (source * 4 + phase)[:, None] * num_channels + channel[None, :], mask)
+        value = load(x + (source * 4 + phase)[:, None] * num_channels + channel[None, :], mask)
         target = (2 * line + below) * 2 * num_columns + 2 * column + right
         at = y + target[:, None] * num_channels + channel[None, :]
         tl.store(at, (value + constant).to(y.dtype.element_ty), mask=mask)
@@ -366,7 +300,7 @@ def group_norm(
     return y
 
 
-def _stride(each: Tensor | None) -> int:
+def stride_of(each: Tensor | None) -> int:
     """From one group to the next of ``each [G, 1, C]``; 0 where it is ``[C]``, or None."""
     return 0 if each is None or each.ndim == 1 else each.stride(0)
 
@@ -384,7 +318,7 @@ def add(
     _add[(triton.cdiv(num_rows, rows), triton.cdiv(channels, width))](
         x, x if bias is None else bias, x if gate is None else gate,
         x if residual is None else residual, x, num_rows, channels, per_group,
-        _stride(gate), has_bias=bias is not None, has_gate=gate is not None,
+        stride_of(gate), has_bias=bias is not None, has_gate=gate is not None,
         has_residual=residual is not None, relu=relu, rows=rows, width=width, num_warps=4,
     )  # fmt: skip
     return x
@@ -406,44 +340,11 @@ def layer_norm(
     rows = math.gcd(rows, per_group) if grouped else rows  # a program's are of one group
     _layer_norm[(triton.cdiv(num_rows, rows),)](
         x, total, x if gate is None else gate, total, y, scale, shift, num_rows, channels,
-        per_group, groups, _stride(scale), _stride(shift), _stride(gate), eps,
+        per_group, groups, stride_of(scale), stride_of(shift), stride_of(gate), eps,
         has_added=added is not None, has_gate=gate is not None, rows=rows, width=width,
         num_warps=4,
     )  # fmt: skip
     return total, y
-
-
-def short_attention(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None
-) -> Tensor:
-    """`ops.attention` of ``query [N, L, C]`` over ``key, value [N, K, C]``, which may be columns of
-    one wider tensor, in half precision."""
-    images, num_queries, columns = query.shape
-    head_dim = columns // num_heads
-    y = torch.empty((images, num_queries, columns), dtype=query.dtype, device=query.device)
-    width = max(16, triton.next_power_of_2(head_dim))
-    _short_attention[(triton.cdiv(num_queries, 64), num_heads, images)](
-        query, key, value, query if mask is None else mask, y, query.stride(0), query.stride(1),
-        key.stride(0), key.stride(1), _stride(mask), num_queries, key.shape[1], columns,
-        head_dim**-0.5, has_mask=mask is not None, head_dim=head_dim, width=width, rows=64,
-        keys=32, num_warps=4,
-    )  # fmt: skip
-    return y
-
-
-def frame_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """`ops.frame_attention` of ``[N, F, P, C]``, in half precision."""
-    clips, num_frames, places, columns = query.shape
-    head_dim = columns // num_heads
-    y = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    width = max(16, triton.next_power_of_2(head_dim))
-    frames = max(16, triton.next_power_of_2(num_frames))
-    _frame_attention[(places * num_heads, clips)](
-        query, key, value, y, *query.stride()[:3], num_frames, places, head_dim**-0.5,
-        num_heads=num_heads, head_dim=head_dim, width=width, frames=frames,
-        num_warps=max(1, frames * width // 1024),
-    )  # fmt: skip
-    return y
 
 
 def geglu(x: Tensor) -> Tensor:

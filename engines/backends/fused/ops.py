@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -22,13 +23,12 @@ MAX_ROWS = 2**15
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels(name: str = "kernels") -> ModuleType | None:
     """None where Triton is not installed: torch's own kernels then do it, only slower."""
     try:
-        from engines.backends.fused import kernels
+        return importlib.import_module(f"engines.backends.fused.{name}")
     except ImportError:
         return None
-    return kernels
 
 
 def keep_kernels(folder: Path) -> None:
@@ -120,7 +120,7 @@ def attention(
     """
     halves = query.dtype in (torch.float16, torch.bfloat16)
     fits = key.shape[1] <= FEW_KEYS and query.shape[-1] <= 256 * num_heads and halves
-    if fits and _has_kernels(query) and (kernels := _kernels()):
+    if fits and _has_kernels(query) and (kernels := _kernels("attention_kernels")):
         return kernels.short_attention(query, key, value, num_heads, mask)  # type: ignore[no-any-return]
     query, key, value = (
         x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value)
@@ -134,7 +134,7 @@ def frame_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -
     """Of each place over its frames: all ``[N, F, P, C]``, thirds of one tensor ``[N, F, P, 3 C]``
     → ``[N, F, P, C]``."""
     halves = query.dtype in (torch.float16, torch.bfloat16)
-    if halves and _has_kernels(query) and (kernels := _kernels()):
+    if halves and _has_kernels(query) and (kernels := _kernels("attention_kernels")):
         return kernels.frame_attention(query, key, value, num_heads)  # type: ignore[no-any-return]
     parts = (torch.split(x.transpose(1, 2).flatten(0, 1), MAX_ROWS) for x in (query, key, value))
     found = torch.cat([attention(q, k, v, num_heads) for q, k, v in zip(*parts, strict=True)])

@@ -32,6 +32,7 @@ def server(
     lcm_checkpoint: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
     monkeypatch.setenv("FOURSTEP_METRICS_MAX_AGE_S", "0")  # `wait_until_running` reads them
+    monkeypatch.setenv("FOURSTEP_MAX_STEPS", str(NUM_STEPS))
     port = free_port()
     process = start(lcm_checkpoint, cache_dir, port, own_session=True)
     yield process, port
@@ -132,13 +133,13 @@ def test_a_terminal_shows_our_words_alone(
     assert "given" in [json.loads(line)["request_id"] for line in log]
 
 
-NUM_IMAGES = 8  # of a request: six of them are in hand while someone looks
+NUM_IMAGES, NUM_STEPS = 8, 120  # of a request: six of them are in hand while someone looks
 
 
 def draw(base: str, seed: int) -> int:
     """The status of an answer that takes some seconds of work, in all."""
-    body = {"prompt": "a red star", "n": NUM_IMAGES, "num_inference_steps": 50, "seed": seed}
-    return httpx.post(f"{base}/v1/images/generations", json=body, timeout=60).status_code
+    body = {"prompt": "a red star", "n": NUM_IMAGES, "num_inference_steps": NUM_STEPS, "seed": seed}
+    return httpx.post(f"{base}/v1/images/generations", json=body, timeout=120).status_code
 
 
 def wait_until_running(base: str, answers: list[Future[int]]) -> None:

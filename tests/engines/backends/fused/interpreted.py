@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.backends.fused import kernels, ops
+from engines.backends.fused import attention_kernels, kernels, ops
 
 # Half the distance of neighbours; of bfloat16 the whole, which the interpreter cuts, not rounds.
 LIMITS = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 6e-3}
@@ -131,7 +131,7 @@ def test_attention_over_few_keys(queries: int, keys: int, head_dim: int) -> None
     lengths = torch.tensor([[1], [max(1, keys - 3)]])
     masked = -10000.0 * (torch.arange(keys) >= lengths)
     for mask in (None, masked):
-        found = kernels.short_attention(query, key, value, 3, mask)
+        found = attention_kernels.short_attention(query, key, value, 3, mask)
         truth = ops.attention(query.double(), key.double(), value.double(), 3, mask)
         # The keys' weights are halves too.
         assert _relative(found, truth) < 3 * LIMITS[torch.float16]
@@ -143,6 +143,6 @@ def test_attention_over_frames(frames: int, places: int, head_dim: int) -> None:
     torch.manual_seed(0)
     columns = 3 * head_dim
     given = torch.randn(2, frames, places, 3 * columns).half().chunk(3, dim=-1)
-    found = kernels.frame_attention(*given, 3)
+    found = attention_kernels.frame_attention(*given, 3)
     truth = ops.frame_attention(*(each.double() for each in given), 3)
     assert _relative(found, truth) < 3 * LIMITS[torch.float16]

@@ -41,7 +41,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from engines.backends.fused import kernels
+from engines.backends.fused import attention_kernels, kernels
 
 def check(kernel, constants, num_warps):
     names = kernel.arg_names
@@ -71,7 +71,7 @@ check(kernels._geglu, {"rows": 16, "width": 256}, 4)
 for head_dim, width in ((40, 64), (80, 128), (160, 256)):
     sizes = {"head_dim": head_dim, "width": width}
     masked = {"has_mask": True, "rows": 64, "keys": 32}
-    check(kernels._short_attention, {**sizes, **masked}, 4)
-    check(kernels._frame_attention, {**sizes, "num_heads": 8, "frames": 16}, 1)
+    check(attention_kernels._short_attention, {**sizes, **masked}, 4)
+    check(attention_kernels._frame_attention, {**sizes, "num_heads": 8, "frames": 16}, 1)
 check(kernels._interleave, {"rows": 16, "width": 64}, 4)
 """
