@@ -28,6 +28,7 @@ DTYPES = {
 }  # fmt: skip
 logger = logging.getLogger("fourstep.tensorrt")
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+MAX_SLOTS = 64  # shapes that are kept, the last used ones
 
 
 class TensorRtEngine:
@@ -56,7 +57,7 @@ class TensorRtEngine:
         self._types = {n: DTYPES[self._engine.get_tensor_dtype(n).name] for n in names}
         # Not the default one, which cannot be captured.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._slots: dict[Shapes, _Slot] = {}
+        self._slots: dict[Shapes, _Slot] = {}  # the last used one last
         self._weights = OnnxWeights(plan.with_suffix(".onnx"))
         self._replaced: set[str] = set()
         self._contexts = Contexts(trt, self._engine, plan.with_suffix(".runtime-cache"))
@@ -81,17 +82,25 @@ class TensorRtEngine:
         shapes: Shapes = tuple((n, (bucket, *inputs[n].shape[1:])) for n in self._inputs)
         with torch.cuda.stream(self._stream):
             self._stream.wait_stream(torch.cuda.default_stream())
-            slot = self._slots.get(shapes) or self._make_slot(shapes)
+            known = shapes in self._slots
+            slot = self._slots.pop(shapes, None) or self._make_slot(shapes)
             for name, value in inputs.items():
                 slot.buffers[name][:rows].copy_(value, non_blocking=True)
             slot.launch()
-            if shapes not in self._slots:  # after it ran: one that found no memory is made anew
-                self._slots[shapes] = slot
+            self._slots[shapes] = slot  # after it ran: one that found no memory is made anew
+            if not known:
                 self._contexts.keep()
+                self._forget_oldest()
             # Copies, because the next run writes into the same buffers.
             outputs = {name: slot.buffers[name][:rows].clone() for name in self._outputs}
         torch.cuda.default_stream().wait_stream(self._stream)
         return outputs
+
+    def _forget_oldest(self) -> None:
+        """Clips may come in more shapes than there is memory for."""
+        if len(self._slots) > MAX_SLOTS:
+            self._stream.synchronize()  # it may be running
+            del self._slots[next(iter(self._slots))]
 
     def _make_slot(self, shapes: Shapes) -> _Slot:
         context = self._contexts.make()

@@ -32,7 +32,8 @@ from engines.build.checkpoint import (
     pipeline_class,
     tokenizer_of,
 )
-from engines.build.plan import PlanTarget, check_target, compile_plan, import_tensorrt, profiles_of
+from engines.build.plan import PlanTarget, check_target, compile_plan, import_tensorrt
+from engines.build.profiles import profiles_of
 from engines.build.source import NO_OVERRIDES, Overrides, fingerprint, name_of
 from engines.errors import BuildError, BundleError
 from engines.facts import EIGHT_BITS, OWN_DEFAULTS, Defaults, Facts

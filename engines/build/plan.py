@@ -1,8 +1,8 @@
 """A plan: one part's ONNX compiled by TensorRT, for shapes and GPUs that are named beforehand.
 
-Owns targets, profiles, the builder and the plan's header. Serves both NVIDIA packages, which share
-an API; what only one of them can do is gated on it. Runs no plan: see
-`engines.backends.tensorrt_engine`.
+Owns targets, the builder and the plan's header; which shapes it takes: `engines.build.profiles`.
+Serves both NVIDIA packages, which share an API; what only one of them can do is gated on it. Runs
+no plan: see `engines.backends.tensorrt_engine`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from engines.errors import BackendUnavailable, BuildError, InvalidInput
 from engines.facts import Facts
-from engines.families.tiles import check_tile, grid_of
+from engines.families.tiles import check_tile
 
 if TYPE_CHECKING:  # it imports torch, which reading a bundle must not wait for
-    from engines.families.part import Part
+    pass
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine → Python package
 INSTALL = {
@@ -38,7 +38,6 @@ RTX_MAGIC = b"vtrt"
 RTX_CAPABILITY_BITS = {75: 0x01, 80: 0x02, 86: 0x04, 89: 0x08, 120: 0x10, 121: 0x20}
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]  # by input
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input → min, opt, max
 Steps = Callable[[int, int], None]  # of the builder's own phases: done, in all
 
@@ -126,67 +125,6 @@ def import_tensorrt(engine: str) -> Any:
         raise BackendUnavailable(
             f"engine {engine!r} needs a package ({error}): {way_out}"
         ) from error
-
-
-def profiles_of(part: Part, target: PlanTarget, facts: Facts) -> list[Profile]:
-    """The shapes a part's plan takes.
-
-    `tensorrt`: one fixed shape for each size, batch and length of text, which its tactics are then
-    timed for; of a clip any number of frames, timed for the model's own.
-    `tensorrt-rtx` specialises kernels when it runs and wants one wide profile.
-    """
-    scale = facts.vae_scale_factor
-    latents = [(h // scale, w // scale) for w, h in target.sizes_px]
-    if "decoder" in part.name:
-        latents = _decoded(latents, target, scale)
-    frames = 1, facts.default_num_frames, facts.max_num_frames
-    if target.engine == "tensorrt":
-        fixed = [
-            _profile(*(_shapes(part, batch, *size, chunks, count) for count in frames))
-            for chunks in range(1, target.max_chunks + 1)
-            for size, batch in itertools.product(latents, target.batches)
-        ]
-        return [profile for i, profile in enumerate(fixed) if profile not in fixed[:i]]
-    rows, columns = zip(*latents, strict=True)
-    low = _shapes(part, 1, min(rows), min(columns), 1, frames[0])
-    best = _shapes(part, target.max_batch, *latents[0], 1, frames[1])
-    largest = max(rows), max(columns), target.max_chunks, frames[2]
-    return [_profile(low, best, _shapes(part, target.max_batch, *largest))]
-
-
-def _profile(low: Shapes, best: Shapes, high: Shapes) -> Profile:
-    return {name: (low[name], best[name], high[name]) for name in low}
-
-
-def _decoded(
-    latents: list[tuple[int, int]], target: PlanTarget, scale: int
-) -> list[tuple[int, int]]:
-    """What decoders are given of latents, rows and columns each: whole ones, or their tiles.
-
-    A wide profile takes sizes between those named too, whose last tiles may be of one latent.
-    """
-    grids = [grid_of(*size, target.tile_px, scale) for size in latents]
-    found = [
-        shape
-        for size, grid in zip(latents, grids, strict=True)
-        for shape in ([size] if grid is None else grid.shapes())
-    ]
-    wide = target.engine != "tensorrt" and any(grid is not None for grid in grids)
-    return [*dict.fromkeys(found), *[(1, 1)] * wide]
-
-
-def _shapes(part: Part, batch: int, rows: int, columns: int, chunks: int, frames: int) -> Shapes:
-    sizes = {
-        "batch": batch, "rows": rows // part.patch, "columns": columns // part.patch,
-        "chunks": chunks, "frames": frames,
-    }  # fmt: skip
-    return {
-        name: tuple(
-            int(fixed) if dim is None else dim[1] * sizes[dim[0]]
-            for fixed, dim in zip(example.shape, part.dynamic[name], strict=True)
-        )
-        for name, example in part.example.items()
-    }
 
 
 @dataclass(frozen=True, slots=True)

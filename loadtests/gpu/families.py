@@ -218,9 +218,11 @@ def _measure(section: Section, subject: Subject) -> None:
         if not section.has_time(what, POINT_S if device == "cuda" else 0):
             break
         with section.attempt(what):
-            forget_peak_memory(device)
             given = random_inputs(denoiser, {"batch": count, **sizes}, device)
+            plain.module.to(device)
             found = _step(engines["denoiser"], eager, given, device)
+            plain.module.to("cpu")  # the product's own memory is what counts
+            forget_peak_memory(device)
             share = count * flops / (found["step_ms"] / 1e3) / peak
             section.row(
                 subject.name, rows=rows, lanes=count, **found, step_share=share,
@@ -235,6 +237,7 @@ def _measure(section: Section, subject: Subject) -> None:
     what = f"{subject.name}, agreement with fp32"
     if section.has_time(what, POINT_S if device == "cuda" else 0):
         with section.attempt(what):
+            plain.module.to(device)
             found_db = _agreement(plain, engines["denoiser"], lowest)
             section.row("a step against fp32", model=subject.name, signal_to_error_db=found_db)
     runner.close()

@@ -27,7 +27,7 @@ class PodNetwork:
 
     def __init__(self, policies: list[Object]) -> None:
         self._policies = policies
-        number = (os.getpid() + next(_NETWORKS)) % 250
+        number = (8 * os.getpid() + next(_NETWORKS)) % 250
         self._prefix = f"fs{os.getpid() % 10000}n{number}"
         self._subnet = f"10.231.{number}"
         self.node = f"{self._subnet}.1"

@@ -75,9 +75,10 @@ def add(
         return x
     if _has_kernels(x) and (kernels := _kernels()):
         return kernels.add(x, bias, residual, relu=relu, gate=gate)  # type: ignore[no-any-return]
+    dtype = x.dtype  # a gate may be of another
     x = x if bias is None else x + bias
     x = x if gate is None else x * gate
-    x = x if residual is None else x + residual
+    x = (x if residual is None else x + residual).to(dtype)
     return F.relu(x) if relu else x
 
 

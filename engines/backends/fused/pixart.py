@@ -46,7 +46,7 @@ class FusedPixArt(nn.Module):
         """``latents [N, C, h, w]``, ``encoder_hidden_states [N, L, E]`` and their mask ``[N, L]``,
         1 where there is a token → ``[N, C', h, w]``."""
         (source,) = self._source
-        x = source.pos_embed(latents)  # [N, h/p · w/p, D]
+        x = source.pos_embed(latents).contiguous()  # [N, h/p · w/p, D]
         rows, _, width = x.shape
         times, embedded = source.adaln_single(
             timestep, added_cond_kwargs, batch_size=rows, hidden_dtype=x.dtype

@@ -23,8 +23,8 @@ from engines.build.plan import (
     import_tensorrt,
     make_logger,
     parse,
-    profiles_of,
 )
+from engines.build.profiles import profiles_of
 from engines.drawing.runner import Runner
 from engines.errors import BackendUnavailable, BuildError, BundleError, InvalidInput
 from engines.facts import Facts
@@ -173,22 +173,26 @@ def test_profiles_of_tiles(parts: dict[str, Part], facts: Facts) -> None:
 
 
 def test_clips(tiny_clips: Path, tmp_path: Path, cache_dir: Path) -> None:
-    """Of any number of frames up to the motion modules' own, tuned for the default."""
-    target = PlanTarget("tensorrt-rtx", ((64, 64), (64, 96)), 2, compute_capabilities=(89,))
+    """One clip of any number of frames up to the motion modules' own, tuned for the default; more
+    of as many as the batch has room for.
+    """
+    target = PlanTarget("tensorrt-rtx", ((64, 64), (64, 96)), 6, compute_capabilities=(89,))
     blueprint = Blueprint(tiny_clips, "fp16", target)
     bundle = build_bundle(blueprint, tmp_path / "clips", _no_progress, cache_dir)
     parts, facts = _read(tiny_clips)
     frames = facts.default_num_frames, facts.max_num_frames
     assert 1 < frames[0] <= frames[1]
-    (wide,) = profiles_of(parts["denoiser"], target, facts)
-    assert wide["noise"] == ((1, 4, 1, 8, 8), (2, 4, frames[0], 8, 8), (2, 4, frames[1], 12, 8))
+    one, more = profiles_of(parts["denoiser"], target, facts)
+    assert one["noise"] == ((1, 4, 1, 8, 8), (2, 4, frames[0], 8, 8), (2, 4, frames[1], 12, 8))
+    assert more["noise"] == ((3, 4, 1, 8, 8), (6, 4, 2, 8, 8), (6, 4, 2, 12, 8))
     (pictures,) = profiles_of(parts["vae_decoder"], target, facts)
-    assert pictures["latents"] == ((1, 4, 8, 8), (2, 4, 8, 8), (2, 4, 12, 8))
+    assert pictures["latents"] == ((1, 4, 8, 8), (6, 4, 8, 8), (6, 4, 12, 8))
     for part in parts:
         assert RtxHeader.read(bundle.part(part).with_suffix(".plan")).compute_capabilities == (89,)
     fixed = dataclasses.replace(target, engine="tensorrt", compute_capabilities=())
     shapes = [profile["noise"] for profile in profiles_of(parts["denoiser"], fixed, facts)]
-    assert [[shape[2] for shape in each] for each in shapes] == [[1, *frames]] * 4
+    of_batches = [[1, *frames], [1, *frames], [1, 1, 1], [1, 1, 1]]  # 1, 2, 4 and 6
+    assert [[shape[2] for shape in each] for each in shapes] == of_batches * 2
     assert all({shape[:2] + shape[3:] for shape in each} == {each[0][:2] + each[0][3:]}
                for each in shapes)  # fmt: skip
 

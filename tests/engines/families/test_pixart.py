@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
 from engines.build.checkpoint import load_facts, load_pipeline, tokenizer_of
-from engines.build.plan import PlanTarget, check_target, profiles_of
+from engines.build.plan import PlanTarget, check_target
+from engines.build.profiles import profiles_of
 from engines.build.source import Overrides
 from engines.drawing.fitting import fit
 from engines.drawing.parity import MAX_RELATIVE_ERROR_INT8, compare
