@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -30,21 +29,23 @@ def profiles_of(part: Part, target: PlanTarget, facts: Facts) -> list[Profile]:
     if "decoder" in part.name:
         latents = _decoded(latents, target, scale)
     if target.engine == "tensorrt":
+        least = (1, *(batch + 1 for batch in target.batches))  # lanes that are filled up to one
         fixed = [
             _profile(
-                *(_shapes(part, batch, *size, chunks, n) for n in _frames(batch, target, facts))
+                *(_shapes(part, batch, *size, chunks, n) for n in _frames(lanes, target, facts))
             )
             for chunks in range(1, target.max_chunks + 1)
-            for size, batch in itertools.product(latents, target.batches)
+            for size in latents
+            for batch, lanes in zip(target.batches, least, strict=False)
         ]
         return [profile for i, profile in enumerate(fixed) if profile not in fixed[:i]]
     rows, columns = zip(*latents, strict=True)
     of_clips = any(dim and dim[0] == "frames" for dims in part.dynamic.values() for dim in dims)
-    lanes = [(1, target.max_batch)]
+    spans = [(1, target.max_batch)]
     if of_clips and target.max_batch > LANES_OF_A_CLIP:
-        lanes = [(1, LANES_OF_A_CLIP), (LANES_OF_A_CLIP + 1, target.max_batch)]
+        spans = [(1, LANES_OF_A_CLIP), (LANES_OF_A_CLIP + 1, target.max_batch)]
     profiles = []
-    for fewest, most in lanes:
+    for fewest, most in spans:
         few, own, many = _frames(fewest, target, facts)
         low = _shapes(part, fewest, min(rows), min(columns), 1, few)
         best = _shapes(part, most, *latents[0], 1, own)
