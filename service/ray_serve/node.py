@@ -1,8 +1,11 @@
-"""Ray's node, started without waiting for its agents, which a busy machine makes late.
+"""Ray's node, as a service needs it: not waiting for its agents, and not reached by our signals.
 
 A raylet ends itself where an agent does not name its port in a file within 15 s, which no setting
-of Ray changes. So the agents get ports that were chosen before, and the raylet is told of them
-before it starts.
+of Ray changes, and a busy machine makes them late. So the agents get ports that were chosen before,
+and the raylet is told of them before it starts.
+
+A raylet that gets SIGTERM kills its workers, our replicas, with what they draw. So Ray's processes
+are in groups of their own, where a signal to our process group does not reach them.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
 
     output.begin()
     try:
-        with ports_given():
+        with amended():
             ray.init(
                 address="local",  # never a cluster that RAY_ADDRESS names: this is one machine
                 num_cpus=num_cpus,
@@ -54,19 +57,23 @@ def start_ray(num_cpus: int, num_gpus: int, output: Output) -> None:
 
 
 @contextlib.contextmanager
-def ports_given() -> Iterator[None]:
-    """Every node that Ray starts in this process meanwhile has its agents' ports given.
+def amended() -> Iterator[None]:
+    """Every node that Ray starts in this process meanwhile has its agents' ports given, and a
+    process group for each of its processes.
 
-    Nobody else finds them free until this process ends, however late an agent comes to its own.
+    Nobody else finds the ports free until this process ends, however late an agent comes to its
+    own.
     """
     from ray._private import services
 
-    start_raylet = services.start_raylet
+    start_raylet, start_process = services.start_raylet, services.ConsolePopen
     services.start_raylet = functools.partial(_start_raylet, start_raylet)
+    if sys.platform == "linux":  # elsewhere Ray ends them by the group that they share with us
+        services.ConsolePopen = functools.partial(start_process, process_group=0)
     try:
         yield
     finally:
-        services.start_raylet = start_raylet
+        services.start_raylet, services.ConsolePopen = start_raylet, start_process
 
 
 def _start_raylet(start_raylet: Any, *args: Any, **options: Any) -> Any:

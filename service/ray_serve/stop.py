@@ -1,7 +1,7 @@
 """How `fourstep serve` stops: what has come in is finished, then every process is gone.
 
-Serve and Ray stop by themselves as long as Ray lives. It may not: a signal to a whole process group
-or control group ends Ray's own processes too, and then Serve would wait for them without end.
+Serve and Ray stop by themselves as long as Ray lives. It may not: a signal to a control group ends
+Ray's own processes too, and so may want of memory; then Serve would wait for them without end.
 """
 
 from __future__ import annotations

@@ -201,9 +201,12 @@ def test_though_rays_agents_are_late_it_serves_and_sigterm_finishes_what_was_acc
 def test_sigterm_to_the_whole_group_finishes_what_was_accepted_and_leaves_nothing(
     server: tuple[subprocess.Popen[str], int],
 ) -> None:
-    """Ray's raylet and GCS get it too, and then cannot stop the rest."""
+    """Ray's raylet would kill the replicas, if it got it too."""
     process, port = server
     wait_until_ready(process, port)
+    assert [each.name() for each in session(process) if os.getpgid(each.pid) == process.pid] == [
+        psutil.Process(process.pid).name()
+    ]
     with six_in_hand(port):
         os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
