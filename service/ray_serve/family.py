@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 
@@ -22,6 +23,7 @@ VITAL = {"raylet": "raylet", "gcs_server": "GCS"}  # process → Ray's name for 
 REPLICAS = "ray::ServeRepli"
 KEEPERS = ("ray::HAProxyMan", "ray::ServeContr")  # what would start another HAProxy
 EXIT_WAIT_S = 10.0
+WATCH_EVERY_S = 0.5  # a replica that is younger has nothing to finish yet
 FINISH_LOOK_S = 0.5
 CONNECT_S = 5.0  # to a GCS that is busy; one that is gone refuses at once
 
@@ -56,6 +58,25 @@ class Family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if (name := process.name()) in VITAL:
                     self._vital[VITAL[name]] = process
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Whoever comes meanwhile is seen: replicas answer before the call that starts them ends,
+        and once their raylet is gone they are nobody's descendants.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(WATCH_EVERY_S):
+                self.remember()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def check(self) -> None:
         """Raise `RayLost` where Ray cannot go on."""

@@ -180,8 +180,9 @@ def _run(
             serve.RunTarget(app.build(), app.name, app.route_prefix) for app in config.applications
         ]
         serving = True  # a replica may answer before run_many knows of it
-        serve.run_many(targets)
-        _announce(config, host, port, probe_port)
+        with family.watched():
+            serve.run_many(targets)
+            _announce(config, host, port, probe_port)
         family.remember()
         while True:
             time.sleep(LOOK_EVERY_S)

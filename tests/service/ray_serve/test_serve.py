@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +53,18 @@ def session(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
+def haproxy_config(process: subprocess.Popen[str]) -> str:
+    """Of the one that was started last."""
+    *_, haproxy = (each for each in session(process) if each.name() == "haproxy")
+    return Path(next(part for part in haproxy.cmdline() if part.endswith(".cfg"))).read_text()
+
+
+def wait_until_direct(process: subprocess.Popen[str]) -> None:
+    """HAProxy asks the replica itself: what Ray's proxy brings dies with Ray."""
+    while "server SERVE_REPLICA" not in haproxy_config(process):
+        time.sleep(0.1)
+
+
 def assert_nothing_is_left(process: subprocess.Popen[str], port: int) -> None:
     _, alive = psutil.wait_procs(session(process), timeout=10)
     assert alive == []
@@ -88,9 +101,7 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     metrics = httpx.get(f"{base}/metrics").text
     assert 'fourstep_images_total{model="tiny-lcm"} 4.0' in metrics
     assert "autoscaler" not in metrics, "Ray's own processes must not write into our metrics"
-    children = psutil.Process(process.pid).children(recursive=True)
-    haproxy = next(child for child in children if "haproxy" in child.name())
-    config = Path(next(part for part in haproxy.cmdline() if part.endswith(".cfg"))).read_text()
+    config = haproxy_config(process)
     sizes = dict(re.findall(r"^ *tune\.(bufsize|memory\.hot-size) (\d+)$", config, re.MULTILINE))
     assert int(sizes["memory.hot-size"]) >= 8 * int(sizes["bufsize"]), "else pages come anew"
     assert "http-request set-header x-request-disconnect-disabled ?1" in config
@@ -102,8 +113,7 @@ def test_serves_through_haproxy_and_ctrl_c_ends_everything(
     assert entry["path"] == "/v1/images/generations"
     assert entry["status"] == 200
     assert entry["denoise_ms"] > 0
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert alive == []
+    assert_nothing_is_left(process, port)
 
 
 OUR_WORDS = re.compile(
@@ -229,6 +239,7 @@ def test_without_ray_itself_it_ends_and_leaves_nothing(
     """Ray would replace nothing any more: what had come in is drawn, then a supervisor's turn."""
     process, port = server
     wait_until_ready(process, port)
+    wait_until_direct(process)
     with six_in_hand(port):
         (lost,) = [each for each in session(process) if each.name() == name]
         lost.send_signal(number)
