@@ -9,7 +9,7 @@ from typing import Any
 
 EIGHT_BITS = ("int8", "fp8")  # precisions; the latter is TensorRT's alone
 DECODERS = ("full", "tiny")  # a model's own VAE, and a tiny one beside it
-TINY_VAE = "tiny_vae"  # name of the component that decodes beside the model's own VAE
+TINY_VAE = "tiny_vae"  # name of the component that stands beside the model's own VAE
 MOTION_ADAPTER = "motion_adapter"  # of the one that makes a UNet of pictures one of clips
 
 
@@ -77,6 +77,7 @@ class Facts:
     default_timesteps: tuple[int, ...] | None = None  # of default_num_steps with default_sampler
     default_decoder: str = "full"  # one of `decoders`
     gives_image: bool = True  # its decoders do, before it is rounded: what tiles need
+    tiny_encodes: bool = True  # a tiny VAE does both ways
     default_num_frames: int = 1  # of a clip
     max_num_frames: int = 1
     frames_per_second: int = 0  # at which its clips are shown; 0: it draws pictures
@@ -113,6 +114,13 @@ class Facts:
         return DECODERS if TINY_VAE in self.components else DECODERS[:1]
 
     @property
+    def encoders(self) -> tuple[str, ...]:
+        """What images may be encoded by; none for clips, which are drawn from text alone."""
+        if self.draws_clips:
+            return ()
+        return self.decoders if self.tiny_encodes else DECODERS[:1]
+
+    @property
     def scheduler_class(self) -> str | None:
         """The checkpoint's own, of diffusers; None in manifests of before it was kept."""
         return self.scheduler.get("_class_name")
@@ -123,7 +131,7 @@ class Facts:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
         """As `to_json` wrote them, now or before there was what it fills in."""
-        values = {"gives_image": False} | dict(values)
+        values = {"gives_image": False, "tiny_encodes": False} | dict(values)
         if "windows" not in values:
             names = ("max_tokens", "pad_token_id", "eos_token_id")
             only = {name: values.pop(name) for name in names}

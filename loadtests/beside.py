@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
-from loadtests.client import Answer, Client, Latencies, summarise
+from loadtests.client import Answer, Client, summarise
 from loadtests.traffic import Profile, poisson, until
 
 K = TypeVar("K")
@@ -68,11 +68,7 @@ def ratio_of(turns: Sequence[Turn[K, T]]) -> dict[str, float]:
 
 
 def pooled(rounds: Sequence[list[Answer]]) -> dict[str, float]:
-    """Percentiles and errors over the answers of all rounds."""
-    answers = [answer for each in rounds for answer in each]
-    good = [answer.latency_s for answer in answers if answer.ok]
-    return {
-        **Latencies(good).summary(),
-        "error_share": round(1 - len(good) / max(1, len(answers)), 5),
-        "num_requests": len(answers),
-    }
+    """Percentiles and errors over the answers of all rounds, which have no rate together."""
+    found = summarise([answer for each in rounds for answer in each])
+    del found["images_per_s"]
+    return found

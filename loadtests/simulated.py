@@ -42,6 +42,10 @@ class SimulatedRow:
         return (self.size, self.size, self.num_frames)
 
     @property
+    def encoding(self) -> tuple[int, ...]:
+        return self.group
+
+    @property
     def decoding(self) -> tuple[int, ...]:
         return (self.size, self.size, self.frames_at_once)
 

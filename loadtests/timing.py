@@ -28,6 +28,7 @@ class TimingDouble:
     limits: Limits
     overhead_s: float = 0.0
     encode: tuple[float, float] = (0.0, 0.0)  # of images, by the VAE
+    tiny_encode: tuple[float, float] = (0.0, 0.0)
     tiny_decode: tuple[float, float] = (0.0, 0.0)
 
     def seconds(self, cost: tuple[float, float], sizes: Sequence[int]) -> float:
@@ -59,5 +60,5 @@ CPU_SHAPED = TimingDouble(
 )
 GPU_SHAPED = TimingDouble(
     "GPU-shaped: 12 + 1.2·rows ms a step", (0.012, 0.0012), (0.004, 0.004), False, Limits(8, 8),
-    encode=(0.002, 0.002), tiny_decode=(0.001, 0.0005),
+    encode=(0.002, 0.002), tiny_encode=(0.001, 0.0005), tiny_decode=(0.001, 0.0005),
 )  # fmt: skip

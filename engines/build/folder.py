@@ -28,6 +28,14 @@ def read_json(file: Path) -> Mapping[str, Any]:
     return values
 
 
+def weights_in(component: Path) -> dict[Path, str | None]:
+    """The files with a component's weights, in order of their names, and the variant of each."""
+    named = (
+        (path, WEIGHTS.fullmatch(path.name)) for path in sorted(component.glob("*.safetensors"))
+    )
+    return {path: match["variant"] for path, match in named if match}
+
+
 def variant_of(folder: Path, components: Iterable[Path]) -> str | None:
     """The variant of the weights, where a component's folder has them in no other form.
 
@@ -35,8 +43,7 @@ def variant_of(folder: Path, components: Iterable[Path]) -> str | None:
     """
     alone = []
     for component in components:
-        files = [path.name for path in component.glob("*.safetensors")]
-        found = {match["variant"] for file in files if (match := WEIGHTS.fullmatch(file))}
+        found = set(weights_in(component).values())
         if found and None not in found:
             alone.append(found)
     if not alone:

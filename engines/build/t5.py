@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engines.build.folder import WEIGHTS, variant_of
+from engines.build.folder import variant_of, weights_in
 from engines.build.int8_linear import Int8Linear, quantised
 from engines.errors import CheckpointError, reason_of
 
@@ -85,11 +85,7 @@ def _tensors(folder: Path, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
     stays open count as memory of the process.
     """
     variant = variant_of(folder, [folder])
-    files = [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant
-    ]
+    files = [path for path, own in weights_in(folder).items() if own == variant]
     if not files:
         raise CheckpointError(f"{folder} has no weights as safetensors, and no others are read")
     for file in files:

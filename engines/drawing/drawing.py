@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from engines.backends.adapters import AdapterSet
 from engines.drawing.canvas import Canvas
 from engines.drawing.decoding import Decoding
+from engines.drawing.encoding import Encoding
 from engines.drawing.inpainting import Kept
 from engines.drawing.stage import Stage
 from engines.drawing.texts import Texts
@@ -22,7 +23,9 @@ from engines.samplers import Schedule
 
 
 class Group(NamedTuple):
-    """What rows must have in common to share an engine call, but for decodes: see `Decoding`."""
+    """What rows must have in common to share an engine call; of the VAE's see `Encoding` and
+    `Decoding`.
+    """
 
     latents: tuple[int, ...]  # shape of a row's
     loras: AdapterSet
@@ -48,6 +51,7 @@ class Drawing:
     kept: Kept | None = None  # by encode_image, where there is a mask that the UNet does not see
     step_index: int = 0  # by denoise
     preview_steps: frozenset[int] = frozenset()  # step indices after which a preview is due
+    encoder: str = "full"
     preview_decoder: str = "full"
     grid: Grid | None = None  # of the tiles it is decoded in, and frames; None: whole
     canvas: Canvas | None = None  # by decode, between two tiles
@@ -91,6 +95,11 @@ class Drawing:
         return Stage.DENOISE if self.step_index < self.num_steps else Stage.DECODE
 
     @property
+    def encoding(self) -> Encoding:
+        """How its image is encoded."""
+        return Encoding(self.encoder, self.group.latents)
+
+    @property
     def decoding(self) -> Decoding:
         """How this row is decoded next."""
         preview = self.stage is Stage.PREVIEW
@@ -107,9 +116,14 @@ class Drawing:
         return 0 if self.canvas is None else self.canvas.index
 
     @property
-    def alike(self) -> Group | Decoding:
+    def alike(self) -> Group | Encoding | Decoding:
         """What rows that share this one's next engine call have too."""
-        return self.decoding if self.stage in (Stage.PREVIEW, Stage.DECODE) else self.group
+        match self.stage:
+            case Stage.ENCODE_IMAGE:
+                return self.encoding
+            case Stage.PREVIEW | Stage.DECODE:
+                return self.decoding
+        return self.group
 
     def condition(self, name: str) -> Lanewise:
         """What an input of the denoiser's is to be, for each lane."""

@@ -49,6 +49,7 @@ class ModelInfo:
     max_calls: int  # engine calls that run side by side
     components: Mapping[str, str]  # names of what stands in for the checkpoint's own, or beside
     decoders: tuple[str, ...]
+    encoders: tuple[str, ...]
     default_decoder: str
     embeddings: Mapping[str, str]  # names of files that words of a prompt stand for, by word
     default_num_frames: int  # of a clip; 1 where pictures are drawn, as the most is
@@ -100,6 +101,7 @@ def describe(model: Model, max_batch: int | None, model_id: str | None) -> Model
         max_calls=model.max_calls,
         components=facts.components,
         decoders=facts.decoders,
+        encoders=facts.encoders,
         default_decoder=facts.default_decoder,
         embeddings=facts.embeddings,
         default_num_frames=facts.default_num_frames,

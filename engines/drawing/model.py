@@ -26,6 +26,7 @@ from engines.build.bundle import (
 from engines.build.checkpoint import latent_scale, load_facts, load_pipeline, tokenizer_of, whole
 from engines.build.plan import MODULES, PlanTarget, import_tensorrt
 from engines.build.source import NO_OVERRIDES, Sources, find, find_loras, find_model
+from engines.drawing import decoding, encoding
 from engines.drawing.batching import FULL_BATCH, denoise_rows
 from engines.drawing.texts import Text, cut
 from engines.drawing.weighting import runs_of
@@ -43,7 +44,6 @@ logger = logging.getLogger("fourstep.model")
 # A decode beside a denoise call: they run one after the other, but the GPU has always one to go on
 # with while the host looks after the other.
 GPU_CALLS = 2
-PARTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")  # of all that draw pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,9 @@ class Model:
 
 def parts_of(facts: Facts) -> tuple[str, ...]:
     """Names of a model's parts."""
-    parts = PARTS[:-1] if facts.draws_clips else PARTS
-    return (*parts, "tiny_vae_decoder") if "tiny" in facts.decoders else parts
+    decoders = (decoding.PARTS[decoder] for decoder in facts.decoders)
+    encoders = (encoding.PARTS[encoder] for encoder in facts.encoders)
+    return ("text_encoder", "denoiser", *decoders, *encoders)
 
 
 def look(order: Order) -> Sources:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from engines.backends.adapters import AdapterSet
 from engines.build.bundle import Progress
-from engines.drawing import decoding, transfers
+from engines.drawing import decoding, encoding, transfers
 from engines.drawing.batching import rows_that_fit
 from engines.drawing.decoding import Decoding
 from engines.drawing.drawing import Drawing, Group, spread_previews
+from engines.drawing.encoding import Encoding, pixels_to_encode
 from engines.drawing.faults import engine_call
 from engines.drawing.info import ModelInfo, check_recipe, describe
-from engines.drawing.inpainting import begins_from_noise, marked, pixels_of
+from engines.drawing.inpainting import begins_from_noise, marked
 from engines.drawing.lanes import Lanes
 from engines.drawing.model import Model, load_interim, load_model, must_be_built
 from engines.drawing.noise import (
@@ -118,10 +119,10 @@ class Runner:
         """``cpu`` or ``cuda``, of the model that draws now."""
         return self._model.device
 
-    def rows_that_fit(self, alike: Group | Decoding) -> int:
+    def rows_that_fit(self, alike: Group | Encoding | Decoding) -> int:
         """The most rows of such latents that one call of the VAE may have."""
         fitting = self._pictures_that_fit(*alike.latents[-2:])
-        if isinstance(alike, Group) or alike.num_frames == 1:
+        if not isinstance(alike, Decoding) or alike.num_frames == 1:
             return fitting
         return max(1, min(fitting, self.info.max_decode_batch) // alike.num_frames)
 
@@ -167,6 +168,7 @@ class Runner:
             },
             conditioning=dict(conditions.tensors),
             preview_steps=spread_previews(recipe.num_previews, schedule.num_steps),
+            encoder=recipe.decoder if recipe.decoder in facts.encoders else "full",
             preview_decoder=facts.decoders[-1],
             grid=grid_of(
                 rows,
@@ -224,14 +226,14 @@ class Runner:
 
     @engine_call("vae_encoder")
     def encode_image(self, drawings: Sequence[Drawing]) -> None:
-        """Input images of one size to noised latents at each row's first timestep."""
+        """Input images of rows of one `Encoding` to noised latents at each row's first timestep."""
         facts = self._model.facts
         scale = facts.vae_scale_factor
         if facts.takes_mask:
             self._encode_with_masks(drawings, scale)
             return
         with self._succession.calling():
-            encoded = self._encode(_pixels(drawings))
+            encoded = self._encode(drawings)
         for drawing, image in zip(drawings, encoded, strict=True):
             begin_from_image(drawing, image, scale)
 
@@ -239,15 +241,16 @@ class Runner:
         kept = torch.from_numpy(np.stack([~marked(each.recipe) for each in drawings])).float()
         whole = [each for each in drawings if not begins_from_noise(each.recipe)]
         with self._succession.calling():
-            masked = self._encode(_pixels(drawings), kept=kept)
+            masked = self._encode(drawings, kept=kept)
             ones = torch.ones_like(kept[: len(whole)])
-            images = self._encode(_pixels(whole), kept=ones) if whole else []
+            images = self._encode(whole, kept=ones) if whole else []
         encoded = dict(zip(map(id, whole), images, strict=True))
         for drawing, left in zip(drawings, masked, strict=True):
             begin_with_mask(drawing, encoded.get(id(drawing)), left, scale)
 
-    def _encode(self, pixels: Tensor, **more: Tensor) -> list[Moments]:
-        moments = self._run("vae_encoder", pixels=pixels, **more)  # mean, std [B, C, h, w]
+    def _encode(self, drawings: Sequence[Drawing], **more: Tensor) -> list[Moments]:
+        part = encoding.PARTS[drawings[0].encoding.encoder]
+        moments = self._run(part, pixels=pixels_to_encode(drawings), **more)  # [B, C, h, w]
         means = moments["mean"].unbind(0)
         stds = moments["std"].unbind(0) if "std" in moments else (None,) * len(means)
         return [Moments(mean, std) for mean, std in zip(means, stds, strict=True)]
@@ -382,11 +385,6 @@ def _coefficients(schedule: Schedule, recipe: Recipe, facts: Facts) -> np.ndarra
             "fourstep build MODEL --out DIR makes another",
         )
     return known
-
-
-def _pixels(drawings: Sequence[Drawing]) -> Tensor:
-    """uint8 ``[B, H, W, 3]``"""
-    return torch.from_numpy(np.stack([pixels_of(drawing.recipe) for drawing in drawings]))
 
 
 def _shapes(tensors: Mapping[str, Lanewise]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -54,7 +54,10 @@ def _decodable(runner: Runner, count: int, loras: Mapping[str, float], name: str
         return [dataclasses.replace(row, step_index=row.num_steps) for row in rows]  # noise will do
     rows = _rows(runner, count, loras, name, picture=True)
     runner.encode_text(rows)
-    runner.encode_image(rows)
+    for encoder in sorted(runner.info.encoders, key=lambda each: each == rows[0].encoder):
+        for row in rows:
+            row.encoder = encoder
+        runner.encode_image(rows)
     runner.denoise(rows)
     return rows
 

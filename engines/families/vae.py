@@ -105,10 +105,21 @@ def example_latents(known: Facts) -> Tensor:
 
 
 def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
-    """The parts ``vae_decoder``, ``vae_encoder`` but for models that draw clips, from text alone,
-    and ``tiny_vae_decoder`` where the pipeline has a ``tiny_vae`` beside its own.
+    """The parts ``vae_decoder`` and, but for models that draw clips, from text alone,
+    ``vae_encoder``; ``tiny_vae_decoder`` and ``tiny_vae_encoder`` likewise where the pipeline has a
+    ``tiny_vae`` beside its own.
     """
-    vae, scale = pipeline.vae, known.vae_scale_factor
+    vaes = {"": pipeline.vae}
+    if TINY_VAE in known.components:
+        vaes["tiny_"] = pipeline.tiny_vae
+    parts = [_decoder_part(f"{name}vae_decoder", vae, known) for name, vae in vaes.items()]
+    if not known.draws_clips:
+        parts += [_encoder_part(f"{name}vae_encoder", vae, known) for name, vae in vaes.items()]
+    return parts
+
+
+def _encoder_part(name: str, vae: Any, known: Facts) -> Part:
+    scale = known.vae_scale_factor
     rows, columns = (scale * side for side in example_latents(known).shape[2:])
     sides = (BATCH, ("rows", scale), ("columns", scale))
     example = {"pixels": torch.zeros(2, rows, columns, 3, dtype=torch.uint8)}
@@ -118,12 +129,7 @@ def vae_parts(pipeline: Any, known: Facts) -> list[Part]:
     tiny = type(vae).__name__ == TINY
     encoder = TinyVaeEncoder(vae) if tiny else VaeEncoder(vae)
     outputs = ("mean",) if tiny else ("mean", "std")
-    parts = [_decoder_part("vae_decoder", vae, known)]
-    if not known.draws_clips:
-        parts.append(Part("vae_encoder", encoder, example, dynamic, outputs))
-    if TINY_VAE in known.components:
-        parts.append(_decoder_part("tiny_vae_decoder", pipeline.tiny_vae, known))
-    return parts
+    return Part(name, encoder, example, dynamic, outputs)
 
 
 def _decoder_part(name: str, vae: Any, known: Facts) -> Part:

@@ -198,7 +198,9 @@ def openvino(task: Task, clock: Clock) -> Draw:
     side = task.size_px // facts.vae_scale_factor
     sizes = {"batch": 1, "rows": side, "columns": side}
     parts = [
-        p for p in family_named(facts.family).parts(pipeline, facts) if p.name != "vae_encoder"
+        part
+        for part in family_named(facts.family).parts(pipeline, facts)
+        if not part.name.endswith("vae_encoder")
     ]
     engines = {part.name: OpenVinoEngine(part, task, sizes) for part in parts}
     model = Model(

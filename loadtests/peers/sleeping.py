@@ -26,7 +26,9 @@ COSTS = {
     "vae_decoder": GPU_SHAPED.decode,
     "tiny_vae_decoder": GPU_SHAPED.tiny_decode,
     "vae_encoder": GPU_SHAPED.encode,
+    "tiny_vae_encoder": GPU_SHAPED.tiny_encode,
 }
+INPUTS = {"denoiser": "sample", "vae_encoder": "pixels", "tiny_vae_encoder": "pixels"}
 
 
 class SleepingEngine:
@@ -38,13 +40,14 @@ class SleepingEngine:
         self._part = part
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        sample = inputs[{"denoiser": "sample", "vae_encoder": "pixels"}.get(self._part, "latents")]
-        if self._part == "vae_encoder":  # [B, H, W, 3]
+        encodes = self._part.endswith("vae_encoder")
+        sample = inputs[INPUTS.get(self._part, "latents")]
+        if encodes:  # [B, H, W, 3]
             sample = torch.zeros(len(sample), 4, *(side // 8 for side in sample.shape[1:3]))
         rows, _, *frames, height, width = sample.shape
         time.sleep(self._fixed_s + self._per_row_s * rows * math.prod(frames))
-        if self._part == "vae_encoder":
-            return {"mean": sample, "std": sample}
+        if encodes:
+            return {"mean": sample, **({"std": sample} if self._part == "vae_encoder" else {})}
         if self._part == "denoiser":
             return {"next_sample": sample, "denoised": sample}
         pixels = torch.zeros(rows, 8 * height, 8 * width, 3, dtype=torch.uint8)

@@ -121,6 +121,10 @@ class Row:
         return self.drawing.group
 
     @property
+    def encoding(self) -> Hashable:
+        return self.drawing.encoding
+
+    @property
     def decoding(self) -> Hashable:
         return self.drawing.decoding
 

@@ -44,6 +44,8 @@ class Schedulable(Protocol):
     @property
     def group(self) -> Hashable: ...
     @property
+    def encoding(self) -> Hashable: ...
+    @property
     def decoding(self) -> Hashable: ...
     @property
     def num_lanes(self) -> int: ...
@@ -91,7 +93,7 @@ class Work(Generic[R]):
 
     kind: WorkKind
     rows: tuple[R, ...]
-    alike: Any = None  # what they have in common: a group, or of a decode how they are decoded
+    alike: Any = None  # what they have in common: a group, an encoding or a decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class Limits:
             )
 
     def decode_rows(self, alike: Any) -> int:
-        """The most rows of a group, or of a decoding, that share a call of the VAE."""
+        """The most rows of an encoding, or of a decoding, that share a call of the VAE."""
         fitting = self.rows_that_fit(alike) if self.rows_that_fit else self.max_decode_batch
         return min(self.max_decode_batch, fitting)
 
@@ -310,12 +312,13 @@ class Scheduler(Generic[R]):
         for stage in (Stage.ENCODE_TEXT, Stage.ENCODE_IMAGE):
             rows = _urgent_first(row for row in ready if row.stage is stage)
             if rows:
-                group = None
+                alike = None
                 if stage is Stage.ENCODE_IMAGE:
-                    group = rows[0].group
-                    rows = _same_group(rows)[: self.limits.decode_rows(group)]
+                    alike = rows[0].encoding
+                    rows = [row for row in rows if row.encoding == alike]
+                    rows = rows[: self.limits.decode_rows(alike)]
                 chosen = tuple(rows[: self.limits.max_decode_batch])
-                return Work(KIND_OF_STAGE[stage], chosen, group)
+                return Work(KIND_OF_STAGE[stage], chosen, alike)
         return None
 
     def _decode_or_denoise(self, ready: Sequence[R]) -> Work[R] | None:

@@ -18,6 +18,7 @@ INTERVAL_S = 0.5  # how old another replica's part of a node's metrics may be
 KIND_OF_PART = {
     "text_encoder": WorkKind.ENCODE_TEXT,
     "vae_encoder": WorkKind.ENCODE_IMAGE,
+    "tiny_vae_encoder": WorkKind.ENCODE_IMAGE,
     "denoiser": WorkKind.DENOISE,
     "vae_decoder": WorkKind.DECODE,
     "tiny_vae_decoder": WorkKind.DECODE,

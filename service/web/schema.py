@@ -146,8 +146,9 @@ class DrawParams(Input):
     )
     decoder: DecoderName | None = Field(
         None,
-        description="What makes pixels of latents: the model's own VAE or a tiny one, sooner and "
-        "less exactly, where GET /v1/models lists it under `decoders`.",
+        description="What makes pixels of latents, and latents of an image that is given: the "
+        "model's own VAE or a tiny one, sooner and less exactly, where GET /v1/models lists it "
+        "under `decoders`.",
     )
     loras: list[LoraChoice] | None = Field(
         None, max_length=8, description="LoRAs to draw with; default: those the service names."

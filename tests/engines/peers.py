@@ -107,12 +107,17 @@ class Peer:
         *,
         loras: Mapping[str, Path] | None = None,
         encode: Callable[[Any, Recipe], dict[str, Any]] | None = None,
+        vae: Any = None,
     ) -> None:
-        """``encode``: a pipeline and a recipe to arguments that stand in for its prompts."""
+        """``encode``: a pipeline and a recipe to arguments that stand in for its prompts; ``vae``
+        in place of the checkpoint's own.
+        """
         self._encode = encode
         own = json.loads((folder / "model_index.json").read_text())["_class_name"]
         self._text_class, self._image_class, self._mask_class = PIPELINES[own]
         self._pipeline = self._text_class.from_pretrained(folder, use_safetensors=True)
+        if vae is not None:
+            self._pipeline.register_modules(vae=vae)
         self._folder, self._loras = folder, dict(loras or {})
         for name, path in self._loras.items():
             self._pipeline.load_lora_weights(path, adapter_name=name)

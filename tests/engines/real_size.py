@@ -9,11 +9,12 @@ from engines.build.source import ARCHITECTURES
 from tests.engines.checkpoints import SCHEDULE, make_t5_tokenizer, make_tokenizer
 
 # Of the published denoisers, to 0.1 %: LCM Dreamshaper v7 with its guidance embedding, SDXL base
-# 1.0, PixArt-XL-2-1024-MS; of Stable Diffusion 1.5 and AnimateLCM's motion modules (1.67 GB of
-# floats) the sum of both.
+# 1.0, PixArt-XL-2-1024-MS and its T5; of Stable Diffusion 1.5 and AnimateLCM's motion modules
+# (1.67 GB of floats) the sum of both.
 SD15_LCM_PARAMETERS = 859_600_000
 SDXL_PARAMETERS = 2_567_000_000
 PIXART_PARAMETERS = 611_300_000
+T5_XXL_PARAMETERS = 4_762_000_000  # of the encoder
 ANIMATELCM_PARAMETERS = 859_500_000 + 417_100_000
 
 
@@ -91,9 +92,7 @@ def make_sdxl(folder: Path) -> None:
 
 
 def make_pixart(folder: Path) -> None:
-    """Write a random checkpoint with the configs of PixArt-LCM-XL-2-1024-MS, but for its T5-XXL: of
-    that one layer of 24, for its 4.8 billion parameters fit no small machine.
-    """
+    """Write a random checkpoint with the configs of PixArt-LCM-XL-2-1024-MS and its T5-XXL."""
     import torch
     from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
     from transformers import T5Config, T5EncoderModel
@@ -102,15 +101,16 @@ def make_pixart(folder: Path) -> None:
     torch.set_default_dtype(torch.float16)
     text = T5EncoderModel(
         T5Config(
-            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=1, num_heads=64,
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
             feed_forward_proj="gated-gelu", tie_word_embeddings=False,
         )
     )  # fmt: skip
     transformer = PixArtTransformer2DModel(
         sample_size=128, cross_attention_dim=1152, caption_channels=4096
     )
-    count = sum(weight.numel() for weight in transformer.parameters())
-    assert abs(count - PIXART_PARAMETERS) < 1e-3 * PIXART_PARAMETERS, count
+    for network, published in ((transformer, PIXART_PARAMETERS), (text, T5_XXL_PARAMETERS)):
+        count = sum(weight.numel() for weight in network.parameters())
+        assert abs(count - published) < 1e-3 * published, count
     base = ARCHITECTURES / "stable-diffusion-v1-5"  # its VAE is Stable Diffusion's
     PixArtAlphaPipeline(
         tokenizer=make_t5_tokenizer(), text_encoder=text, transformer=transformer,

@@ -66,7 +66,8 @@ def bundle(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_bundle(Blueprint(checkpoints / "tiny-lcm"), folder, lambda *_: None)
     manifest = json.loads((folder / MANIFEST).read_text())
     facts: dict[str, Any] = manifest["facts"]
-    del facts["num_coefficients"], facts["gives_image"], facts["max_chunks"]
+    for name in ("num_coefficients", "gives_image", "tiny_encodes", "max_chunks"):
+        del facts[name]
     (window,) = facts.pop("windows")
     facts |= {name: window[name] for name in ("max_tokens", "pad_token_id", "eos_token_id")}
     (folder / MANIFEST).write_text(json.dumps(manifest))

@@ -1,12 +1,14 @@
-"""A tiny VAE beside the model's own: chosen by the row, equal to diffusers', in shared batches."""
+"""A tiny VAE beside the model's own: chosen by the row, both ways, equal to diffusers', in shared
+batches.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from engines.backends.engine import Engine
-from engines.build.bundle import Blueprint, build_bundle
+from engines.build.bundle import MANIFEST, Blueprint, build_bundle
 from engines.build.checkpoint import load_pipeline
 from engines.build.source import Overrides, find
 from engines.cli import app
@@ -31,6 +33,7 @@ from engines.order import Order
 from tests.engines.checkpoints import make_tiny_vae
 from tests.engines.conftest import BACKENDS
 from tests.engines.drawing.test_agreement import _image
+from tests.engines.drawing.test_inpainting import masked
 from tests.engines.peers import MIN_PSNR_DB, Peer, assert_agree, draw_together, psnr_db, recipe
 
 Calls = list[tuple[str, int]]  # the part and the rows of each
@@ -39,7 +42,12 @@ MIXED = [
     recipe(decoder="tiny", num_steps=3),
     recipe(decoder="full", num_steps=3, seed=4, sampler="ddim", guidance_scale=3.0),
     recipe(decoder="tiny", num_steps=3, seed=5, image=_image(1), strength=1.0),
-    recipe(decoder="full", num_steps=3, seed=6),
+    recipe(decoder="full", num_steps=3, seed=6, image=_image(2), strength=1.0),
+]
+PICTURED = [  # by the tiny one: from an image, and what a mask marks of one
+    recipe(decoder="tiny", num_steps=4, seed=7, image=_image(3), strength=0.5),
+    masked(4, 3.0, 0.8, decoder="tiny"),
+    masked(3, 1.0, 1.0, decoder="tiny", sampler="ddim", eta=0.4),
 ]
 
 
@@ -78,8 +86,12 @@ def drawing(
 
 
 @pytest.fixture(scope="module")
-def peer(checkpoints: Path) -> Peer:
-    return Peer(checkpoints / "tiny-sd")
+def peers(checkpoints: Path, tiny_vae: Path) -> dict[str, Peer]:
+    """By decoder."""
+    folder = checkpoints / "tiny-sd"
+    return {
+        "full": Peer(folder), "tiny": Peer(folder, vae=AutoencoderTiny.from_pretrained(tiny_vae)),
+    }  # fmt: skip
 
 
 def tiny_pixels(tiny_vae: Path, latents: np.ndarray) -> np.ndarray:
@@ -90,28 +102,33 @@ def tiny_pixels(tiny_vae: Path, latents: np.ndarray) -> np.ndarray:
     return np.asarray(VaeImageProcessor().postprocess(decoded, output_type="pil")[0])
 
 
-def _theirs(peer: Peer, wanted: Any, tiny_vae: Path) -> Any:
-    found = peer.draw(dataclasses.replace(wanted, decoder="full"))
-    if wanted.decoder == "full":
-        return found
-    return dataclasses.replace(found, pixels=tiny_pixels(tiny_vae, found.latents))
-
-
 def test_rows_of_both_share_steps_and_agree(
-    drawing: tuple[Runner, Calls], peer: Peer, tiny_vae: Path
+    drawing: tuple[Runner, Calls], peers: dict[str, Peer]
 ) -> None:
     runner, calls = drawing
     calls.clear()
     together = draw_together(runner, MIXED)
     assert [rows for part, rows in calls if part == "denoiser"] == [5, 5, 5]  # one is guided
-    assert {part: rows for part, rows in calls if part.endswith("decoder")} == {
-        "vae_decoder": 2, "tiny_vae_decoder": 2,
+    assert {part: rows for part, rows in calls if "vae" in part} == {
+        "vae_encoder": 1, "tiny_vae_encoder": 1, "vae_decoder": 2, "tiny_vae_decoder": 2,
     }  # fmt: skip
     for wanted, ours in zip(MIXED, together, strict=True):
-        assert_agree(ours, _theirs(peer, wanted, tiny_vae), wanted)
+        assert_agree(ours, peers[wanted.decoder].draw(wanted), wanted)
         (alone,) = draw_together(runner, [wanted])
         assert psnr_db(alone.pixels, ours.pixels) >= MIN_PSNR_DB
-    assert psnr_db(together[0].pixels, _theirs(peer, MIXED[3], tiny_vae).pixels) < 30
+    assert psnr_db(together[0].pixels, peers["full"].draw(MIXED[3]).pixels) < 30
+
+
+def test_it_encodes_what_it_decodes(drawing: tuple[Runner, Calls], peers: dict[str, Peer]) -> None:
+    """As diffusers' image-to-image and inpainting do with ``vae=AutoencoderTiny``."""
+    runner, calls = drawing
+    calls.clear()
+    together = draw_together(runner, PICTURED)
+    assert {part for part, _ in calls if part.endswith("vae_encoder")} == {"tiny_vae_encoder"}
+    for wanted, ours in zip(PICTURED, together, strict=True):
+        assert_agree(ours, peers["tiny"].draw(wanted), wanted)
+        full = peers["full"].draw(wanted).latents
+        assert np.abs(ours.latents - full).max() > 0.1, "the other encoder gives something else"
 
 
 def test_previews_are_by_the_tiny_one(drawing: tuple[Runner, Calls], tiny_vae: Path) -> None:
@@ -130,11 +147,11 @@ def test_previews_are_by_the_tiny_one(drawing: tuple[Runner, Calls], tiny_vae: P
     assert row.decoding.decoder == "full"
 
 
-def test_warming_up_decodes_by_both(drawing: tuple[Runner, Calls]) -> None:
+def test_warming_up_runs_both(drawing: tuple[Runner, Calls]) -> None:
     runner, calls = drawing
     calls.clear()
     runner.warm_up()
-    for part in ("vae_decoder", "tiny_vae_decoder"):
+    for part in ("vae_encoder", "tiny_vae_encoder", "vae_decoder", "tiny_vae_decoder"):
         assert [rows for name, rows in calls if name == part] == [2, 1]
 
 
@@ -193,6 +210,23 @@ def test_a_bundle_keeps_it_and_the_default(
     assert f"{'tiny_vae':<24}tiny-vae (" in CliRunner().invoke(
         app, ["inspect", str(bundle.folder)]
     ).output  # fmt: skip
+
+
+def test_in_a_bundle_of_before_it_decodes_alone(
+    checkpoints: Path, tiny_vae: Path, tmp_path: Path, peers: dict[str, Peer]
+) -> None:
+    blueprint = Blueprint(checkpoints / "tiny-sd", overrides=Overrides({"tiny_vae": tiny_vae}))
+    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None)
+    manifest = json.loads((bundle.folder / MANIFEST).read_text())
+    del manifest["facts"]["tiny_encodes"], manifest["files"]["tiny_vae_encoder.onnx"]
+    (bundle.folder / MANIFEST).write_text(json.dumps(manifest))
+    bundle.part("tiny_vae_encoder").unlink()
+    runner = Runner.open(Order(str(bundle.folder), num_threads=1))
+    assert (runner.info.encoders, runner.info.decoders) == (("full",), ("full", "tiny"))
+    (ours,) = draw_together(runner, PICTURED[:1])
+    theirs = peers["full"].draw(PICTURED[0])
+    assert_agree(ours, dataclasses.replace(theirs, pixels=tiny_pixels(tiny_vae, theirs.latents)))
+    runner.close()
 
 
 def test_the_demo_models_bring_theirs() -> None:

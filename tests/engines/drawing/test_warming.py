@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engines.backends.engine import Engine, Variant
-from engines.drawing.model import PARTS, Model, load_model
+from engines.drawing.model import Model, load_model
 from engines.drawing.runner import Runner
 from engines.errors import EngineError
 from engines.order import Order
@@ -46,7 +46,7 @@ def counted(
     """A model, and by part the rows of each call so far."""
     sizes: dict[str, list[int]] = defaultdict(list)
     model = load_model(Order(str(checkpoints / request.param), "torch"), lambda *_: None)
-    engines = {name: _Counted(model.engines[name], sizes[name]) for name in PARTS}
+    engines = {name: _Counted(engine, sizes[name]) for name, engine in model.engines.items()}
     return dataclasses.replace(model, engines=engines), sizes
 
 

@@ -43,6 +43,10 @@ class FakeRow:
         return (self.size, self.size, self.num_frames)
 
     @property
+    def encoding(self) -> tuple[int, str]:
+        return (self.size, self.decoder)
+
+    @property
     def decoding(self) -> tuple[int, str]:
         return (self.size, self.decoder)
 
@@ -111,7 +115,9 @@ def check_work(work: Work[FakeRow], scheduler: Scheduler[FakeRow]) -> None:
     assert len(set(map(id, work.rows))) == len(work.rows)
     if work.kind is WorkKind.DECODE:
         assert {row.decoding for row in work.rows} == {work.alike}
-    elif work.kind is not WorkKind.ENCODE_TEXT:
+    elif work.kind is WorkKind.ENCODE_IMAGE:
+        assert {row.encoding for row in work.rows} == {work.alike}
+    elif work.kind is WorkKind.DENOISE:
         assert {row.group for row in work.rows} == {work.alike}
     if work.kind is WorkKind.DENOISE:
         assert sum(row.num_lanes for row in work.rows) <= scheduler.limits.max_batch
