@@ -144,8 +144,11 @@ class EngineFailure(ServiceError):
     default_code = "engine_failure"
 
 
+OUT_OF_MEMORY = "out_of_memory"  # code of a `NotReady` that says nothing of other requests
+
+
 class NotReady(ServiceError):
-    """The replica is starting, draining or its engine is gone."""
+    """The replica is starting, draining or its engine is gone, or has no memory for this."""
 
     status = 503
     default_code = "not_ready"

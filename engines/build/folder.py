@@ -43,9 +43,9 @@ def variant_of(folder: Path, components: Iterable[Path]) -> str | None:
     """
     alone = []
     for component in components:
-        found = set(weights_in(component).values())
+        found = list(weights_in(component).values())
         if found and None not in found:
-            alone.append(found)
+            alone.append({variant for variant in found if variant})
     if not alone:
         return None
     shared = set.intersection(*alone)

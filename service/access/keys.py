@@ -102,6 +102,11 @@ class KeyRing:
                 found = owner
         return found
 
+    def owner_by(self, digest: str) -> Tenant | None:
+        """Whose key has this digest now, which was read of this file before."""
+        self._refresh()
+        return self._owners.get(digest)
+
     def owners(self, name: str) -> list[tuple[str, Tenant]]:
         """The digests of a name's keys, and what each may have."""
         self._refresh()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from service.batching.request import Request
+from service.batching.request import Kind, Request
 from service.errors import Overloaded
 
 PUNCTUAL = 0.9  # of the time left; the answer still has to be encoded and sent
@@ -15,8 +15,8 @@ COST_WEIGHT = 0.1  # of the newest row in the average cost: the last twenty coun
 
 
 class Backlog:
-    """The images accepted and not finished, by tenant and priority; a clip is as many of them as it
-    has frames, and goes after pictures (`service.batching.turns`).
+    """The images accepted and not finished, by their kind; a clip is as many of them as it has
+    frames.
 
     ``max_rows`` bounds them. A tenant with a name may hold no more of them than it leaves to
     others, so that a newcomer always finds room.
@@ -24,26 +24,24 @@ class Backlog:
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._num_rows: Counter[tuple[str, int, bool]] = Counter()  # the last: of clips
+        self._num_rows: Counter[Kind] = Counter()
         self._s_per_row = 0.0  # engine seconds that a row costs, measured
         self._unattributed_s = 0.0  # engine seconds since the last row was finished
 
     def add(self, request: Request) -> None:
-        self._num_rows[_kind_of(request)] += request.num_images
+        self._num_rows[request.kind] += request.num_images
 
     def remove(self, request: Request) -> None:
-        self._num_rows[_kind_of(request)] -= request.num_images
+        self._num_rows[request.kind] -= request.num_images
         self._num_rows += Counter()  # forgets those that have none left
 
-    def check(
-        self, num_new: int, tenant: str, priority: int, left_s: float, *, clip: bool = False
-    ) -> None:
+    def check(self, num_new: int, kind: Kind, left_s: float) -> None:
         """Raises `Overloaded` when there are too many rows, or too many for so many more to be
         finished in ``left_s``.
         """
         total = self._num_rows.total()
-        held = self._held_by(tenant) if tenant else 0
-        num_ahead = self._num_ahead_of(num_new, tenant, priority, clip)
+        held = self._held_by(kind.tenant) if kind.tenant else 0
+        num_ahead = self._num_ahead_of(num_new, kind)
         if total + held + num_new > self._max_rows:
             whose = f", {held} of them of this API key" if held else ""
             raise Overloaded(
@@ -60,19 +58,17 @@ class Backlog:
             )
 
     def _held_by(self, tenant: str) -> int:
-        return sum(count for (name, *_), count in self._num_rows.items() if name == tenant)
+        return sum(count for kind, count in self._num_rows.items() if kind.tenant == tenant)
 
-    def _num_ahead_of(self, num_new: int, tenant: str, priority: int, clip: bool) -> int:
+    def _num_ahead_of(self, num_new: int, new: Kind) -> int:
         """Rows as urgent or more so: all of its own tenant's, and of each other's as many again.
-        Before a picture no clips of its priority.
 
         Tenants take turns, so another's further rows come after this request's.
         """
         ahead: Counter[str] = Counter()
-        for (whose, urgency, are_clips), num_rows in self._num_rows.items():
-            behind = urgency < priority or (urgency == priority and are_clips and not clip)
-            ahead[whose] += 0 if behind else num_rows
-        own = ahead.pop(tenant, 0)
+        for kind, num_rows in self._num_rows.items():
+            ahead[kind.tenant] += 0 if kind.is_behind(new) else num_rows
+        own = ahead.pop(new.tenant, 0)
         return own + sum(min(count, own + num_new) for count in ahead.values())
 
     # -- what the engine threads measure -----------------------------------------------------
@@ -89,7 +85,3 @@ class Backlog:
             self._s_per_row += weight * (share_s - self._s_per_row)
         if num_rows:
             self._unattributed_s = 0.0
-
-
-def _kind_of(request: Request) -> tuple[str, int, bool]:
-    return request.tenant, request.priority, request.is_clip

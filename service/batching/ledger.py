@@ -14,6 +14,7 @@ from service.batching.pace import Pace
 from service.batching.request import (
     Event,
     Finished,
+    Kind,
     Preview,
     Request,
     Resolved,
@@ -67,13 +68,11 @@ class Ledger:
         self._num_calls = 0  # that came back
         self._last_call_ended_at = 0.0
 
-    def check(
-        self, num_images: int, tenant: str, priority: int, left_s: float, *, clip: bool = False
-    ) -> None:
+    def check(self, num_images: int, kind: Kind, left_s: float) -> None:
         """Raise `Overloaded` where a request of so many images, or a clip of so many frames, has no
         room, or no time.
         """
-        self._backlog.check(num_images, tenant, priority, left_s, clip=clip)
+        self._backlog.check(num_images, kind, left_s)
 
     def accept(self, request: Request) -> None:
         self._backlog.add(request)

@@ -23,9 +23,9 @@ from engines.drawing.drawing import Drawing
 from engines.errors import DeviceLost, OutOfMemory
 from service.batching.ledger import Ledger, Observer, requests_of
 from service.batching.outbox import Outbox
-from service.batching.request import Request, Row, Status
+from service.batching.request import Kind, Request, Row, Status
 from service.batching.scheduler import Limits, Work, WorkKind
-from service.errors import EngineFailure, NotReady, ServiceError
+from service.errors import OUT_OF_MEMORY, EngineFailure, NotReady, ServiceError
 
 logger = logging.getLogger("fourstep.loop")
 
@@ -111,21 +111,17 @@ class EngineLoop:
 
     # -- called by handlers, from any thread ------------------------------------------------
 
-    def check(
-        self, num_images: int, tenant: str, priority: int, timeout_s: float, *, clip: bool = False
-    ) -> None:
-        """Raise what `submit` would now, before the rows of a request are made; of a ``clip`` its
+    def check(self, num_images: int, kind: Kind, timeout_s: float) -> None:
+        """Raise what `submit` would now, before the rows of a request are made; of a clip its
         frames are its images.
         """
         with self._wakeup:
-            self._check(num_images, tenant, priority, timeout_s, clip)
+            self._check(num_images, kind, timeout_s)
 
-    def _check(
-        self, num_images: int, tenant: str, priority: int, left_s: float, clip: bool
-    ) -> None:
+    def _check(self, num_images: int, kind: Kind, left_s: float) -> None:
         if not self.healthy:
             raise NotReady("this replica does not accept work now; try again", retry_after_s=1)
-        self._ledger.check(num_images, tenant, priority, left_s, clip=clip)
+        self._ledger.check(num_images, kind, left_s)
 
     def submit(self, request: Request) -> None:
         """Accept a request. From here on it gets exactly one `Resolved` event.
@@ -135,9 +131,7 @@ class EngineLoop:
             Overloaded: there is no room, or no time before its deadline; nothing was accepted.
         """
         with self._wakeup:
-            left_s = request.deadline - self.clock()
-            num_images, clip = request.num_images, request.is_clip
-            self._check(num_images, request.tenant, request.priority, left_s, clip)
+            self._check(request.num_images, request.kind, request.deadline - self.clock())
             self._ledger.accept(request)
             self._wake()
 
@@ -248,7 +242,7 @@ def _no_memory(error: OutOfMemory) -> NotReady:
     return NotReady(
         f"the engine has no memory for this ({error}); ask for a smaller size or fewer images, or "
         "try again when less is drawn",
-        code="out_of_memory",
+        code=OUT_OF_MEMORY,
         retry_after_s=1,
     )
 

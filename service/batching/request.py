@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,23 @@ class Status(enum.IntEnum):
     @property
     def finished(self) -> bool:
         return self >= Status.COMPLETED
+
+
+class Kind(NamedTuple):
+    """What decides who goes before whom (`service.batching.turns`), of a request."""
+
+    tenant: str
+    priority: int
+    is_clip: bool = False
+    is_live: bool = False
+
+    def is_behind(self, other: Kind) -> bool:
+        """Whether it gives way to the other: clips do to pictures, live frames to both."""
+        return self._rank < other._rank
+
+    @property
+    def _rank(self) -> tuple[int, bool, bool]:
+        return self.priority, not self.is_live, not self.is_clip
 
 
 @dataclass(slots=True)
@@ -200,5 +217,6 @@ class Request:
         return sum(row.num_frames for row in self.rows)
 
     @property
-    def is_clip(self) -> bool:
-        return any(row.num_frames > 1 for row in self.rows)
+    def kind(self) -> Kind:
+        is_clip = any(row.num_frames > 1 for row in self.rows)
+        return Kind(self.tenant, self.priority, is_clip, self.live)

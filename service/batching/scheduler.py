@@ -302,7 +302,7 @@ class Scheduler(Generic[R]):
 
     def _next_to_run(self) -> R | None:
         """The first to come of the tenant with the fewest rows running, of the highest priority;
-        no clip where clips have their half of the lanes.
+        no clip where clips have their half of the lanes, no live frame where those have.
         """
         waiting = admissible(self.waiting, self.running, self.limits.max_running)
         running = Counter(row.tenant for row in self.running)

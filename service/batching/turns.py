@@ -48,6 +48,10 @@ def is_clip(row: Schedulable) -> bool:
     return row.num_frames > 1
 
 
+def is_live(row: Schedulable) -> bool:
+    return row.live
+
+
 class Turns:
     """Kept by the scheduler; counts its calls."""
 
@@ -85,7 +89,10 @@ class Turns:
 
 
 def admissible(waiting: Sequence[R], running: Sequence[R], max_running: int) -> Sequence[R]:
-    """Without clips where they have half of the lanes in flight: pictures find room."""
-    if sum(row.num_lanes for row in running if is_clip(row)) < max_running // 2:
-        return waiting
-    return [row for row in waiting if not is_clip(row)]
+    """Without clips where they have half of the lanes in flight, and without live frames where they
+    have: what goes before them finds room.
+    """
+    for gives_way in (is_clip, is_live):
+        if sum(row.num_lanes for row in running if gives_way(row)) >= max_running // 2:
+            waiting = [row for row in waiting if not gives_way(row)]
+    return waiting

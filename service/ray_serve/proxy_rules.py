@@ -15,7 +15,7 @@ BODY_TIMEOUT_S = 30  # a body up to the first MiB: 280 kbit/s
 # A client that neither sends what it has begun nor takes what it is sent. Waiting for an answer, a
 # stream's next event included, is not idle.
 IDLE_TIMEOUT_S = 30
-TUNNEL_TIMEOUT_S = 3600  # WebSockets
+TUNNEL_TIMEOUT_S = 120  # WebSockets: the service pings every 20 s, and a client answers
 MAX_HEAD_BYTES = 32 * 1024  # line and headers; browsers and proxies stay within 16 KiB
 MAX_URL_BYTES = 4096
 RESERVED_CONNECTIONS = 64  # of all: for probes, scrapes and Ray's own
@@ -26,6 +26,9 @@ RAYS_OWN = (
     "serve[-_]multiplexed[-_]model[-_]id",
     "x[-_]session[-_]id",
 )
+# WebSockets are not compressed: pictures are by themselves, and what unpacks to megabytes would do
+# so before the service has seen its size.
+COMPRESSION = "sec[-_]websocket[-_]extensions"
 PROBES = ("/healthz", "/readyz", "/metrics")
 
 SECURITY = {name.decode(): value.decode() for name, value in ALWAYS.items()} | {
@@ -165,5 +168,5 @@ _REQUESTS = f"""\
 {_ANSWERS}
     http-request return {_LONG_URL} if {{ url -m len gt {MAX_URL_BYTES} }}
     http-request return {_LARGE_HEAD} if {{ req.hdrs -m len gt {MAX_HEAD_BYTES} }}
-    http-request del-header ^({"|".join(RAYS_OWN)})$ -m reg
+    http-request del-header ^({"|".join((*RAYS_OWN, COMPRESSION))})$ -m reg
     http-request wait-for-body time {BODY_TIMEOUT_S}s"""

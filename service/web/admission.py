@@ -94,7 +94,7 @@ def admit(
         or len(timesteps or ())
         or steps_of_quality(params.quality, info.default_num_steps, settings.max_steps)
     )
-    _at_most("num_inference_steps", num_steps, settings.max_steps)
+    at_most("num_inference_steps", num_steps, settings.max_steps)
     guidance = params.guidance_scale
     guidance = info.default_guidance_scale if guidance is None else guidance
     sampler = params.sampler or info.default_sampler
@@ -178,16 +178,16 @@ def _loras(params: DrawParams, settings: Settings) -> Mapping[str, float]:
 _API_NAMES = {"num_steps": "num_inference_steps", "width_px": "size", "height_px": "size"}
 
 
-def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
+def at_most(name: str, value: int, limit: int, unit: str = "") -> None:
     if value > limit:
         raise BadRequest(f"{name} is {value}{unit}; at most {limit}{unit} are accepted", param=name)
 
 
 def check_limits(params: DrawParams, settings: Settings) -> None:
     """Raise `BadRequest` for what needs no model to be seen wrong; before `admit`."""
-    _at_most("timesteps", len(params.timesteps or ()), settings.max_steps, " numbers")
+    at_most("timesteps", len(params.timesteps or ()), settings.max_steps, " numbers")
     for name in ("prompt", "negative_prompt"):
-        _at_most(name, len(getattr(params, name) or ""), settings.max_prompt_chars, " characters")
+        at_most(name, len(getattr(params, name) or ""), settings.max_prompt_chars, " characters")
     if not params.prompt.strip():
         raise BadRequest("prompt is blank; say what to draw", param="prompt")
     if isinstance(params, ImageParams):
@@ -195,7 +195,7 @@ def check_limits(params: DrawParams, settings: Settings) -> None:
 
 
 def _check_image_limits(params: ImageParams, settings: Settings) -> None:
-    _at_most("n", params.n, settings.max_images)
+    at_most("n", params.n, settings.max_images)
     if params.background == "transparent":
         raise BadRequest(
             "background is 'transparent'; this model draws opaque images, use 'opaque' or 'auto'",

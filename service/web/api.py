@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 from service.access.keys import IMAGE_FILES
+from service.batching.request import Kind
 from service.errors import NotFound
 from service.replica import Replica
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
@@ -121,7 +122,8 @@ def _check_room(replica: Replica, answers: Answers, request: Request, params: Im
     timeout_s = given_timeout_s(request, replica.settings.request_timeout_s)
     replica.quotas.check(tenant, params.n)
     if not answers.may_be_cached(params):
-        replica.loop.check(params.n, tenant.name, priority_of(params, tenant), timeout_s)
+        kind = Kind(tenant.name, priority_of(params, tenant))
+        replica.loop.check(params.n, kind, timeout_s)
     return replica.loop.clock() + timeout_s
 
 

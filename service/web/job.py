@@ -19,7 +19,7 @@ import numpy as np
 from service.access.quota import Tenant
 from service.access.safety import PolicyViolation
 from service.batching.request import Event, Finished, Preview, Request, Resolved, Row, StageRecord
-from service.errors import DeadlineExceeded, NotReady, ServiceError
+from service.errors import Cancelled, DeadlineExceeded, NotReady, ServiceError
 from service.replica import Replica
 from service.web.admission import Admitted
 from service.web.image_cache import CachedRows
@@ -122,7 +122,10 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         self._replica.loop.cancel(self.request)  # no effect once it is resolved
-        self._replica.quotas.give_back(self._tenant, self._admitted.num_images)
+        superseded = self.request.live and isinstance(error, Cancelled)  # by us: it costs nothing
+        quotas = self._replica.quotas
+        end = quotas.refund if superseded else quotas.give_back
+        end(self._tenant, self._admitted.num_images)
 
     async def items(self) -> AsyncIterator[EncodedImage]:
         """Previews and images, each as soon as it is encoded.

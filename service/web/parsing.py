@@ -159,7 +159,7 @@ async def parse_edit(request: Request, settings: Settings) -> tuple[EditParams, 
 
 
 def _edit_from_json(body: bytes, settings: Settings) -> tuple[EditBody, Uploads]:
-    _check_values(body)
+    check_values(body)
     params = from_json(body, EditBody, settings)
     sent = [] if params.image is None else [("image", params.image)]
     for index, reference in enumerate(params.images or ()):
@@ -187,12 +187,16 @@ def _referred(reference: ImageReference, name: str) -> list[tuple[str, str]]:
     return [] if reference.image_url is None else [(f"{name}.image_url", reference.image_url)]
 
 
-def _check_values(body: bytes) -> None:
-    """20 MB of base64 hold up the event loop for 50 ms, as many of ``[]`` for 2 s, with 1 GB."""
+def check_values(body: bytes) -> None:
+    """20 MB of base64 hold up the event loop for 50 ms, as many of ``[]`` for 2 s, with 1 GB.
+
+    Raises:
+        TooLarge: it may have more values than `MAX_JSON_VALUES`.
+    """
     num_values = 1 + sum(body.count(mark) for mark in (b",", b"[", b"{"))  # or more
     if num_values > MAX_JSON_VALUES:
         raise TooLarge(
-            f"the JSON body has about {num_values} values; at most {MAX_JSON_VALUES} are accepted, "
+            f"the JSON has about {num_values} values; at most {MAX_JSON_VALUES} are accepted, "
             "send the image in base64, as one string"
         )
 

@@ -14,7 +14,7 @@ import msgpack
 import orjson
 
 from service.errors import BadRequest
-from service.web.live.messages import Frame, bytes_of, unpack
+from service.web.live.messages import Frame, unpack
 
 OWNER = "fourstep/"  # an application's name has one, a model's here need not
 SIZES = {
@@ -28,6 +28,8 @@ HOW = ("sync_mode", "enable_safety_checks", "enable_safety_checker")  # of no me
 class Fal:
     """Of a client that opened ``/MODEL/realtime``."""
 
+    image, mask = "image_url", "mask_url"
+
     def __init__(self, model: str) -> None:
         self._model = model.removeprefix(OWNER)
 
@@ -40,8 +42,7 @@ class Fal:
             raise BadRequest(
                 "request_id must be a text of at most 64 characters", param="request_id"
             )
-        image = bytes_of("image_url", given.pop("image_url", None))
-        mask = bytes_of("mask_url", given.pop("mask_url", None))
+        image, mask = given.pop(self.image, None), given.pop(self.mask, None)
         for name in HOW:
             given.pop(name, None)
         if given.pop("num_images", 1) != 1:
@@ -78,7 +79,7 @@ def _picture(message: dict[str, Any]) -> bytes:
         "timings": {name: ms / 1e3 for name, ms in message["timings"].items()},  # seconds
         "seed": message["seed"],
         "num_inference_steps": message["steps"],
-        "has_nsfw_concepts": [message["filtered"]],
+        "has_nsfw_concepts": [False],  # what is withheld is an error
         "request_id": message["id"],
     }
     return msgpack.packb(answer)  # type: ignore[no-any-return]

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgpack
 import orjson
 from pydantic import BaseModel, Field, ValidationError
 
 from service.errors import BadRequest
-from service.web.parsing import bad_request
+from service.settings import Settings
+from service.web.admission import at_most
+from service.web.parsing import bad_request, check_values
 from service.web.schema import Input
 
+T = TypeVar("T")
+
 PROTOCOL = "fourstep.v1"
+# Of one message: no value that is of use has more. Four million empty lists, which compress to a
+# few kilobytes, would hold up the event loop for a second.
+MAX_LISTS, MAX_ITEMS = 64, 1024
 
 
 class LiveOptions(Input):
@@ -55,13 +62,16 @@ class Frame(BaseModel):
 
     type: Literal["frame"]
     id: Annotated[int | str, Field(union_mode="left_to_right")]
-    image: bytes | None = None
-    mask: bytes | None = None
+    image: Any = None  # as it was sent, see `bytes_of`
+    mask: Any = None
     values: dict[str, Any]
 
 
 class Wire(Protocol):
     """How one client and a session understand each other."""
+
+    image: str  # what the fields are called in which pictures come
+    mask: str
 
     def read(self, data: bytes | str) -> SessionUpdate | Frame:
         """One message of the client.
@@ -76,6 +86,8 @@ class Wire(Protocol):
 
 class Plain:
     """``fourstep.v1`` itself; answers have the form of the client's last message."""
+
+    image, mask = "image", "mask"
 
     def __init__(self) -> None:
         self._binary = True
@@ -97,8 +109,8 @@ class Plain:
                 "give each frame one",
                 param="id",
             )
-        pictures = {name: bytes_of(name, given.pop(name, None)) for name in ("image", "mask")}
-        return Frame(type="frame", id=number, values=given, **pictures)
+        image, mask = given.pop(self.image, None), given.pop(self.mask, None)
+        return Frame(type="frame", id=number, image=image, mask=mask, values=given)
 
     def write(self, message: dict[str, Any]) -> bytes | str:
         if self._binary:
@@ -121,8 +133,10 @@ def unpack(message: bytes | str) -> dict[str, Any]:
 def _unpack(message: bytes | str) -> Any:
     try:
         if isinstance(message, bytes):
-            return msgpack.unpackb(message, strict_map_key=False, ext_hook=_no_extension)
-        return orjson.loads(message)
+            return _from_msgpack(message)
+        text = message.encode()
+        check_values(text)
+        return orjson.loads(text)
     except ValueError as error:
         form = "MessagePack" if isinstance(message, bytes) else "JSON"
         raise BadRequest(f"the message is not {form}: {str(error)[:200]}") from None
@@ -130,13 +144,29 @@ def _unpack(message: bytes | str) -> Any:
         raise BadRequest("the message is nested too deeply") from None
 
 
+def _from_msgpack(message: bytes) -> Any:
+    num_lists = 0
+
+    def counted(value: T) -> T:
+        nonlocal num_lists
+        num_lists += 1
+        if num_lists > MAX_LISTS:
+            raise ValueError(f"it has more than {MAX_LISTS} lists and objects")
+        return value
+
+    return msgpack.unpackb(
+        message, ext_hook=_no_extension, list_hook=counted, object_hook=counted,
+        max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS,
+    )  # fmt: skip
+
+
 def _no_extension(code: int, data: bytes) -> None:
     raise ValueError(f"extension type {code} is of no use here")
 
 
-def bytes_of(name: str, value: Any) -> bytes | None:
+def bytes_of(name: str, value: Any) -> bytes:
     """A file that was sent as bytes, base64 or a ``data:`` URL."""
-    if value is None or isinstance(value, bytes):
+    if isinstance(value, bytes):
         return value
     try:
         text = value.partition(",")[2] if value.startswith("data:") else value
@@ -159,9 +189,11 @@ def split_options(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return options, {name: value for name, value in values.items() if name not in options}
 
 
-def options_of(values: dict[str, Any]) -> LiveOptions:
+def options_of(values: dict[str, Any], settings: Settings) -> LiveOptions:
     """Raises BadRequest for the first one that is wrong."""
     try:
-        return LiveOptions.model_validate(values)
+        options = LiveOptions.model_validate(values)
     except ValidationError as error:
         raise bad_request(error, LiveOptions) from error
+    at_most("prompt_b", len(options.prompt_b or ""), settings.max_prompt_chars, " characters")
+    return options

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter
-from urllib.parse import urlsplit
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request, WebSocket
 from pydantic import BaseModel, Field
 
-from service.access.keys import KeyRing, bearer_of, tenant_of
+from service.access.keys import KeyRing, bearer_of, digest_of, tenant_of
 from service.access.quota import Tenant
-from service.access.tokens import LIFE_S, make_token, owner_of_token
+from service.access.tokens import LIFE_S, digest_of_token, make_token
 from service.errors import ServiceError, Unauthorized
 from service.replica import Replica
 from service.settings import Settings
@@ -47,6 +48,8 @@ class LiveSessions:
     def refusal(self, tenant: Tenant) -> str | None:
         """Why there is no room for one more; None: there is."""
         limit, own = self._settings.max_live_sessions, self._settings.max_live_sessions_of_key
+        if not limit:
+            return "live drawing is off here (max_live_sessions is 0)"
         if len(self._open) >= limit:
             return f"{limit} live sessions are open here, which is all there may be; try again"
         by_tenant = Counter(session.tenant.name for session in self._open)
@@ -89,21 +92,17 @@ def add_live_routes(app: FastAPI, replica: Replica, intake: Intake, keys: KeyRin
     async def run(socket: WebSocket, wire: Wire) -> None:
         try:
             _check_origin(socket, replica.settings)
-            tenant = _tenant(socket, keys)
+            owner = _owner(socket, keys)
         except Unauthorized as error:
             await socket.close(REFUSED, _reason(error))
             return
         if sessions.draining or not replica.ready:
             await socket.close(RESTARTING, MOVED)
             return
-        if (refusal := sessions.refusal(tenant)) is not None:
+        session = LiveSession(socket, replica, intake, owner, wire)
+        if (refusal := sessions.refusal(session.tenant)) is not None:
             await socket.close(FULL, refusal)
             return
-
-        def is_known() -> bool:
-            return keys is None or bool(keys.owners(tenant.name))
-
-        session = LiveSession(socket, replica, intake, tenant, is_known, wire)
         sessions.add(session)
         replica.metrics.live_sessions(len(sessions))
         try:
@@ -131,7 +130,7 @@ def _check_origin(socket: WebSocket, settings: Settings) -> None:
         Unauthorized: it is of an origin that is neither this service's own nor a known one.
     """
     origin = socket.headers.get("origin")
-    own = urlsplit(origin or "").netloc == socket.headers.get("host")
+    own = origin is not None and origin.partition("://")[2] == socket.headers.get("host")
     if origin is None or own or {origin, "*"} & set(settings.cors_origins):
         return
     raise Unauthorized(
@@ -139,12 +138,22 @@ def _check_origin(socket: WebSocket, settings: Settings) -> None:
     )
 
 
-def _tenant(socket: WebSocket, keys: KeyRing | None) -> Tenant:
+def _owner(socket: WebSocket, keys: KeyRing | None) -> Callable[[], Tenant | None]:
+    """Says whose the key is that was sent, or that a token stands for; None: nobody's any more.
+
+    Raises:
+        Unauthorized: neither came, or none that is known.
+    """
     if keys is None:
-        return Tenant()
+        return Tenant
     asked = socket.query_params
     token = asked.get("token", asked.get(FAL_TOKEN))
-    return tenant_of(keys, socket.headers) if token is None else owner_of_token(keys, token)
+    if token is not None:
+        digest = digest_of_token(keys, token)
+    else:
+        tenant_of(keys, socket.headers)
+        digest = digest_of(bearer_of(socket.headers))
+    return functools.partial(keys.owner_by, digest)
 
 
 def _reason(error: ServiceError) -> str:

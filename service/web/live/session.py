@@ -3,14 +3,15 @@
     read ──▶ the pending frame, of which the newest wins ──▶ draw, one at a time ──▶ send
 
 A picture is drawn when the one before it has been handed over, so a client that does not read gets
-no more of them made. A frame that is drawn when a newer one comes leaves at its next step, unless
-half of it is done or its predecessor has left so: somebody who sends faster than is drawn still
-sees something.
+no more of them made, and is let go after a while. A frame that is drawn when a newer one comes
+leaves at its next step, unless half of it is done or its predecessor has left so: somebody who
+sends faster than is drawn still sees something.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import secrets
@@ -24,6 +25,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from engines.families.recipe import Blend
 from service.access.quota import Tenant
 from service.errors import (
+    OUT_OF_MEMORY,
     BadRequest,
     Cancelled,
     NotReady,
@@ -57,6 +59,7 @@ FIELDS = (
 )  # fmt: skip
 ONLY_EDITS = ("strength", "paste_back", "mask_feather")
 MAX_WAIT_S = 1.0  # after a frame that was shed
+GOODBYE_S = 5.0  # for a client to hear why a session ends
 
 
 class LiveSession:
@@ -67,13 +70,12 @@ class LiveSession:
         socket: WebSocket,
         replica: Replica,
         intake: Intake,
-        tenant: Tenant,
-        is_known: Callable[[], bool],
+        owner: Callable[[], Tenant | None],
         wire: Wire,
     ) -> None:
-        self.tenant = tenant
-        self._wire = wire
-        self._is_known = is_known  # whether the tenant's key still counts
+        """``owner`` says whose its key is now; None: nobody's any more."""
+        self.tenant = owner() or Tenant()
+        self._wire, self._owner = wire, owner
         self._socket, self._replica, self._intake = socket, replica, intake
         self._id = f"live_{uuid.uuid4().hex}"
         self._num_frames = 0
@@ -85,6 +87,8 @@ class LiveSession:
         self._pending: Frame | None = None
         self._came = asyncio.Event()
         self._job: Job | None = None
+        self._drawing = False
+        self._drawer: asyncio.Task[None] | None = None
         self._spared = False  # the frame before left for a newer one: this one stays
         self._num_dropped = 0  # frames since the last picture
         self._slide = Slide()
@@ -93,23 +97,32 @@ class LiveSession:
 
     async def run(self) -> None:
         """Until the client has gone; frees what was in flight."""
-        drawer = asyncio.ensure_future(self._draw_all())
+        self._drawer = asyncio.ensure_future(self._draw_all())
+        ends = [self._drawer, asyncio.ensure_future(self._read_all())]
         try:
-            await self._read()
-        except WebSocketDisconnect:  # seen at a message to it
-            pass
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            drawer.cancel()
-            await asyncio.wait([drawer])
+            for end in ends:
+                end.cancel()
+            await asyncio.wait(ends)
 
     async def close(self, code: int, reason: str) -> None:
-        """Say goodbye; `run` ends when the client has heard it."""
-        async with self._sending:
-            if not self._closed:
-                self._closed = True
-                await self._socket.close(code, reason)
+        """Say goodbye, which ends `run`; who does not read any more hears nothing of it."""
+        try:
+            async with asyncio.timeout(GOODBYE_S), self._sending:
+                if not self._closed:
+                    self._closed = True
+                    await self._socket.close(code, reason)
+        except (TimeoutError, RuntimeError):  # the latter: it has gone
+            pass
+        if self._drawer is not None and self._drawer is not asyncio.current_task():
+            self._drawer.cancel()
 
     # -- in ----------------------------------------------------------------------------------
+
+    async def _read_all(self) -> None:
+        with contextlib.suppress(WebSocketDisconnect):  # seen at a message to it
+            await self._read()
 
     async def _read(self) -> None:
         idle_s = self._replica.settings.live_idle_s
@@ -118,13 +131,16 @@ class LiveSession:
                 async with asyncio.timeout(idle_s):
                     message = await self._socket.receive()
             except TimeoutError:
+                if self._drawing:  # it waits for us
+                    continue
                 await self.close(SILENT, f"nothing came for {idle_s:g} s")
                 return
             if message["type"] == "websocket.disconnect":
                 return
-            if not self._is_known():
+            if (owner := self._owner()) is None:
                 await self.close(REFUSED, "this API key is not known here any more")
                 return
+            self.tenant = owner
             data = message.get("bytes")
             try:
                 await self._take(self._parse(message["text"] if data is None else data))
@@ -141,14 +157,20 @@ class LiveSession:
         return self._wire.read(data)
 
     async def _take(self, message: SessionUpdate | Frame) -> None:
-        _check_fields(message.values)
         if isinstance(message, Frame):
-            await self._offer(message)
+            try:
+                _check_fields(message.values)
+            except BadRequest as error:
+                await self._send_error(message, error)
+            else:
+                await self._offer(message)
             return
+        _check_fields(message.values)
         values = self._values | message.values
         options, rest = messages.split_options(values)
-        messages.options_of(options)
-        self._params({"prompt": "…"} | rest, edits=True)  # it may come with a later one
+        messages.options_of(options, self._replica.settings)
+        params = self._params({"prompt": "…"} | rest, edits=True)  # it may come with a later one
+        check_limits(params, self._replica.settings)
         self._values = values
         await self._send(self.describe())
 
@@ -190,7 +212,9 @@ class LiveSession:
 
     async def _draw(self) -> None:
         while True:
+            self._drawing = False
             frame = await self._newest()
+            self._drawing = True
             try:
                 picture = await self._one(frame)
             except Cancelled:
@@ -199,11 +223,11 @@ class LiveSession:
             except (Overloaded, RateLimited) as error:
                 await self._skip(frame, "shed")
                 await asyncio.sleep(min(error.retry_after_s or MAX_WAIT_S, MAX_WAIT_S))
-            except NotReady:
-                await self.close(RESTARTING, "this replica is restarting; come back")
-                return
             except ServiceError as error:
-                await self._send(error.body() | {"type": "error", "id": frame.id})
+                if isinstance(error, NotReady) and error.code != OUT_OF_MEMORY:
+                    await self.close(RESTARTING, "this replica is restarting; come back")
+                    return
+                await self._send_error(frame, error)
             else:
                 if picture is not None:
                     await self._send(picture)
@@ -228,9 +252,12 @@ class LiveSession:
         clock = self._replica.loop.clock
         begun = clock()
         given, values = messages.split_options(self._values | frame.values)
-        options = messages.options_of(given)
+        options = messages.options_of(given, self._replica.settings)
         fps = min(options.max_fps, self._replica.settings.live_max_fps)
         self._next_at = begun + 1 / fps
+        if frame.mask is not None and frame.image is None:
+            name, of = self._wire.mask, self._wire.image
+            raise BadRequest(f"{name} says what to edit of an image; send one in {of}", param=name)
         params = self._params(values, edits=frame.image is not None)
         check_limits(params, self._replica.settings)
         check_model(params.model, self._replica.runner.info.model_id, self._replica.settings)
@@ -284,7 +311,6 @@ class LiveSession:
             "steps": admitted.num_steps,
             "timings": job.request.timings.milliseconds(),
             "dropped": dropped,
-            "filtered": image.filtered,
             "warnings": admitted.warnings,
         }
 
@@ -297,11 +323,11 @@ class LiveSession:
         values: dict[str, Any],
     ) -> tuple[Look, Admitted | None]:
         """In a worker: pixels and rows; no rows where the frame is like the picture shown."""
-        max_px = self._replica.settings.max_input_px
+        max_px, wire = self._replica.settings.max_input_px, self._wire
         pictures = [
-            decode_picture(data, max_px=max_px, field=name)
-            for name, data in (("image", frame.image), ("mask", frame.mask))
-            if data is not None
+            decode_picture(messages.bytes_of(name, given), max_px=max_px, field=name)
+            for name, given in ((wire.image, frame.image), (wire.mask, frame.mask))
+            if given is not None
         ]
         edited = Edited.of(*pictures) if frame.image is not None else None
         look = Look.of(values, blends, edited)
@@ -326,16 +352,26 @@ class LiveSession:
         self._replica.metrics.live_skipped(reason)
         await self._send({"type": "skipped", "id": frame.id, "reason": reason})
 
+    async def _send_error(self, frame: Frame, error: ServiceError) -> None:
+        await self._send(error.body() | {"type": "error", "id": frame.id})
+
     async def _send(self, message: dict[str, Any]) -> None:
-        """Waits for a client that does not read."""
-        async with self._sending:
-            if self._closed:
-                raise WebSocketDisconnect
-            data = self._wire.write(message)
-            if isinstance(data, bytes):
-                await self._socket.send_bytes(data)
-            elif data is not None:
-                await self._socket.send_text(data)
+        """Waits for a client that does not read, as long as for one that says nothing.
+
+        Raises:
+            WebSocketDisconnect: it has gone, or has read nothing for so long.
+        """
+        try:
+            async with asyncio.timeout(self._replica.settings.live_idle_s), self._sending:
+                if self._closed:
+                    raise WebSocketDisconnect
+                data = self._wire.write(message)
+                if isinstance(data, bytes):
+                    await self._socket.send_bytes(data)
+                elif data is not None:
+                    await self._socket.send_text(data)
+        except (TimeoutError, RuntimeError):  # the latter is Starlette's of who is known to be gone
+            raise WebSocketDisconnect from None
 
 
 def _check_fields(values: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ from collections import deque
 
 from engines.families.recipe import Blend
 
+MAX_TOWARDS = 4  # prompts of one picture; each is read by the text encoder and blended in
+
 
 class Slide:
     """The way from prompt to prompt: what its embeddings are blended of, frame by frame."""
@@ -23,6 +25,9 @@ class Slide:
                 self._towards.clear()
                 self._done.clear()
             else:
+                if len(self._towards) == MAX_TOWARDS:  # the oldest counts as come to
+                    self._prompt, _ = self._towards.popleft()
+                    self._done.popleft()
                 self._towards.append((prompt, num_frames))
                 self._done.append(0)
         self._done = deque(done + 1 for done in self._done)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 
+from service.batching.request import Kind
 from service.errors import BadRequest, NotFound
 from service.replica import Replica
 from service.web.admission import Admitted, admit, check_limits, check_model, priority_of
@@ -65,8 +66,8 @@ def build_video_router(replica: Replica, store: VideoStore, jobs: VideoJobs) -> 
             longest_s = replica.settings.video_timeout_s
         timeout_s = given_timeout_s(request, longest_s)
         replica.quotas.check(tenant, length.num_frames, "num_frames")
-        priority, clip = priority_of(params, tenant), length.num_frames > 1
-        replica.loop.check(length.num_frames, tenant.name, priority, timeout_s, clip=clip)
+        kind = Kind(tenant.name, priority_of(params, tenant), is_clip=length.num_frames > 1)
+        replica.loop.check(length.num_frames, kind, timeout_s)
         deadline = replica.loop.clock() + timeout_s
         admitted = admit(
             params, replica.runner, replica.settings, tenant, num_frames=length.num_frames

@@ -515,3 +515,11 @@ def test_clips_leave_room_for_pictures() -> None:
     scheduler.add([FakeRow(1, 64) for _ in range(20)])
     denoised(scheduler, 1)
     assert Counter(row.num_frames for row in scheduler.running) == {16: 4, 1: 4}
+
+
+def test_live_frames_of_many_tenants_leave_room_for_others() -> None:
+    scheduler: Scheduler[FakeRow] = Scheduler(Limits(max_batch=4, max_running=8))
+    scheduler.add([FakeRow(100, 64, live=True, tenant=f"draws {k}") for k in range(20)])
+    scheduler.add([FakeRow(1, 64, tenant="asks") for _ in range(20)])
+    denoised(scheduler, 1)
+    assert Counter(row.live for row in scheduler.running) == {True: 4, False: 4}

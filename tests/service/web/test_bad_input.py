@@ -570,7 +570,7 @@ def test_a_json_edit_that_cannot_be_read_or_is_too_large(http: TestClient) -> No
     assert_error(answer, message, "images.0.image_url", "too_large", 413)
     numbers = {"prompt": "x", "image": list(range(10)) * 7000}  # as some write a file
     message = (
-        "the JSON body has about 70003 values; at most 65536 are accepted, send the image in "
+        "the JSON has about 70003 values; at most 65536 are accepted, send the image in "
         "base64, as one string"
     )
     body = json.dumps(numbers, separators=(",", ":"))

@@ -55,6 +55,10 @@ with fal_client.SyncClient().realtime("fourstep/tiny-lcm", use_jwt=False) as dra
 """
 
 
+# The client writes to a TLS socket while another thread of it reads, which Python's does not bear.
+THEIR_RACE = "[SSL] internal error"
+
+
 class Server(NamedTuple):
     host: str
     certificate: Path
@@ -109,10 +113,13 @@ def run(script: str, server: Server, messages: object = None) -> str:
         "FAL_RUN_HOST": server.host, "FAL_KEY": server.key,
         "SSL_CERT_FILE": str(server.certificate),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, input=json.dumps(messages),
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, input=json.dumps(messages),
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        if THEIR_RACE not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return done.stdout
 

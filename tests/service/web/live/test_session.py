@@ -218,7 +218,13 @@ def test_a_picture_between_two_prompts_stays_there(session: WebSocketTestSession
         ({"type": "draw"}, "type is 'draw'; it must be 'session.update' or 'frame'"),
         ({"type": "frame"}, "id is missing"),
         ({"type": "frame", "id": 1, "image": "?"}, "image is neither bytes nor base64"),
+        ({"type": "frame", "id": 1, "mask": png(PHOTO)}, "mask says what to edit of an image;"),
         ({"type": "frame", "id": 1, "n": 2}, "unknown field 'n'; a live session has prompt"),
+        ({"type": "session.update", "prompt_b": "x" * 4001}, "prompt_b is 4001 characters; at m"),
+        ({"type": "session.update", "prompt": "x" * 4001}, "prompt is 4001 characters; at most"),
+        ({"type": "session.update", "timesteps": [[]] * 65}, "the message is not MessagePack: it"),
+        ('{"timesteps": [' + "[]," * 70_000 + "[]]}", "the JSON has about 140004 values; at most"),
+        ({1: 2}, "the message is not MessagePack: int is not allowed for map key"),
         ({"type": "session.update", "max_fps": 0}, "max_fps is 0: input should be greater than 0"),
         ({"type": "session.update", "strength": 2}, "strength is 2: input should be less than or"),
         ({"type": "frame", "id": 1, "num_inference_steps": 999}, "num_inference_steps is 999"),
@@ -241,6 +247,8 @@ def test_what_is_wrong_is_said_and_the_session_goes_on(
     assert answer["type"] == "error"
     assert answer["error"]["message"].startswith(said)
     assert answer["error"]["type"] == "invalid_request_error"
+    named = isinstance(message, dict) and isinstance(message.get("id"), int)
+    assert answer.get("id") == (1 if named else None)
     say(session, "frame", id=7)
     assert hear(session)["id"] == 7
 
@@ -277,9 +285,11 @@ async def _num_tasks() -> int:
     return len(asyncio.all_tasks())
 
 
-def test_who_does_not_read_gets_nothing_more_drawn(lcm_checkpoint: Path, cache_dir: Path) -> None:
+def test_who_does_not_read_gets_nothing_more_drawn_and_is_let_go(
+    lcm_checkpoint: Path, cache_dir: Path
+) -> None:
     values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
-    replica = Replica(load_settings(values))
+    replica = Replica(load_settings(values | {"live_idle_s": 3}))
     replica.start()
     app = build_app(replica)
     sent: list[Message] = []
@@ -308,9 +318,8 @@ def test_who_does_not_read_gets_nothing_more_drawn(lcm_checkpoint: Path, cache_d
             await asyncio.sleep(0.05)
             assert not replica.loop._ledger.open, "it is drawn for"
         assert inbox.qsize() > 90, "nor is it read from"
-        inbox.put_nowait({"type": "websocket.disconnect", "code": 1006})
-        serving.cancel()
-        await asyncio.wait([serving])
+        async with asyncio.timeout(30):
+            await serving
 
     try:
         asyncio.run(run())
@@ -392,7 +401,7 @@ def test_keys_and_tokens(lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path) 
             )  # fmt: skip
             say(session, "frame", id=1)
             assert hear(session)["type"] == "frame"
-            file.write_text("")
+            file.write_text(make_key("studio")[1])  # the same name's, and another
             time.sleep(1.1)  # the file is looked at once a second
             say(session, "frame", id=2)
             code, reason = ended(session)
@@ -422,3 +431,9 @@ def test_a_silent_session_ends(lcm_checkpoint: Path, cache_dir: Path) -> None:
     settings = load_settings(values | {"live_idle_s": 0.2})
     with TestClient(build_app(Replica(settings))) as http:
         assert refused(http) == (1000, "nothing came for 0.2 s")
+        with http.websocket_connect(PATH) as session:  # who waits for a picture is not silent
+            say(session, "session.update", **ASKED | {"num_inference_steps": 50, "size": "128x128"})
+            hear(session)
+            say(session, "frame", id=1)
+            assert hear(session)["type"] == "frame"
+            assert ended(session) == (1000, "nothing came for 0.2 s")
