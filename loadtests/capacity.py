@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,13 +141,15 @@ def capacity(
 
 @contextlib.contextmanager
 def started_or_named(
-    url: str, hosts: list[str] | None, model: str, cache_dir: Path, *, gpu_shaped: bool = False
-) -> Iterator[str]:
+    url: str, hosts: list[str] | None, model: str, cache_dir: Path, *, gpu_shaped: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:  # fmt: skip
     """The base URL of a named service, or of one that runs here meanwhile."""
     if url:
         yield check_url(url, hosts or ())
         return
-    with serving.fourstep(model, cache_dir, gpu_shaped=gpu_shaped) as service:
+    started = serving.fourstep(model, cache_dir, gpu_shaped=gpu_shaped, environment=environment)
+    with started as service:
         yield service.url
 
 

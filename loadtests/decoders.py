@@ -39,12 +39,15 @@ from loadtests.traffic import Profile
 TIMEOUT_S = 120.0
 NUM_ASKING = 8  # at a time, of the pictures that are read
 PRECISIONS = ("fp32", "int8")
+BEFORE = "before"
 START_TIMEOUT_S = 600.0  # with an export and a calibration, on a machine that is in use
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A decoder of a service; ``precision`` is empty for one that was not started here."""
+    """A decoder of a service; ``precision`` is empty for one that was not started here, the
+    ``decoder`` for one that has but its own.
+    """
 
     precision: str
     decoder: str
@@ -52,6 +55,11 @@ class Way:
     @property
     def name(self) -> str:
         return f"{self.precision} {self.decoder}".strip()
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What a request says of it."""
+        return {"decoder": self.decoder} if self.decoder else {}
 
 
 @dataclasses.dataclass
@@ -86,6 +94,9 @@ def decoders(
     num_prompts: Annotated[
         int, typer.Option(min=0, max=2048, help="Pictures for the demo's checker to read.")
     ] = 256,
+    before: Annotated[
+        str, typer.Option(help="URL of an older version's service, which ratios are over then.")
+    ] = "",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
     out: OutOption = RESULTS,
 ) -> None:
@@ -94,17 +105,20 @@ def decoders(
     read_right: dict[int, Right] = {}
     with _served(url, allow_host, model, precision or list(PRECISIONS), cache_dir) as bases:
         ways = [Way(kind, each) for kind in bases for each in decoder or DECODERS]
+        if before:
+            bases = {BEFORE: check_url(before, allow_host or ()), **bases}
+            ways = [Way(BEFORE, ""), *ways]
         for index in tqdm(range(rounds), desc="decoders in turns", unit="round"):
             for point in points:
                 for way in ways[:: 1 if index % 2 else -1]:
                     profile = Profile("decoders", (point.num_steps,), (size_px,))
-                    rate = _rate(bases[way.precision], profile, way.decoder, count, clients, index)
+                    rate = _rate(bases[way.precision], profile, way, count, clients, index)
                     point.rates.setdefault(way.name, []).append(rate)
         if num_prompts:
             exam = Exam.of(num_prompts)
             read_right = {
                 point.num_steps: {
-                    way.name: _right(bases[way.precision], exam, way.decoder, point.num_steps)
+                    way.name: _right(bases[way.precision], exam, way, point.num_steps)
                     for way in ways
                 }
                 for point in points
@@ -127,23 +141,22 @@ def _served(
         yield {name: service.url for name, service in services.items()}
 
 
-def _rate(url: str, profile: Profile, decoder: str, count: int, clients: int, seed: int) -> float:
+def _rate(url: str, profile: Profile, way: Way, count: int, clients: int, seed: int) -> float:
     """Images a second, without the first of each client, who all came at once, and the last."""
-    client = Client(url, body=lambda ask: ask.body() | {"decoder": decoder})
+    client = Client(url, body=lambda ask: ask.body() | way.fields)
     answers = client.closed_loop(profile.asks(count + 2 * clients, seed), clients)
-    require_answers(answers, f"the service, by the decoder {decoder}")
+    require_answers(answers, f"the service, {way.name}")
     done_s = sorted(answer.done_s for answer in answers)
     return count / (done_s[count + clients - 1] - done_s[clients - 1])
 
 
-def _right(url: str, exam: Exam, decoder: str, num_steps: int) -> list[float]:
+def _right(url: str, exam: Exam, way: Way, num_steps: int) -> list[float]:
     """Of each picture the share of attributes that the checker reads right, from 0 to 1."""
 
     def right(index: int) -> float:
         scene = exam.scenes[index]
         body = {
-            "prompt": caption(scene), "seed": index, "num_inference_steps": num_steps,
-            "decoder": decoder,
+            "prompt": caption(scene), "seed": index, "num_inference_steps": num_steps, **way.fields
         }  # fmt: skip
         head = {"content-type": "application/json", "accept": "image/png"}
         asked = urllib.request.Request(url + PATH, json.dumps(body).encode(), head)

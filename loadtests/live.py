@@ -105,6 +105,9 @@ def live(
     simulated: Annotated[
         bool, typer.Option("--simulated", help="Instead: the policy alone, in simulated time.")
     ] = False,
+    max_batch: Annotated[
+        int, typer.Option(min=0, max=63, help="Of the service started here; 0: its own.")
+    ] = 0,
     model: Annotated[str, typer.Option(help="Of the service started here.")] = "demo-lcm",
     cache_dir: CacheOption = DEFAULT_CACHE_DIR,
     out: OutOption = RESULTS,
@@ -124,7 +127,11 @@ def live(
         return
     counts = [int(text) for text in sessions.split(",")]
     values = VALUES | {"num_inference_steps": steps, "decoder": decoder}
-    with started_or_named(url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped) as base:
+    own = {"FOURSTEP_MAX_BATCH": str(max_batch)}
+    started = started_or_named(
+        url, allow_host, model, cache_dir, gpu_shaped=gpu_shaped, environment=own
+    )
+    with started as base:
         play_together(base, 1, fps, 3.0, values)
         alone = {count: play_together(base, count, fps, seconds, values) for count in counts}
         rate, turns = _beside_api(base, beside, fps, seconds, rounds, values)
@@ -132,8 +139,8 @@ def live(
     report.data |= {"alone": {count: _row(tallies) for count, tallies in alone.items()}}
     report.text(
         f"Each session sends {fps:g} frames of {SIDE_PX}x{SIDE_PX} px a second, drawn in "
-        f"{steps} steps by the {decoder} decoder; a frame's latency is from its sending to its "
-        "picture. What is skipped was superseded by a newer one."
+        f"{steps} {'step' if steps == 1 else 'steps'} by the {decoder} decoder; a frame's latency "
+        "is from its sending to its picture. What is skipped was superseded by a newer one."
     )
     report.table(
         ["sessions", "pictures/s", "slowest", "quickest", "p50 ms", "p95 ms", "skipped"],

@@ -24,7 +24,9 @@ class GpuShaped:
         configure_logs(settings.log_level)
         self.replica = Replica(
             settings,
-            lambda settings: open_sleeping(settings.model, settings.cache_dir, settings.engine),
+            lambda settings: open_sleeping(
+                settings.model, settings.cache_dir, settings.engine, settings.max_batch or None
+            ),
         )
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -63,15 +63,19 @@ class SleepingEngine:
         pass
 
 
-def open_sleeping(model: str, cache_dir: Path, backend: str = "onnxruntime") -> Runner:
-    """The model with sleeping doubles for the denoiser and the VAE."""
+def open_sleeping(
+    model: str, cache_dir: Path, backend: str = "onnxruntime", max_batch: int | None = None
+) -> Runner:
+    """The model with sleeping doubles for the denoiser and the VAE. ``max_batch``: lanes of a
+    denoise call, of a decode no more than the double has.
+    """
     order = Order(model, backend, cache_dir=cache_dir, num_threads=1)
     loaded = load_model(order, lambda what, done, total: None)
     clips = loaded.facts.draws_clips
     doubles = {part: SleepingEngine(part, clips) for part in COSTS if part in loaded.engines}
     loaded = dataclasses.replace(loaded, engines={**loaded.engines, **doubles})
     limits = GPU_SHAPED.limits
-    runner = Runner(loaded, max_batch=limits.max_batch)
+    runner = Runner(loaded, max_batch=max_batch or limits.max_batch)
     # The model itself is loaded for a CPU, which decodes fewer rows at once.
     num_decoded = CUDA_DECODE_ROWS if clips else limits.max_decode_batch
     runner.info = dataclasses.replace(runner.info, max_decode_batch=num_decoded)

@@ -2,7 +2,7 @@
 
 By hand, with the figures as a Markdown table on stdout:
 
-    python -m tests.engines.test_real_size sd15-lcm|sdxl|pixart|animatelcm [FOLDER]
+    python -m tests.engines.test_real_size sd15-lcm|sdxl|pixart|pixart-whole|animatelcm [FOLDER]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Architecture:
     precisions: Sequence[str]  # of bundles for ONNX Runtime
     draw: Sequence[str]  # options of `fourstep generate`
     drawn_from: str  # the folder of a bundle, or of the checkpoint itself
-    plans: Sequence[str]  # options of `fourstep build`
+    plans: Sequence[str] | None  # options of `fourstep build`; None: there is no memory for them
     max_peak_gb: float
     denoiser: str = "unet"  # of the pipeline
     image: str = "image.png"
@@ -67,6 +67,16 @@ ARCHITECTURES = {
         drawn_from="pixart-random",
         plans=("--max-batch", "1"),
         max_peak_gb=12.0,
+        denoiser="transformer",
+    ),
+    "pixart-whole": Architecture(
+        maker="make_pixart_whole",
+        size="1024x1024",
+        precisions=("fp16",),
+        draw=("--engine", "torch", "--precision", "bf16", "--steps", "1"),
+        drawn_from="pixart-whole-random",
+        plans=None,
+        max_peak_gb=16.0,
         denoiser="transformer",
     ),
     "animatelcm": Architecture(
@@ -125,8 +135,9 @@ def run_all(name: str, folder: Path) -> list[Measured]:
     make = [sys.executable, "-m", "tests.engines.test_real_size", "--make", name, str(source)]
     results = [measure("make the checkpoint (fp16)", make, source)]
     builds = [(folder / precision, ["--precision", precision]) for precision in wanted.precisions]
-    options = ["--precision", "fp16", "--engine", "tensorrt-rtx", "--size", wanted.size]
-    builds.append((plans, [*options, *wanted.plans, "--compute-capability", "89"]))
+    if wanted.plans is not None:
+        options = ["--precision", "fp16", "--engine", "tensorrt-rtx", "--size", wanted.size]
+        builds.append((plans, [*options, *wanted.plans, "--compute-capability", "89"]))
     for out, options in builds:
         stage = f"`fourstep build {' '.join(options)}`"
         build = [FOURSTEP, "build", str(source), *options, "--out", str(out)]
@@ -164,14 +175,17 @@ def test_real_size(name: str, tmp_path: Path) -> None:
     print(as_table(results))
     assert all(result.peak_gb < wanted.max_peak_gb for result in results)
     weights = weights_of(tmp_path / f"{name}-random", wanted.denoiser)
-    for bundle in (*wanted.precisions, "plans"):
+    with_plans = ["plans"] if wanted.plans is not None else []
+    for bundle in (*wanted.precisions, *with_plans):
         graph = onnx.load(tmp_path / bundle / "denoiser.onnx", load_external_data=False).graph
         assert weights <= {weight.name for weight in graph.initializer}, bundle
-    compiled, exported = (
-        {path.stem for path in (tmp_path / "plans").glob(f"*.{kind}")} for kind in ("plan", "onnx")
-    )
-    assert "denoiser" in compiled
-    assert compiled == exported
+    for bundle in with_plans:
+        made = list((tmp_path / bundle).iterdir())
+        compiled, exported = (
+            {path.stem for path in made if path.suffix == kind} for kind in (".plan", ".onnx")
+        )
+        assert "denoiser" in compiled
+        assert compiled == exported
     with Image.open(tmp_path / wanted.image) as image:
         assert f"{image.width}x{image.height}" == wanted.size
         assert any(low != high for low, high in image.getextrema())

@@ -88,10 +88,13 @@ def test_decoders(service: Service, out: Path) -> None:
     found = run(
         out, "decoders", "--url", service.url, "--decoder", "full", "--steps", "1", "--rounds", "1",
         "--count", "8", "--clients", "2", "--size-px", "64", "--num-prompts", "2",
+        "--before", service.url,
     )  # fmt: skip
     (point,) = found["points"]
-    assert point["rates"]["full"][0] > 0
-    assert 0 <= found["accuracy"]["1"]["full"] < 1
+    assert list(point["rates"]) == list(found["accuracy"]["1"]) == ["before", "full"]
+    for way, rates in point["rates"].items():
+        assert rates[0] > 0
+        assert 0 <= found["accuracy"]["1"][way] < 1
 
 
 def test_soak(service: Service, out: Path) -> None:
