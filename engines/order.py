@@ -33,7 +33,7 @@ class Order:
     device: str = "auto"
     unet: str | None = None  # in place of the model's own, as is `vae`: folder, file or hub id
     vae: str | None = None
-    tiny_vae: str | None = None  # beside the VAE: a second decoder; None: the demo models' own
+    tiny_vae: str | None = None  # beside the VAE, a second one; None: the demo models' own
     motion_adapter: str | None = None  # makes a model of pictures one of clips
     vae_tiling_px: int = 0  # images with a longer side are decoded in tiles of it; 0: none are
     scheduler: Mapping[str, Any] = field(default_factory=dict)  # options over the checkpoint's own

@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     )
     tiny_vae: str | None = Field(
         None,
-        description="folder, file or hub id of a tiny VAE beside the model's: the decoder `tiny`, "
-        "by which previews are made too; the demo models bring theirs",
+        description="folder, file or hub id of a tiny VAE beside the model's: what `decoder` "
+        "`tiny` encodes and decodes by, and previews are made by; the demo models bring theirs",
     )
     motion_adapter: str | None = Field(
         None,
