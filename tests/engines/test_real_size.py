@@ -76,7 +76,7 @@ ARCHITECTURES = {
         draw=("--engine", "torch", "--precision", "bf16", "--steps", "1"),
         drawn_from="pixart-whole-random",
         plans=None,
-        max_peak_gb=16.0,
+        max_peak_gb=22.0,
         denoiser="transformer",
     ),
     "animatelcm": Architecture(
