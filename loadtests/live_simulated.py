@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from loadtests.report import Report
@@ -9,9 +10,13 @@ from loadtests.simulate import percentiles
 from loadtests.simulated import SimulatedReplica, SimulatedRow
 from loadtests.timing import CPU_SHAPED, GPU_SHAPED, TimingDouble
 from loadtests.traffic import poisson, until
+from service.batching.scheduler import Limits
 
 API_STEPS, LIVE_STEPS, SIDE_PX = 4, 2, 128
 LOADS, SESSIONS = (0.5, 0.8), (1, 4, 16)
+WIDE = dataclasses.replace(
+    GPU_SHAPED, name=f"{GPU_SHAPED.name}, batches of 16", limits=Limits(16, 8)
+)
 FPS = 20.0  # that a session sends; one is drawn at a time, and the newest follows it
 SECONDS = 300.0
 
@@ -41,7 +46,7 @@ def _frame(at: float) -> SimulatedRow:
 
 
 def report_simulated() -> Report:
-    """A table over both doubles, loads of the API and numbers of sessions."""
+    """A table over the doubles, loads of the API and numbers of sessions."""
     report = Report("live-simulated", "Live sessions beside the API, in simulated time")
     report.text(
         f"API requests of {API_STEPS} steps arrive at random, at a share of what the engine can "
@@ -49,7 +54,7 @@ def report_simulated() -> Report:
         "own scheduler over timing doubles; ratios are over the same arrivals without sessions."
     )
     rows: list[list[object]] = []
-    for engine in (CPU_SHAPED, GPU_SHAPED):
+    for engine in (CPU_SHAPED, GPU_SHAPED, WIDE):
         for load in LOADS:
             alone = run(engine, load, 0).api_s
             for num_sessions in SESSIONS:

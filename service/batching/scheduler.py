@@ -276,14 +276,16 @@ class Scheduler(Generic[R]):
 
     def _gives_way(self, row: R) -> bool:
         """Whether a row stays out of calls that rows of others are, or will be, in."""
-        if not row.live or self._turns.is_live(shared=self._is_shared(row.group)):
+        if not row.live or self._turns.is_live(self._shared(row.group)):
             return False
         return any(not each.live and each.priority >= row.priority for each in self.running)
 
-    def _is_shared(self, group: Hashable) -> bool:
-        """Whether most of a denoise call's time does not depend on its rows."""
-        costs = self._costs
-        return costs is not None and 2 * costs.step_fixed_s(group) > costs.step_s(group)
+    def _shared(self, group: Hashable) -> float:
+        """How much of a full denoise call's time does not depend on its rows; 0 where not known."""
+        step_s = self._costs.step_s(group) if self._costs is not None else 0.0
+        if self._costs is None or not step_s:
+            return 0.0
+        return self._costs.step_fixed_s(group) / step_s
 
     def _ready(self) -> list[R]:
         """The running rows that are in no call."""

@@ -6,8 +6,8 @@ always more. So pictures go first, and while there are any
 - a clip steps once in `CLIP_PATIENCE` denoise calls: a picture of a few steps meets one such call,
   or none, and clips are never stopped;
 - live frames, of however many sessions, take part in one call of some: of `LIVE_PATIENCE` where a
-  step costs by the row (a CPU), for the gaps are as good; of `SHARED_PATIENCE` where most of its
-  time is the call's own, which all of them share.
+  step costs by the row (a CPU), for the gaps are as good; of fewer the more of its time is the
+  call's own, which all of them share, down to `SHARED_PATIENCE` where half of it is.
 
 In simulated time (`python -m loadtests clips`: the GPU-shaped double, clips of 16 frames, 1, 2 or 8
 always open, pictures of 4 steps at 30 to 70 % load) the p95 of pictures is 1.3 to 1.5 times what it
@@ -68,11 +68,12 @@ class Turns:
             since = self._num_denoise_calls_since_clip
             self._num_denoise_calls_since_clip = 0 if clips else since + 1
 
-    def is_live(self, *, shared: bool) -> bool:
-        """Whether live frames may be in the next call, though pictures are here; ``shared``: most
-        of its time is its own.
+    def is_live(self, shared: float) -> bool:
+        """Whether live frames may be in the next call, though pictures are here; ``shared``: how
+        much of a full call's time does not depend on its rows, from 0 to 1.
         """
-        return self._num_calls_since_live >= (SHARED_PATIENCE if shared else LIVE_PATIENCE)
+        less = min(1.0, 2 * shared) * (LIVE_PATIENCE - SHARED_PATIENCE)
+        return self._num_calls_since_live >= LIVE_PATIENCE - round(less)
 
     def of(self, rows: Sequence[R]) -> Sequence[R]:
         """Those of the rows that may step next: pictures or clips, whichever is more urgent, and

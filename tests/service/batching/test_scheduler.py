@@ -423,7 +423,7 @@ def _live(num_steps: int) -> FakeRow:
     return FakeRow(num_steps, 64, stage=Stage.DENOISE, live=True)
 
 
-@pytest.mark.parametrize("costs", [None, FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.4)])
+@pytest.mark.parametrize("costs", [None, FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.2)])
 def test_a_live_row_gives_way_where_a_step_costs_by_the_row(costs: FakeCosts | None) -> None:
     scheduler: Scheduler[FakeRow] = Scheduler(Limits(8, 4), costs)
     live, other = _live(2), FakeRow(4, 64, stage=Stage.DENOISE)
@@ -444,14 +444,13 @@ def test_a_live_row_waits_for_no_call_that_it_could_not_join() -> None:
     assert scheduler.schedule() is None
 
 
-SHARED = FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=0.6)
-
-
-@pytest.mark.parametrize(("costs", "patience"), [(None, LIVE_PATIENCE), (SHARED, SHARED_PATIENCE)])
-def test_a_flood_meets_live_rows_in_one_call_of_some(
-    costs: FakeCosts | None, patience: int
-) -> None:
+@pytest.mark.parametrize(
+    ("step_fixed", "patience"),
+    [(0.0, LIVE_PATIENCE), (0.25, 14), (0.5, SHARED_PATIENCE), (0.9, SHARED_PATIENCE)],
+)
+def test_a_flood_meets_live_rows_in_one_call_of_some(step_fixed: float, patience: int) -> None:
     """Of however many sessions they are, and none of them waits for ever."""
+    costs = FakeCosts(step=1.0, decode_fixed=0.0, step_fixed=step_fixed)
     scheduler: Scheduler[FakeRow] = Scheduler(Limits(4, 4, 1000), costs)
     live = [_live(2) for _ in range(3)]
     scheduler.add([*live, *(FakeRow(8, 64, stage=Stage.DENOISE) for _ in range(200))])
