@@ -136,7 +136,11 @@ class KeyRing:
 
     def _read(self) -> dict[str, Tenant]:
         owners: dict[str, Tenant] = {}
-        for number, text in enumerate(self._file.read_text().splitlines(), start=1):
+        try:
+            lines = self._file.read_text().splitlines()
+        except (OSError, UnicodeError) as error:
+            raise KeyFileError(f"api_keys_file {self._file}: {error}") from error
+        for number, text in enumerate(lines, start=1):
             line = text.strip()
             if not line or line.startswith("#"):
                 continue

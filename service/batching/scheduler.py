@@ -306,7 +306,7 @@ class Scheduler(Generic[R]):
         """The first to come of the tenant with the fewest rows running, of the highest priority;
         no clip where clips have their half of the lanes, no live frame where those have.
         """
-        waiting = admissible(self.waiting, self.running, self.limits.max_running)
+        waiting = admissible(self.waiting, self.running, self.limits)
         running = Counter(row.tenant for row in self.running)
         return min(waiting, key=lambda row: (-row.priority, running[row.tenant]), default=None)
 

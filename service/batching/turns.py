@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from service.batching.scheduler import Schedulable
+    from service.batching.scheduler import Limits, Schedulable
 
 R = TypeVar("R", bound="Schedulable")
 
@@ -89,11 +89,12 @@ class Turns:
         return clips if self._num_denoise_calls_since_clip >= CLIP_PATIENCE else pictures
 
 
-def admissible(waiting: Sequence[R], running: Sequence[R], max_running: int) -> Sequence[R]:
+def admissible(waiting: Sequence[R], running: Sequence[R], limits: Limits) -> Sequence[R]:
     """Without clips where they have half of the lanes in flight, and without live frames where they
-    have: what goes before them finds room.
+    have, and could fill a batch: what goes before them finds room.
     """
-    for gives_way in (is_clip, is_live):
-        if sum(row.num_lanes for row in running if gives_way(row)) >= max_running // 2:
+    half = limits.max_running // 2
+    for gives_way, most in ((is_clip, half), (is_live, max(half, limits.max_batch))):
+        if sum(row.num_lanes for row in running if gives_way(row)) >= most:
             waiting = [row for row in waiting if not gives_way(row)]
     return waiting

@@ -8,6 +8,7 @@ import codecs
 import difflib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -188,10 +189,8 @@ def _referred(reference: ImageReference, name: str) -> list[tuple[str, str]]:
 
 
 def check_values(body: bytes) -> None:
-    """20 MB of base64 hold up the event loop for 50 ms, as many of ``[]`` for 2 s, with 1 GB.
-
-    Raises:
-        TooLarge: it may have more values than `MAX_JSON_VALUES`.
+    """Raises TooLarge where there may be more than `MAX_JSON_VALUES`: 20 MB of base64 hold up the
+    event loop for 50 ms, as many of ``[]`` for 2 s, with 1 GB.
     """
     num_values = 1 + sum(body.count(mark) for mark in (b",", b"[", b"{"))  # or more
     if num_values > MAX_JSON_VALUES:
@@ -337,7 +336,11 @@ def cut(name: str, max_chars: int = MAX_PARAM_CHARS) -> str:
 
 
 def shown(value: object) -> str:
-    return cut(json.dumps(value, ensure_ascii=False, default=str), MAX_SHOWN_CHARS)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, RecursionError):  # keys of bytes, a thousand lists in each other
+        text = reprlib.repr(value)
+    return cut(text, MAX_SHOWN_CHARS)
 
 
 def plain(message: str) -> str:

@@ -15,6 +15,7 @@ import orjson
 
 from service.errors import BadRequest
 from service.web.live.messages import Frame, unpack
+from service.web.parsing import shown
 
 OWNER = "fourstep/"  # an application's name has one, a model's here need not
 SIZES = {
@@ -92,7 +93,7 @@ def _size(given: object) -> str:
         case {"width": int(width), "height": int(height)}:
             return f"{width}x{height}"
     raise BadRequest(
-        f"image_size is {str(given)[:80]!r}; use one of {', '.join(SIZES)}, or an object with "
+        f"image_size is {shown(given)}; use one of {', '.join(SIZES)}, or an object with "
         "width and height",
         param="image_size",
     )

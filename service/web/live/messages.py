@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgpack
 import orjson
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from service.errors import BadRequest
 from service.settings import Settings
 from service.web.admission import at_most
-from service.web.parsing import bad_request, check_values
+from service.web.parsing import bad_request, check_values, shown
 from service.web.schema import Input
 
 T = TypeVar("T")
@@ -25,6 +25,7 @@ PROTOCOL = "fourstep.v1"
 # Of one message: no value that is of use has more. Four million empty lists, which compress to a
 # few kilobytes, would hold up the event loop for a second.
 MAX_LISTS, MAX_ITEMS = 64, 1024
+NANOSECONDS = 2  # how msgpack gives points of time: as numbers, which cost least
 
 
 class LiveOptions(Input):
@@ -61,7 +62,7 @@ class Frame(BaseModel):
     """``frame``: one picture to draw; ``values`` hold for it alone."""
 
     type: Literal["frame"]
-    id: Annotated[int | str, Field(union_mode="left_to_right")]
+    id: Any  # a number or a text, which comes back as it is
     image: Any = None  # as it was sent, see `bytes_of`
     mask: Any = None
     values: dict[str, Any]
@@ -100,7 +101,7 @@ class Plain:
             return SessionUpdate(type=kind, values=given)
         if kind != "frame":
             raise BadRequest(
-                f"type is {str(kind)[:80]!r}; it must be 'session.update' or 'frame'", param="type"
+                f"type is {shown(kind)}; it must be 'session.update' or 'frame'", param="type"
             )
         number = given.pop("id", None)
         if not isinstance(number, int | str) or isinstance(number, bool) or len(str(number)) > 64:
@@ -156,7 +157,7 @@ def _from_msgpack(message: bytes) -> Any:
 
     return msgpack.unpackb(
         message, ext_hook=_no_extension, list_hook=counted, object_hook=counted,
-        max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS,
+        max_array_len=MAX_ITEMS, max_map_len=MAX_LISTS, timestamp=NANOSECONDS,
     )  # fmt: skip
 
 

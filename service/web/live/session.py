@@ -11,12 +11,11 @@ sends faster than is drawn still sees something.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pydantic import ValidationError
@@ -97,8 +96,8 @@ class LiveSession:
 
     async def run(self) -> None:
         """Until the client has gone; frees what was in flight."""
-        self._drawer = asyncio.ensure_future(self._draw_all())
-        ends = [self._drawer, asyncio.ensure_future(self._read_all())]
+        self._drawer = asyncio.ensure_future(self._until_gone(self._draw()))
+        ends = [self._drawer, asyncio.ensure_future(self._until_gone(self._read()))]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -113,16 +112,21 @@ class LiveSession:
                 if not self._closed:
                     self._closed = True
                     await self._socket.close(code, reason)
-        except (TimeoutError, RuntimeError):  # the latter: it has gone
+        except (TimeoutError, RuntimeError, WebSocketDisconnect):  # it does not listen, or has gone
             pass
         if self._drawer is not None and self._drawer is not asyncio.current_task():
             self._drawer.cancel()
 
-    # -- in ----------------------------------------------------------------------------------
+    async def _until_gone(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except WebSocketDisconnect:  # seen at a message to it
+            pass
+        except Exception:
+            logger.exception("unforeseen error in a live session")
+            await self.close(UNFORESEEN, "an error in this service; its log has the details")
 
-    async def _read_all(self) -> None:
-        with contextlib.suppress(WebSocketDisconnect):  # seen at a message to it
-            await self._read()
+    # -- in ----------------------------------------------------------------------------------
 
     async def _read(self) -> None:
         idle_s = self._replica.settings.live_idle_s
@@ -131,7 +135,7 @@ class LiveSession:
                 async with asyncio.timeout(idle_s):
                     message = await self._socket.receive()
             except TimeoutError:
-                if self._drawing:  # it waits for us
+                if self._drawing or self._pending is not None:  # it waits for us
                     continue
                 await self.close(SILENT, f"nothing came for {idle_s:g} s")
                 return
@@ -200,15 +204,6 @@ class LiveSession:
         }
 
     # -- out ---------------------------------------------------------------------------------
-
-    async def _draw_all(self) -> None:
-        try:
-            await self._draw()
-        except WebSocketDisconnect:  # whoever reads hears of it too
-            pass
-        except Exception:
-            logger.exception("unforeseen error in a live session")
-            await self.close(UNFORESEEN, "an error in this service; its log has the details")
 
     async def _draw(self) -> None:
         while True:

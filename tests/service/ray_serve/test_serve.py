@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from engines.order import Order
 from service.ray_serve.environment import free_port
 from service.settings import SettingsError, load_settings
 from tests.engines.checkpoints import make_tiny_vae
+from tests.monitoring import wait_for
 from tests.service.processes import start, wait_until_ready
 
 
@@ -55,14 +55,18 @@ def session(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def haproxy_config(process: subprocess.Popen[str]) -> str:
     """Of the one that was started last."""
-    *_, haproxy = (each for each in session(process) if each.name() == "haproxy")
-    return Path(next(part for part in haproxy.cmdline() if part.endswith(".cfg"))).read_text()
+    found = ""
+    for each in session(process):
+        with contextlib.suppress(psutil.NoSuchProcess, StopIteration):
+            if each.name() == "haproxy":
+                file = Path(next(part for part in each.cmdline() if part.endswith(".cfg")))
+                found = file.read_text()
+    return found
 
 
 def wait_until_direct(process: subprocess.Popen[str]) -> None:
     """HAProxy asks the replica itself: what Ray's proxy brings dies with Ray."""
-    while "server SERVE_REPLICA" not in haproxy_config(process):
-        time.sleep(0.1)
+    wait_for(lambda: "server SERVE_REPLICA" in haproxy_config(process), "HAProxy knows the replica")
 
 
 def assert_nothing_is_left(process: subprocess.Popen[str], port: int) -> None:
@@ -214,9 +218,9 @@ def test_sigterm_to_the_whole_group_finishes_what_was_accepted_and_leaves_nothin
     """Ray's raylet would kill the replicas, if it got it too."""
     process, port = server
     wait_until_ready(process, port)
-    assert [each.name() for each in session(process) if os.getpgid(each.pid) == process.pid] == [
-        psutil.Process(process.pid).name()
-    ]
+    with contextlib.suppress(ProcessLookupError):  # of one that has just ended
+        groups = {each.pid: os.getpgid(each.pid) for each in session(process)}
+        assert [pid for pid, group in groups.items() if group == process.pid] == [process.pid]
     with six_in_hand(port):
         os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

@@ -160,7 +160,7 @@ def test_sizes_have_fals_names(server: Server) -> None:
 def test_what_is_wrong_is_fals_error(server: Server) -> None:
     wrong = [
         ({"prompt": ""}, "prompt"), (ASKED | {"num_images": 2}, "num_images must be 1"),
-        (ASKED | {"image_size": "big"}, "image_size is 'big'; use one of square_hd"),
+        (ASKED | {"image_size": "big"}, 'image_size is "big"; use one of square_hd'),
         (ASKED | {"image_url": "https://elsewhere.example/cat.png"}, "image_url is neither"),
         (ASKED | {"strenght": 1}, "unknown field 'strenght'"),
     ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,54 @@ from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
 from service.web.live.slide import MAX_TOWARDS, Slide
-from tests.service.web.live.test_session import ASKED, PATH, hear, say
+from tests.monitoring import wait_for
+from tests.service.web.live.test_session import ASKED, PATH, ended, hear, say
+
+
+class Gate(threading.Event):
+    """Denoise calls wait at it, where it is not set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set()
+        self.reached = threading.Event()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    sound, gate = Runner.denoise, Gate()
+
+    def denoise(runner: Runner, drawings: Sequence[Drawing], **options: Any) -> None:
+        if not gate.is_set():
+            gate.reached.set()
+        gate.wait(60)
+        sound(runner, drawings, **options)
+
+    monkeypatch.setattr(Runner, "denoise", denoise)
+    yield gate
+    gate.set()
 
 
 def test_superseded_frames_are_not_counted_as_a_keys_images(
-    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path
+    lcm_checkpoint: Path, cache_dir: Path, tmp_path: Path, gate: Gate
 ) -> None:
     key, line = make_key("hand", {"images_per_minute": "2"})
     (tmp_path / "keys").write_text(line)
     values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
-    settings = load_settings(values | {"api_keys_file": tmp_path / "keys"})
+    replica = Replica(load_settings(values | {"api_keys_file": tmp_path / "keys"}))
     headers = {"authorization": f"Bearer {key}"}
     with (
-        TestClient(build_app(Replica(settings))) as http,
+        TestClient(build_app(replica)) as http,
         http.websocket_connect(PATH, headers=headers) as session,
     ):
         say(session, "session.update", **ASKED | {"num_inference_steps": 50})
         hear(session)
+        gate.clear()
         say(session, "frame", id=1)
+        gate.reached.wait(60)
         say(session, "frame", id=2)
+        wait_for(lambda: any(each.superseded for each in replica.loop._ledger.open), "the second")
+        gate.set()
         answers = [hear(session) for _ in range(2)]
         assert [(each["type"], each["id"]) for each in answers] == [("skipped", 1), ("frame", 2)]
         for number, answer in ((3, "frame"), (4, "skipped")):
@@ -43,6 +73,23 @@ def test_superseded_frames_are_not_counted_as_a_keys_images(
             heard = hear(session)
             assert (heard["type"], heard["id"]) == (answer, number)
         assert heard["reason"] == "shed"
+
+
+def test_who_waits_for_a_picture_is_not_silent(
+    lcm_checkpoint: Path, cache_dir: Path, gate: Gate
+) -> None:
+    values = {"model": str(lcm_checkpoint), "engine": "onnxruntime", "cache_dir": cache_dir}
+    with (
+        TestClient(build_app(Replica(load_settings(values | {"live_idle_s": 2})))) as http,
+        http.websocket_connect(PATH) as session,
+    ):
+        say(session, "session.update", **ASKED)
+        hear(session)
+        gate.clear()
+        say(session, "frame", id=1)
+        threading.Timer(3, gate.set).start()
+        assert hear(session)["type"] == "frame"
+        assert ended(session) == (1000, "nothing came for 2 s")
 
 
 def test_few_prompts_make_up_a_picture_however_fast_they_change() -> None:
