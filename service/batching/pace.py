@@ -5,8 +5,7 @@ Pure bookkeeping, kept by the engine loop under its lock: no threads, no clock.
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,6 +15,9 @@ from service.batching.request import Row
 from service.batching.scheduler import Work, WorkKind
 
 FORGET = 1.05  # a call as fast as the fastest must come again within some dozens of calls
+# The first calls of a size find memory, and on a GPU kernels and a graph. Were rows refused by what
+# these take, no further call of that size would ever be seen.
+TELLING = 8
 
 
 class Pace:
@@ -26,17 +28,21 @@ class Pace:
     def __init__(self) -> None:
         # Shape of the latents, or how they are decoded → rows → seconds.
         self._fastest_s: defaultdict[Hashable, dict[int, float]] = defaultdict(dict)
+        self._num_calls: Counter[tuple[Hashable, int]] = Counter()  # of so many rows, so far
 
     def note(self, work: Work[Any], seconds: float) -> None:
         """A call came back."""
         if work.kind not in (WorkKind.DENOISE, WorkKind.DECODE):
             return
-        fastest_s, num_rows = self._fastest_s[_key(work.alike)], len(work.rows)
+        key, num_rows = _key(work.alike), len(work.rows)
+        self._num_calls[key, num_rows] += 1
+        fastest_s = self._fastest_s[key]
         fastest_s[num_rows] = min(seconds, FORGET * fastest_s.get(num_rows, seconds))
 
     def step_s(self, group: Group) -> float:
         """A denoise call of as many rows as there ever were."""
-        return self._fastest(group, sys.maxsize)
+        fastest_s = self._fastest_s[_key(group)]
+        return fastest_s.get(max(fastest_s, default=0), 0.0)
 
     def step_fixed_s(self, group: Group) -> float:
         """The part of a denoise call that does not depend on its rows."""
@@ -57,20 +63,22 @@ class Pace:
     def least_s(self, row: Row, num_rows: int) -> float:
         """What is left of a row takes this long even if every call is as fast as the fastest.
 
-        ``num_rows`` are there, so a call has as many of them as it can. Only a row that has all its
-        steps behind it may hope to be decoded alone: much is lost with it, and little before.
+        ``num_rows`` are there, so a call has as many of them as it can; 0 until some calls of so
+        many, or fewer, have told it. Only a row that has all its steps behind it may hope to be
+        decoded alone: much is lost with it, and little before.
         """
         num_steps, drawing = row.num_steps_left, row.drawing
-        step_s = self._fastest(drawing.group, num_rows)
-        return num_steps * step_s + self._fastest(drawing.decoding, num_rows if num_steps else 1)
+        step_s = self._told(drawing.group, num_rows)
+        return num_steps * step_s + self._told(drawing.decoding, num_rows if num_steps else 1)
 
-    def _fastest(self, alike: Group | Decoding, num_rows: int) -> float:
-        """Of the calls seen, the largest of at most ``num_rows``; 0 where there is none."""
-        fastest_s = self._fastest_s[_key(alike)]
-        largest = max(fastest_s, default=0)
-        if largest > num_rows:
-            largest = max((n for n in fastest_s if n <= num_rows), default=0)
-        return fastest_s.get(largest, 0.0)
+    def _told(self, alike: Group | Decoding, num_rows: int) -> float:
+        """Of the calls seen `TELLING` times, the largest of at most ``num_rows``; 0 where there is
+        none.
+        """
+        key = _key(alike)
+        fastest_s = self._fastest_s[key]
+        told = (n for n in fastest_s if n <= num_rows and self._num_calls[key, n] >= TELLING)
+        return fastest_s.get(max(told, default=0), 0.0)
 
 
 def _key(alike: Group | Decoding) -> Hashable:

@@ -13,6 +13,7 @@ from service.access.keys import make_key
 
 SECRET, LINE = make_key("test")  # of every client; and the line of the file of keys
 AGAIN = "502, to be tried again"
+CLOSED = repr(httpx.RemoteProtocolError("Server disconnected without sending a response."))
 PAUSE_S = 0.05  # of a client between two images
 
 

@@ -91,7 +91,7 @@ def test_decoders(service: Service, out: Path) -> None:
         "--before", service.url,
     )  # fmt: skip
     (point,) = found["points"]
-    assert list(point["rates"]) == list(found["accuracy"]["1"]) == ["before", "full"]
+    assert {*point["rates"]} == {*found["accuracy"]["1"]} == {"before", "full"}
     for way, rates in point["rates"].items():
         assert rates[0] > 0
         assert 0 <= found["accuracy"]["1"][way] < 1

@@ -16,6 +16,7 @@ from engines.drawing.runner import Runner
 from engines.errors import DeviceLost
 from engines.order import Order
 from service.batching.loop import EngineLoop
+from service.batching.pace import TELLING
 from service.batching.request import Event, Finished, Request, Resolved, Row, Status
 from service.batching.scheduler import Limits
 from service.errors import DeadlineExceeded, EngineFailure, NotReady, Overloaded
@@ -89,14 +90,15 @@ def wide_loop(gate: Gate) -> Iterator[EngineLoop]:
 
 @pytest.fixture
 def timed_loop(gate: Gate, runner: Runner) -> Iterator[EngineLoop]:
-    """One that has seen a row of two steps take two seconds."""
+    """One that has seen rows of two steps take two seconds each."""
     limits = Limits(max_batch=2)
     loop = EngineLoop(gate, limits, Metrics("test"), max_waiting=8, clock=lambda: gate.clock)
     loop.start()
-    request, events = make_request(loop, runner, "x")
-    loop.submit(request)
-    gate.passes.release(2)
-    assert last(events).error is None
+    for _ in range(TELLING // 2):
+        request, events = make_request(loop, runner, "x")
+        loop.submit(request)
+        gate.passes.release(2)
+        assert last(events).error is None
     yield loop
     gate.open = True
     gate.passes.release()

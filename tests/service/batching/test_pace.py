@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engines.drawing.decoding import Decoding
 from engines.drawing.drawing import Group
-from service.batching.pace import Pace
+from service.batching.pace import TELLING, Pace
 from service.batching.scheduler import Work, WorkKind
 
 SMALL, LARGE = Group((4, 16, 16), ()), Group((4, 32, 32), ())
@@ -65,7 +65,7 @@ def test_a_step_is_that_of_the_largest_batch_and_slow_ones_are_outliers() -> Non
 def test_what_is_left_of_a_row_depends_on_how_many_there_are() -> None:
     pace = Pace()
     for kind, per_row in ((WorkKind.DENOISE, 0.01), (WorkKind.DECODE, 0.02)):
-        for num_rows in (1, 2, 8):
+        for num_rows in (1, 2, 8) * TELLING:
             note(pace, kind, num_rows, per_row * num_rows)
 
     def least_s(num_steps_left: int, num_rows: int, group: Group = SMALL) -> float:
@@ -83,10 +83,21 @@ def test_what_is_left_of_a_row_depends_on_how_many_there_are() -> None:
 def test_a_row_alone_is_never_judged_by_calls_of_many() -> None:
     """Else it would be given up, no call would be made, and nothing better ever be learned."""
     pace = Pace()
-    note(pace, WorkKind.DENOISE, 8, 10.0)
+    for _ in range(TELLING):
+        note(pace, WorkKind.DENOISE, 8, 10.0)
     drawing = SimpleNamespace(group=SMALL, decoding=FULL)
     row: Any = SimpleNamespace(num_steps_left=8, drawing=drawing)
     assert pace.least_s(row, num_rows=1) == 0
+
+
+def test_nor_by_the_first_calls_of_a_size_which_are_slow() -> None:
+    pace = Pace()
+    drawing = SimpleNamespace(group=SMALL, decoding=FULL)
+    row: Any = SimpleNamespace(num_steps_left=1000, drawing=drawing)
+    for seconds in (0.1, *(0.002,) * (TELLING - 1)):
+        assert pace.least_s(row, num_rows=1) == 0
+        note(pace, WorkKind.DENOISE, 1, seconds)
+    assert pace.least_s(row, num_rows=1) == pytest.approx(1000 * 0.002, rel=0.06)
 
 
 def test_an_engine_that_became_slower_is_believed_in_the_end() -> None:
