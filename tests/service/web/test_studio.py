@@ -31,6 +31,7 @@ ARGUMENTS = (
     "--use-fake-ui-for-media-stream",
 )
 pytestmark = NEEDS_CHROMIUM
+expect.set_options(timeout=30_000)  # a machine that other tests keep busy draws late
 
 
 @contextlib.contextmanager

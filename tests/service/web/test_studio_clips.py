@@ -109,6 +109,7 @@ def test_a_browser_without_h264_shows_a_webp(url: str) -> None:
 
 def test_pictures_can_be_asked_for_too(url: str) -> None:
     with studio(url) as page:
+        expect(page.get_by_role("radio", name="Clips")).to_be_checked()  # Pictures was, before
         page.get_by_role("radio", name="Pictures").check()
         page.locator("#steps").fill("1")
         page.locator("#draw").click()

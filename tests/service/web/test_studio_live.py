@@ -126,7 +126,7 @@ def test_a_service_that_restarts_goes_on_with_the_same_picture(values: dict[str,
         expect(page.locator("#connection")).not_to_have_text("connected")
         drawn = page.locator("#screen").get_attribute("data-frames")
         with serving(at_port=port, **values):
-            expect(page.locator("#connection")).to_have_text("connected", timeout=30_000)
+            expect(page.locator("#connection")).to_have_text("connected")
             expect(page.locator("#screen")).not_to_have_attribute("data-frames", str(drawn))
             assert settled(page) == before
             stroke(page, (0.5, 0.2), (0.5, 0.8))
@@ -210,7 +210,7 @@ def test_a_key_opens_a_session_and_is_kept_only_if_asked(
 
 def test_one_that_rests_goes_on_at_the_next_stroke(values: dict[str, Any]) -> None:
     with serving(**values, live_idle_s=3) as url, live(url) as page:
-        expect(page.locator("#connection")).to_contain_text("resting", timeout=30_000)
+        expect(page.locator("#connection")).to_contain_text("resting")
         before = settled(page)
         stroke(page, (0.2, 0.5), (0.8, 0.5))
         expect(page.locator("#connection")).to_have_text("connected")
@@ -227,4 +227,4 @@ def test_where_there_is_no_room_it_waits_for_some(values: dict[str, Any]) -> Non
         other.get_by_role("radio", name="Live").check()
         expect(other.locator("#connection")).to_contain_text("1 live sessions are open")
         page.get_by_role("radio", name="Pictures").check()
-        expect(other.locator("#connection")).to_have_text("connected", timeout=30_000)
+        expect(other.locator("#connection")).to_have_text("connected")
