@@ -54,7 +54,7 @@ def _older(part: Part) -> Part:
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(checkpoints: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = stable_diffusion.parts
     folder = tmp_path_factory.mktemp("older") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def bundle(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "parts",
             lambda pipeline, known: [_older(part) for part in parts(pipeline, known)],
         )
-        build_bundle(Blueprint(checkpoints / "tiny-lcm"), folder, lambda *_: None)
+        build_bundle(Blueprint(checkpoints / "tiny-lcm"), folder, lambda *_: None, cache_dir)
     manifest = json.loads((folder / MANIFEST).read_text())
     facts: dict[str, Any] = manifest["facts"]
     for name in ("num_coefficients", "gives_image", "tiny_encodes", "max_chunks"):

@@ -213,10 +213,14 @@ def test_a_bundle_keeps_it_and_the_default(
 
 
 def test_in_a_bundle_of_before_it_decodes_alone(
-    checkpoints: Path, tiny_vae: Path, tmp_path: Path, peers: dict[str, Peer]
+    checkpoints: Path,
+    cache_dir: Path,
+    tiny_vae: Path,
+    tmp_path: Path,
+    peers: dict[str, Peer],
 ) -> None:
     blueprint = Blueprint(checkpoints / "tiny-sd", overrides=Overrides({"tiny_vae": tiny_vae}))
-    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None)
+    bundle = build_bundle(blueprint, tmp_path / "bundle", lambda *_: None, cache_dir)
     manifest = json.loads((bundle.folder / MANIFEST).read_text())
     del manifest["facts"]["tiny_encodes"], manifest["files"]["tiny_vae_encoder.onnx"]
     (bundle.folder / MANIFEST).write_text(json.dumps(manifest))

@@ -27,7 +27,7 @@ def _norm(norm: nn.GroupNorm | nn.LayerNorm, dtype: torch.dtype) -> None:
 SHAPES = [
     ((2, 8, 8, 64), 8),  # groups that one program holds
     ((1, 7, 5, 96), 32),
-    ((2, 41, 25, 192), 8),  # those that take three kernels
+    ((2, 41, 25, 96), 4),  # those that take three kernels
 ]
 LARGE = ((1, 65, 32, 320), 8, torch.float32)  # of more tiles than are folded at a time
 
