@@ -194,8 +194,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
         lines["  text_encoder"] = "linear layers in 8 bits"
     for part, found in manifest.get("quantised", {}).items():
         lines[f"  {part} in 8 bits"] = (
-            f"{found['num_convolutions']} convolutions, images at {found['psnr_db']} dB of those "
-            "before at least"
+            f"{found['num_convolutions']} convolutions, {found.get('num_linears', 0)} linear "
+            f"layers, images at {found['psnr_db']} dB of those before at least"
         )
     if timesteps := facts.get("default_timesteps"):
         lines["timesteps"] = ", ".join(map(str, timesteps))

@@ -74,8 +74,13 @@ class OnnxRuntimeEngine:
     model of gigabytes, whose operators are long, does without.
     """
 
-    def __init__(self, path: Path, cores: Cores, device: str = "auto") -> None:
-        """``device``: as of an order; on any but ``cpu`` a GPU build of the package uses a GPU."""
+    def __init__(
+        self, path: Path, cores: Cores, device: str = "auto", max_calls: int = MAX_CALLS
+    ) -> None:
+        """``device``: as of an order; on any but ``cpu`` a GPU build of the package uses a GPU.
+
+        ``max_calls`` are side by side at most.
+        """
         self._path, self._cores = path, cores
         self._weights = OnnxWeights(path)
         self._graphs: dict[bool, bytes] = {}
@@ -84,7 +89,7 @@ class OnnxRuntimeEngine:
         self._providers = [name for name in wanted if name in available]
         num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
         alone = len(self._providers) > 1 or 2 * num_bytes > KEPT_BYTES
-        self.max_calls = 1 if alone else min(MAX_CALLS, cores.num_threads)
+        self.max_calls = 1 if alone else min(max_calls, cores.num_threads)
         self._threads = ThreadPoolExecutor(cores.num_threads, "fourstep-onnxruntime")
         self._sessions: _Sessions | None = self._open({})
         self._outputs = [output.name for output in self._sessions.joint.get_outputs()]
@@ -108,6 +113,8 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
+        # The file's: a side branch that ends at once, and keeps nothing (`quantising.watch`).
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(w.numpy()) for w in weights.values()]
         if values:
             options.add_external_initializers(list(weights), values)

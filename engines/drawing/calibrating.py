@@ -1,6 +1,6 @@
-"""A bundle's parts to 8 bits: prompts are drawn in fp32, what the convolutions met is the range.
+"""A bundle's parts to 8 bits: prompts are drawn in fp32, what the layers met is the range.
 
-A part whose images are too far from fp32's stays as it is.
+A part whose images are too far from fp32's keeps its linear layers, or stays as it is.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def quantise_parts(
 
     progress(f"drawing {len(PROMPTS)} prompts to calibrate", len(names), len(names) + 1)
     watched: dict[str, Engine] = {
-        name: _Watched(OnnxRuntimeEngine(folder / f"{name}.watched.onnx", cores, "cpu"))
+        name: _Watched(OnnxRuntimeEngine(folder / f"{name}.watched.onnx", cores, "cpu", 1))
         for name in names
     }
     others = [name for name in parts_of(facts) if name not in names]
@@ -96,16 +96,20 @@ def quantise_parts(
         assert isinstance(engine, _Watched)
         found = ranges_of(engine.outputs)
         (folder / f"{name}.watched.onnx").unlink()
-        trial = _Trial(folder, name)
-        number = quantise(trial.path, found, kind)
-        tried = OnnxRuntimeEngine(trial.path, cores, "cpu")
-        images = _draw(model({**engines, **watched, name: tried}), range(NUM_TRIED), first_seed=100)
-        pairs = zip(images, exact, strict=True)
-        worst = min(psnr_db(image, truth) for image, truth in pairs)
-        tried.close()
-        kept = worst < MIN_IMAGE_PSNR_DB
-        report[name] = {"num_convolutions": 0 if kept else number, "psnr_db": round(worst, 1)}
-        trial.settle(keep_fp32=kept)
+        report[name] = {"num_convolutions": 0, "num_linears": 0}
+        for linears in (False,) if kind else (True, False):
+            trial = _Trial(folder, name)
+            counts = quantise(trial.path, found, kind, linears=linears)
+            tried = OnnxRuntimeEngine(trial.path, cores, "cpu")
+            changed = model({**engines, **watched, name: tried})
+            pairs = zip(_draw(changed, range(NUM_TRIED), first_seed=100), exact, strict=True)
+            worst = min(psnr_db(image, truth) for image, truth in pairs)
+            tried.close()
+            near = worst >= MIN_IMAGE_PSNR_DB
+            report[name] |= {"psnr_db": round(worst, 1)} | (counts if near else {})
+            trial.settle(keep_fp32=not near)
+            if near:
+                break
     for engine in (*engines.values(), *watched.values()):
         engine.close()
     return report

@@ -27,6 +27,7 @@ from loadtests.report import RESULTS, ROOT, OutOption
 
 KINDS = (
     Kind("onnxruntime", "Fourstep, ONNX Runtime", "fp32"),
+    Kind("onnxruntime", "Fourstep, ONNX Runtime", "int8"),
     Kind("torch_cpu", "Fourstep, torch", "fp32"),
     Kind("torch_cpu", "Fourstep, torch", "bf16"),
     Kind("diffusers", "diffusers", "fp32"),
@@ -181,6 +182,8 @@ def _build(task: Task) -> None:
     code = (
         "import sys; from loadtests.laptop.task import Task; "
         "from loadtests.laptop.ways import order_of; from engines.drawing.model import prepare; "
-        "prepare(order_of('onnxruntime', Task.from_json(sys.argv[1])), lambda *_: None)"
+        "from engines.drawing.calibrating import quantise_parts; "
+        "order = order_of('onnxruntime', Task.from_json(sys.argv[1])); "
+        "prepare(order, lambda *_: None, quantise_parts)"
     )
     subprocess.run([sys.executable, "-c", code, task.to_json()], cwd=ROOT, check=True)

@@ -24,7 +24,7 @@ class Kind:
 
     name: str  # of a function of `loadtests.laptop.ways`
     title: str
-    precision: str  # fp32 or bf16
+    precision: str  # fp32, bf16 or int8
     package: str = ""
 
     @property
@@ -62,13 +62,13 @@ class Task:
 class Drawn:
     """Seconds of one process's calls by its clock, and its memory.
 
-    ``image_s`` is a whole image of ``num_steps`` and the full decoder; the others are the calls
-    within it and within one of a step and the tiny decoder.
+    ``first_s`` is the first image, of a step and the tiny decoder; ``image_s`` a later one of
+    ``num_steps`` and the full decoder. The others are calls of later ones.
     """
 
     load_s: float = 0.0
     image_s: float = 0.0
-    quick_s: float = 0.0
+    first_s: float = 0.0
     num_steps: int = 0
     step_s: list[float] = field(default_factory=list)
     decode_s: dict[str, float] = field(default_factory=dict)  # by decoder

@@ -1,4 +1,4 @@
-"""Convolutions in 8 bits: calibrated on what is drawn, near fp32, refused where they cannot be."""
+"""8 bits: calibrated on what is drawn, near fp32, refused where they cannot be."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engines.drawing.parity import MIN_IMAGE_PSNR_DB, compare, image_psnrs_db
 from engines.drawing.runner import Runner
 from engines.errors import BackendUnavailable, BuildError, BundleError
 from engines.order import Order
-from tests.engines.checkpoints import make_lora
+from tests.engines.checkpoints import make_lora, make_pixart_checkpoint
 
 PROMPTS = ("a red cube", "two cats, at night")
 
@@ -63,6 +63,25 @@ def test_only_what_dampens_its_errors_is_in_8_bits(quantised: Path) -> None:
         assert len(convs) - len(in_float) == said["num_convolutions"] > 5
         assert in_float
         assert all(KEPT.search(name) for name in in_float)
+        products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+        assert len(products) == said["num_linears"]
+        turned = {
+            node.output[0]: node.input[0]
+            for node in graph.node
+            if node.op_type == "Transpose" and node.input[0] in weights
+        }
+        left = [turned.get(node.input[1]) for node in graph.node if node.op_type == "MatMul"]
+        assert all(KEPT.search(name) for name in left if name)
+    assert report["denoiser"]["num_linears"] > 5
+
+
+def test_a_transformer_is_in_8_bits_too(tmp_path: Path) -> None:
+    checkpoint = make_pixart_checkpoint(tmp_path / "tiny-pixart")
+    order = Order(str(checkpoint), "onnxruntime", cache_dir=tmp_path / "cache", num_threads=1)
+    bundle = prepare(dataclasses.replace(order, precision="int8"), lambda *_: None, quantise_parts)
+    found = bundle.manifest["quantised"]["denoiser"]
+    assert found["num_linears"] > 15
+    assert found["psnr_db"] >= MIN_IMAGE_PSNR_DB
 
 
 def test_images_are_near(order: Order, quantised: Path) -> None:
