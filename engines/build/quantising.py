@@ -2,12 +2,12 @@
 
 Weights are scaled by channel, activations by range, both static.
 
-A convolution gets Q and DQ around it, which ONNX Runtime runs as one integer kernel; a linear layer
-becomes the kernel itself, whose sums leave it as floats. TensorRT's are others, of convolutions
-alone (`engines.build.explicit`). Ranges come from calls of a real model
-(`engines.drawing.calibrating`). Kept as they were: the first and the last convolution, whose errors
-nothing dampens, shortcuts past a block, what reads the prompt (its first token is far larger than
-the others), and products of two features.
+A convolution gets Q and DQ around it and the ReLU behind it, which ONNX Runtime runs as one integer
+kernel; a linear layer becomes the kernel itself, whose sums leave it as floats. TensorRT's are
+others, of convolutions alone (`engines.build.explicit`). Ranges come from calls of a real model
+(`engines.drawing.calibrating`). Kept as they were: what reads latents or gives them, or pixels,
+whose errors nothing dampens; shortcuts past a block; what reads the prompt (its first token is far
+larger than the others); and products of two features.
 """
 
 from __future__ import annotations
@@ -27,55 +27,64 @@ from onnx.helper import make_node, make_opsetid, make_tensor_value_info
 from engines.build.explicit import explicit
 
 # By the weight's name in diffusers. With all 50 of the demo's UNet in 8 bits its images were at
-# 24.6 dB of fp32's (median of 12), but for its ten of these at 47.5 (2026-11-27).
-KEPT = re.compile(r"conv_in|conv_out|shortcut|quant_conv|attn2\.to_[kv]")
+# 24.6 dB of fp32's (median of 12), but for its ten of these and below at 47.5 (2026-11-27).
+KEPT = re.compile(r"shortcut|attn2\.to_[kv]")
+MIN_CHANNELS = 16  # latents and pixels have fewer
 WATCHED = "watched:"  # how outputs begin that say a range, and end by what they are
 RUNTIME = make_opsetid("com.microsoft", 1)  # ONNX Runtime's own operators
 Counts = dict[str, int]
 Ranges = Mapping[str, tuple[float, float]]  # of a value by its name
 
 
-def _chosen(graph: GraphProto) -> list[NodeProto]:
-    """The convolutions that are quantised, of plain weights with a bias."""
-    weights = {tensor.name for tensor in graph.initializer}
-    return [
-        node
-        for node in graph.node
-        if node.op_type == "Conv"
-        and len(node.input) == 3
-        and weights.issuperset(node.input[1:])
-        and not KEPT.search(node.input[1])
-    ]
-
-
 @dataclasses.dataclass(frozen=True)
-class _Linear:
-    """A product of features and a transposed weight."""
+class _Layer:
+    """What is quantised: a convolution, or the product of a linear layer."""
 
     node: NodeProto
-    weight: str  # [outputs, inputs]
-    bias: NodeProto | None  # its addition
+    weight: str  # of outputs by inputs
+    bias: str | None
+    within: NodeProto | None  # what its kernel does too: a ReLU, or the product's bias
+
+    @property
+    def is_linear(self) -> bool:
+        return bool(self.node.op_type == "MatMul")
+
+    @property
+    def output(self) -> str:
+        return str((self.within or self.node).output[0])
 
 
-def _linears(graph: GraphProto) -> dict[str, _Linear]:
-    """The linear layers that are quantised, by the product's output."""
-    weights = {tensor.name for tensor in graph.initializer}
+def _layers(graph: GraphProto) -> dict[str, _Layer]:
+    """By the node's output."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
     used_by = collections.defaultdict(list)
     for node in graph.node:
         for name in node.input:
             used_by[name].append(node)
+
+    def next_one(node: NodeProto, kind: str) -> NodeProto | None:
+        users = used_by[node.output[0]]
+        return users[0] if [user.op_type for user in users] == [kind] else None
+
     found = {}
     for node in graph.node:
-        turned = made_by.get(node.input[1]) if node.op_type == "MatMul" else None
-        if turned is None or turned.op_type != "Transpose" or turned.input[0] not in weights:
+        layer = None
+        if node.op_type == "Conv" and weights.keys() >= set(node.input[1:]):
+            bias = node.input[2] if len(node.input) > 2 else None
+            layer = _Layer(node, node.input[1], bias, next_one(node, "Relu"))
+        elif node.op_type == "MatMul" and (turned := made_by.get(node.input[1])):
+            if turned.op_type != "Transpose" or turned.input[0] not in weights:
+                continue
+            added = next_one(node, "Add")
+            width = weights[turned.input[0]].dims[0]
+            names = () if added is None else added.input
+            bias = next((n for n in names if n in weights and weights[n].dims == [width]), None)
+            layer = _Layer(node, turned.input[0], bias, added if bias else None)
+        if layer is None or KEPT.search(layer.weight):
             continue
-        if KEPT.search(turned.input[0]):
-            continue
-        (product,) = node.output
-        users = used_by[product]
-        adds = len(users) == 1 and users[0].op_type == "Add" and weights & set(users[0].input)
-        found[product] = _Linear(node, turned.input[0], users[0] if adds else None)
+        if min(weights[layer.weight].dims[:2]) >= MIN_CHANNELS:
+            found[node.output[0]] = layer
     return found
 
 
@@ -85,8 +94,9 @@ def watch(path: Path, out: Path) -> None:
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    values = {value for node in _chosen(graph) for value in (node.input[0], node.output[0])}
-    values |= {linear.node.input[0] for linear in _linears(graph).values()}
+    layers = _layers(graph).values()
+    values = {layer.node.input[0] for layer in layers}
+    values |= {layer.output for layer in layers if not layer.is_linear}
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes.append(node)
@@ -125,24 +135,24 @@ def quantise(path: Path, ranges: Ranges, kind: str = "", *, linears: bool = True
     """
     model = onnx.load(path)
     graph = model.graph
-    chosen = {node.output[0] for node in _chosen(graph)}
-    products = _linears(graph) if linears and not kind else {}
-    added = {linear.bias.output[0] for linear in products.values() if linear.bias is not None}
+    linears = linears and not kind
+    layers = {name: each for name, each in _layers(graph).items() if linears or not each.is_linear}
+    within = {each.output for each in layers.values()} - layers.keys()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        (output, *_) = node.output
-        if output in products:
-            nodes += _linear_in_8_bits(graph, products[output], tensors, ranges)
-        elif output in added:
-            continue
-        elif output not in chosen:
-            nodes.append(node)
+        layer = layers.get(node.output[0])
+        if layer is None:
+            if kind or node.output[0] not in within:
+                nodes.append(node)
         elif kind:
             nodes += explicit(graph, node, tensors, ranges[node.input[0]], kind)
+        elif layer.is_linear:
+            nodes += _product(graph, layer, tensors, ranges)
         else:
-            nodes += _in_8_bits(graph, node, tensors, ranges)
-    if products:
+            nodes += _convolution(graph, layer, tensors, ranges)
+    num_linears = sum(layer.is_linear for layer in layers.values())
+    if num_linears:
         model.opset_import.append(RUNTIME)
     used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     nodes = [node for node in nodes if used & set(node.output)]  # no weights transposed for nobody
@@ -155,15 +165,14 @@ def quantise(path: Path, ranges: Ranges, kind: str = "", *, linears: bool = True
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)
     onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
-    return {"num_convolutions": len(chosen), "num_linears": len(products)}
+    return {"num_convolutions": len(layers) - num_linears, "num_linears": num_linears}
 
 
-def _linear_in_8_bits(
-    graph: GraphProto, linear: _Linear, tensors: Mapping[str, TensorProto], ranges: Ranges
+def _product(
+    graph: GraphProto, layer: _Layer, tensors: Mapping[str, TensorProto], ranges: Ranges
 ) -> Iterator[NodeProto]:
-    features = linear.node.input[0]
-    (product,) = linear.node.output
-    rounded, by_channel = _rounded(onnx.numpy_helper.to_array(tensors[linear.weight]))
+    features = layer.node.input[0]
+    rounded, by_channel = _rounded(onnx.numpy_helper.to_array(tensors[layer.weight]))
     scale, zero = _affine(*ranges[features])
     known = {tensor.name for tensor in graph.initializer}
 
@@ -173,30 +182,26 @@ def _linear_in_8_bits(
         return name
 
     quantised = [constant(f"{features}.scale", scale), constant(f"{features}.zero", zero)]
-    if quantised[0] not in known:  # others read it too
+    if quantised[0] not in known:  # else another layer reads it too
         yield make_node("QuantizeLinear", [features, *quantised], [f"{features}.q"])
     inputs = [
         f"{features}.q",
-        constant(f"{product}.weight", np.ascontiguousarray(rounded.T)),
+        constant(f"{layer.output}.weight", np.ascontiguousarray(rounded.T)),
         quantised[0],
-        constant(f"{product}.weight_scale", by_channel),
+        constant(f"{layer.output}.weight_scale", by_channel),
         quantised[1],
-        constant(f"{product}.weight_zero", np.zeros(len(by_channel), np.int8)),
+        constant(f"{layer.output}.weight_zero", np.zeros(len(by_channel), np.int8)),
     ]
-    output = product
-    if linear.bias is not None:
-        inputs += [name for name in linear.bias.input if name != product]
-        (output,) = linear.bias.output
-    yield make_node("MatMulIntegerToFloat", inputs, [output], domain=RUNTIME.domain)
+    if layer.bias is not None:
+        inputs.append(layer.bias)
+    yield make_node("MatMulIntegerToFloat", inputs, [layer.output], domain=RUNTIME.domain)
 
 
-def _in_8_bits(
-    graph: GraphProto, node: NodeProto, tensors: Mapping[str, TensorProto], ranges: Ranges
+def _convolution(
+    graph: GraphProto, layer: _Layer, tensors: Mapping[str, TensorProto], ranges: Ranges
 ) -> Iterator[NodeProto]:
-    features = node.input[0]
-    (output,) = node.output
-    weight, bias = (onnx.numpy_helper.to_array(tensors[name]) for name in node.input[1:])
-    rounded, by_channel = _rounded(weight)
+    features, output = layer.node.input[0], layer.output
+    rounded, by_channel = _rounded(onnx.numpy_helper.to_array(tensors[layer.weight]))
 
     def constant(name: str, value: np.ndarray) -> str:
         graph.initializer.append(onnx.numpy_helper.from_array(value, f"{output}.{name}"))
@@ -209,20 +214,26 @@ def _in_8_bits(
     yield make_node("DequantizeLinear", [f"{output}.q", *quantised], [f"{output}.dq"])
     weights = [constant("weight", rounded), constant("weight_scale", by_channel)]
     yield make_node("DequantizeLinear", weights, [f"{output}.w"], axis=0)
-    bias_scale = scale * by_channel
-    biases = [
-        constant("bias", np.rint(bias / bias_scale).astype(np.int32)),
-        constant("bias_scale", bias_scale),
-    ]
-    yield make_node("DequantizeLinear", biases, [f"{output}.b"], axis=0)
     conv = NodeProto()
-    conv.CopyFrom(node)
+    conv.CopyFrom(layer.node)
     del conv.input[:], conv.output[:]
-    conv.input.extend([f"{output}.dq", f"{output}.w", f"{output}.b"])
-    conv.output.append(f"{output}.y")
+    conv.input.extend([f"{output}.dq", f"{output}.w"])
+    if layer.bias is not None:
+        bias, bias_scale = onnx.numpy_helper.to_array(tensors[layer.bias]), scale * by_channel
+        biases = [
+            constant("bias", np.rint(bias / bias_scale).astype(np.int32)),
+            constant("bias_scale", bias_scale),
+        ]
+        yield make_node("DequantizeLinear", biases, [f"{output}.b"], axis=0)
+        conv.input.append(f"{output}.b")
+    last = f"{output}.y"
+    conv.output.append(last)
     yield conv
+    if layer.within is not None:
+        last = f"{output}.relu"
+        yield make_node("Relu", list(conv.output), [last])
     quantised = [constant("scale_out", scale_out), constant("zero_out", zero_out)]
-    yield make_node("QuantizeLinear", [f"{output}.y", *quantised], [f"{output}.yq"])
+    yield make_node("QuantizeLinear", [last, *quantised], [f"{output}.yq"])
     yield make_node("DequantizeLinear", [f"{output}.yq", *quantised], [output])
 
 
