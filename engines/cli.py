@@ -65,7 +65,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     precision: Annotated[
         str,
-        typer.Option(help="fp32, fp16, bf16, or convolutions in 8 bits: int8, fp8 (plans alone)."),
+        typer.Option(help="fp32, fp16, bf16, or 8 bits: int8, fp8 (plans alone)."),
     ] = "fp32",
     engine: Annotated[
         str, typer.Option(help="onnxruntime; tensorrt or tensorrt-rtx compile plans too.")

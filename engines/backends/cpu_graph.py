@@ -27,7 +27,7 @@ def quick_graph(path: Path, *, few_threads: bool) -> bytes:
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    if fuse_attention(graph):
+    if fuse_attention(graph) and OPSET not in model.opset_import:
         model.opset_import.append(OPSET)
     if few_threads:
         _quicken_norms(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -64,6 +65,14 @@ class Cores:
                 self._num_calls -= 1
 
 
+@functools.cache
+def _sums_8_bits() -> bool:
+    """Whether a product of uint8 and int8 is right here; an older x86 cuts its sums at 16 bits."""
+    found = torch.cpu.get_capabilities()
+    ways = ("avx512_vnni", "avx_vnni", "amx_int8")
+    return found["architecture"] != "x86_64" or any(found.get(way) for way in ways)
+
+
 class OnnxRuntimeEngine:
     """Runs one ``.onnx`` file on the CPU.
 
@@ -75,13 +84,20 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(
-        self, path: Path, cores: Cores, device: str = "auto", max_calls: int = MAX_CALLS
+        self,
+        path: Path,
+        cores: Cores,
+        device: str = "auto",
+        max_calls: int = MAX_CALLS,
+        *,
+        for_plans: bool = False,
     ) -> None:
         """``device``: as of an order; on any but ``cpu`` a GPU build of the package uses a GPU.
 
-        ``max_calls`` are side by side at most.
+        ``max_calls`` are side by side at most. ``for_plans``: Q and DQ, if there are, are
+        TensorRT's, and stay operators of their own.
         """
-        self._path, self._cores = path, cores
+        self._path, self._cores, self._for_plans = path, cores, for_plans
         self._weights = OnnxWeights(path)
         self._graphs: dict[bool, bytes] = {}
         available = onnxruntime.get_available_providers()  # CUDA where it is a GPU build
@@ -112,6 +128,11 @@ class OnnxRuntimeEngine:
         # cores, November 2026); between calls they sleep, or they would take the cores from HTTP.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._for_plans:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        elif not _sums_8_bits():
+            # Slower, where sums are cut otherwise (and no less slow where they are not).
+            options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
         # The file's: a side branch that ends at once, and keeps nothing (`quantising.watch`).
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
@@ -122,7 +143,11 @@ class OnnxRuntimeEngine:
         if self._providers == ["CPUExecutionProvider"]:
             graph = self._quick_graph((num_threads or self._cores.num_threads) <= FEW_THREADS)
             options.add_session_config_entry(WEIGHTS_FOLDER, str(self._path.parent))
-        return onnxruntime.InferenceSession(graph, options, providers=self._providers)
+        # It takes a zero of fp8's for the lowest number, as it is uint8's, and leaves ReLUs out.
+        wrong = {"ReluQuantRewrite"} if self._for_plans else None
+        return onnxruntime.InferenceSession(
+            graph, options, providers=self._providers, disabled_optimizers=wrong
+        )
 
     def _quick_graph(self, few_threads: bool) -> bytes:
         """Made once for all sessions: every LoRA set opens two."""

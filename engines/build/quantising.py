@@ -28,7 +28,7 @@ from engines.build.explicit import explicit
 
 # By the weight's name in diffusers. With all 50 of the demo's UNet in 8 bits its images were at
 # 24.6 dB of fp32's (median of 12), but for its ten of these and below at 47.5 (2026-11-27).
-KEPT = re.compile(r"shortcut|attn2\.to_[kv]")
+KEPT = re.compile(r"shortcut|attn2\.to_[kv]|caption_projection|transformer\.proj_out")
 MIN_CHANNELS = 16  # latents and pixels have fewer
 WATCHED = "watched:"  # how outputs begin that say a range, and end by what they are
 RUNTIME = make_opsetid("com.microsoft", 1)  # ONNX Runtime's own operators
@@ -88,13 +88,13 @@ def _layers(graph: GraphProto) -> dict[str, _Layer]:
     return found
 
 
-def watch(path: Path, out: Path) -> None:
+def watch(path: Path, out: Path, *, linears: bool = True) -> None:
     """Write the part with the ranges of what is to be quantised as outputs more; ``out`` stands in
-    the folder of ``path``, whose weights it shares.
+    the folder of ``path``, whose weights it shares. ``linears``: of linear layers too.
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    layers = _layers(graph).values()
+    layers = [layer for layer in _layers(graph).values() if linears or not layer.is_linear]
     values = {layer.node.input[0] for layer in layers}
     values |= {layer.output for layer in layers if not layer.is_linear}
     nodes: list[NodeProto] = []
@@ -152,7 +152,7 @@ def quantise(path: Path, ranges: Ranges, kind: str = "", *, linears: bool = True
         else:
             nodes += _convolution(graph, layer, tensors, ranges)
     num_linears = sum(layer.is_linear for layer in layers.values())
-    if num_linears:
+    if num_linears and RUNTIME not in model.opset_import:
         model.opset_import.append(RUNTIME)
     used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     nodes = [node for node in nodes if used & set(node.output)]  # no weights transposed for nobody
@@ -181,11 +181,12 @@ def _product(
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))
         return name
 
-    quantised = [constant(f"{features}.scale", scale), constant(f"{features}.zero", zero)]
-    if quantised[0] not in known:  # else another layer reads it too
-        yield make_node("QuantizeLinear", [features, *quantised], [f"{features}.q"])
+    u8 = f"{features}.u8"  # one for all layers that read it
+    quantised = [constant(f"{u8}.scale", scale), constant(f"{u8}.zero", zero)]
+    if quantised[0] not in known:
+        yield make_node("QuantizeLinear", [features, *quantised], [u8])
     inputs = [
-        f"{features}.q",
+        u8,
         constant(f"{layer.output}.weight", np.ascontiguousarray(rounded.T)),
         quantised[0],
         constant(f"{layer.output}.weight_scale", by_channel),
@@ -212,7 +213,11 @@ def _convolution(
     quantised = [constant("scale", scale), constant("zero", zero)]
     yield make_node("QuantizeLinear", [features, *quantised], [f"{output}.q"])
     yield make_node("DequantizeLinear", [f"{output}.q", *quantised], [f"{output}.dq"])
-    weights = [constant("weight", rounded), constant("weight_scale", by_channel)]
+    weights = [
+        constant("weight", rounded),
+        constant("weight_scale", by_channel),
+        constant("weight_zero", np.zeros(len(by_channel), np.int8)),
+    ]
     yield make_node("DequantizeLinear", weights, [f"{output}.w"], axis=0)
     conv = NodeProto()
     conv.CopyFrom(layer.node)

@@ -22,14 +22,14 @@ from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 from engines.build.bundle import Progress
 from engines.build.checkpoint import whole
 from engines.build.quantising import WATCHED, quantise, ranges_of, watch
-from engines.drawing.drawing import Drawing
+from engines.drawing import decoding
 from engines.drawing.model import Model, parts_of
 from engines.drawing.parity import MIN_IMAGE_PSNR_DB, psnr_db
 from engines.drawing.runner import Runner
 from engines.facts import Facts
 
-TINY = "tiny_vae_decoder"  # which previews are drawn by
-PARTS = ("denoiser", "vae_decoder", TINY)
+FULL, TINY = decoding.PARTS["full"], decoding.PARTS["tiny"]
+PARTS = {"denoiser": "full", FULL: "full", TINY: "tiny"}  # and the decoder it is judged by
 # Many things, places and lights; whatever the model makes of them, its features are its own.
 PROMPTS = (
     "a red circle on a white background",
@@ -41,8 +41,7 @@ PROMPTS = (
     "",
     "a purple flower in the rain",
 )
-# Of a prompt: from the first to the last timestep, whatever the model's default. One has a preview.
-MIN_STEPS, MAX_STEPS = 2, 8
+MAX_STEPS = 8  # of a prompt: from the first to the last timestep, whatever the model's default
 NUM_TRIED = 2  # of them, with other seeds, by which a part is judged
 
 
@@ -52,10 +51,13 @@ class _Watched:
     def __init__(self, engine: Engine) -> None:
         self.weight, self.refit, self.close = engine.weight, engine.refit, engine.close
         self._engine = engine
+        self.beside: _Watched | None = None  # which is shown the same inputs
         self.outputs: dict[str, tuple[float, float]] = {}
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = self._engine.run(inputs)
+        if self.beside is not None:
+            self.beside.run(inputs)
         for name in [name for name in found if name.startswith(WATCHED)]:
             value = found.pop(name)
             low, high = self.outputs.get(name, (np.inf, -np.inf))
@@ -73,7 +75,8 @@ def quantise_parts(
     cores = Cores(None)
     names = [name for name in PARTS if name in parts_of(facts)]
     for name in names:
-        watch(folder / f"{name}.onnx", folder / f"{name}.watched.onnx")
+        watched = folder / f"{name}.watched.onnx"
+        watch(folder / f"{name}.onnx", watched, linears=not kind)
     tokenizers = {
         window.tokenizer: whole(Tokenizer.from_file(str(folder / f"{window.tokenizer}.json")))
         for window in facts.windows
@@ -84,38 +87,44 @@ def quantise_parts(
         return Model(facts, tokenizers, engines, Adapters({}, engines), choice, "fp32", "cpu")
 
     progress(f"drawing {len(PROMPTS)} prompts to calibrate", len(names), len(names) + 1)
-    watched: dict[str, Engine] = {
+    engines: dict[str, Engine] = {
+        name: OnnxRuntimeEngine(folder / f"{name}.onnx", cores, "cpu")
+        for name in parts_of(facts)
+        if name not in names
+    }
+    watching = {
         name: _Watched(OnnxRuntimeEngine(folder / f"{name}.watched.onnx", cores, "cpu", 1))
         for name in names
     }
-    others = [name for name in parts_of(facts) if name not in names]
-    engines = {name: OnnxRuntimeEngine(folder / f"{name}.onnx", cores, "cpu") for name in others}
-    drawn = model({**engines, **watched})
+    engines |= watching
+    drawn = model(engines)
+    watching[FULL].beside = watching.get(TINY)
     _draw(drawn, range(len(PROMPTS)), first_seed=0)
-    exact = _draw(drawn, range(NUM_TRIED), first_seed=100)
+    ranges = {name: ranges_of(engine.outputs) for name, engine in watching.items()}
+    watching[FULL].beside = None
+    exact = {decoder: _try(drawn, decoder) for decoder in facts.decoders}
     report: dict[str, Any] = {}
     for name in names:
-        engine = watched[name]
-        assert isinstance(engine, _Watched)
-        found = ranges_of(engine.outputs)
         (folder / f"{name}.watched.onnx").unlink()
-        if not found:
+        if not ranges[name]:
             continue  # a tiny decoder of few channels
         report[name] = {"num_convolutions": 0, "num_linears": 0}
         for linears in (False,) if kind else (True, False):
             trial = _Trial(folder, name)
-            counts = quantise(trial.path, found, kind, linears=linears)
-            tried = OnnxRuntimeEngine(trial.path, cores, "cpu")
-            changed = model({**engines, **watched, name: tried})
-            pairs = zip(_draw(changed, range(NUM_TRIED), first_seed=100), exact, strict=True)
-            worst = min(psnr_db(*(_picture(each, name) for each in pair)) for pair in pairs)
-            tried.close()
-            near = worst >= MIN_IMAGE_PSNR_DB
-            report[name] |= {"psnr_db": round(worst, 1)} | (counts if near else {})
+            counts = quantise(trial.path, ranges[name], kind, linears=linears)
+            near = False
+            if any(counts.values()):
+                tried = OnnxRuntimeEngine(trial.path, cores, "cpu", for_plans=bool(kind))
+                pictures = _try(model(engines | {name: tried}), PARTS[name])
+                tried.close()
+                pairs = zip(pictures, exact[PARTS[name]], strict=True)
+                worst = min(psnr_db(picture, truth) for picture, truth in pairs)
+                near = worst >= MIN_IMAGE_PSNR_DB
+                report[name] |= {"psnr_db": round(worst, 1)} | (counts if near else {})
             trial.settle(keep_fp32=not near)
             if near:
                 break
-    for engine in (*engines.values(), *watched.values()):
+    for engine in engines.values():
         engine.close()
     return report
 
@@ -138,22 +147,19 @@ class _Trial:
         shutil.rmtree(self._trial)
 
 
-def _draw(model: Model, indices: range, first_seed: int) -> list[Drawing]:
+def _draw(model: Model, indices: range, first_seed: int, decoder: str = "full") -> list[np.ndarray]:
     runner = Runner(model, max_batch=2)
-    num_steps = max(MIN_STEPS, min(MAX_STEPS, runner.info.default_num_steps))
-    previews = num_steps - 1 if TINY in model.engines else 0
+    num_steps = min(MAX_STEPS, runner.info.default_num_steps)
     recipes = [
         dataclasses.replace(
-            runner.default_recipe(first_seed + index, PROMPTS[index], num_steps),
-            decoder="full", num_previews=previews,
+            runner.default_recipe(first_seed + index, PROMPTS[index], num_steps), decoder=decoder
         )
         for index in indices
-    ]  # fmt: skip
-    return runner.draw(recipes)
+    ]
+    pictures = [drawing.pixels for drawing in runner.draw(recipes)]
+    return [picture for picture in pictures if picture is not None]
 
 
-def _picture(drawing: Drawing, part: str) -> np.ndarray:
-    """One that the part has drawn."""
-    picture = drawing.previews[-1] if part == TINY else drawing.pixels
-    assert picture is not None, "drawn to the end"
-    return picture
+def _try(model: Model, decoder: str) -> list[np.ndarray]:
+    """Other images than those that calibrate."""
+    return _draw(model, range(NUM_TRIED), 100, decoder)

@@ -272,7 +272,14 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 
         cores = Cores(order.num_threads)
-        found = {name: OnnxRuntimeEngine(bundle.part(name), cores, order.device) for name in parts}
+        # No GPU's kernels run ONNX Runtime's products in 8 bits.
+        place = "cpu" if bundle.precision in EIGHT_BITS else order.device
+        found = {
+            name: OnnxRuntimeEngine(
+                bundle.part(name), cores, place, for_plans="plans" in bundle.manifest
+            )
+            for name in parts
+        }
         max_calls = min(engine.max_calls for engine in found.values())
         engines |= found
     names = [window.tokenizer for window in bundle.facts.windows]

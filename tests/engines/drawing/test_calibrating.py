@@ -13,6 +13,7 @@ import onnx
 import onnx.numpy_helper
 import pytest
 
+from engines.backends import onnxruntime_engine
 from engines.build.bundle import MANIFEST, Blueprint, build_bundle
 from engines.build.plan import PlanTarget, compile_plan
 from engines.build.quantising import KEPT, MIN_CHANNELS
@@ -67,18 +68,23 @@ def test_only_what_dampens_its_errors_is_in_8_bits(quantised: Path) -> None:
         )
         products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
         assert len(products) == said["num_linears"]
-        turned = {
-            node.output[0]: node.input[0]
-            for node in graph.node
-            if node.op_type == "Transpose" and node.input[0] in weights
-        }
-        left = [turned.get(node.input[1]) for node in graph.node if node.op_type == "MatMul"]
-        assert all(KEPT.search(name) for name in left if name)
+        assert all(KEPT.search(name) for name in _linears_left(graph))
     assert report["denoiser"]["num_linears"] > 5
 
 
+def _linears_left(graph: onnx.GraphProto) -> list[str]:
+    """The weights of linear layers that are products as before."""
+    weights = {tensor.name for tensor in graph.initializer}
+    turned = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in weights
+    }
+    products = [node.input[1] for node in graph.node if node.op_type == "MatMul"]
+    return [turned[name] for name in products if name in turned]
+
+
 def test_a_tiny_decoder_is_in_8_bits_with_its_relus(order: Order) -> None:
-    """Judged by the previews, which it draws."""
     wanted = dataclasses.replace(order, tiny_vae="demo-tiny-vae", precision="int8")
     bundle = prepare(wanted, lambda *_: None, quantise_parts)
     found = bundle.manifest["quantised"]["tiny_vae_decoder"]
@@ -97,9 +103,17 @@ def test_a_transformer_is_in_8_bits_too(tmp_path: Path) -> None:
     found = bundle.manifest["quantised"]["denoiser"]
     assert found["num_linears"] > 15
     assert found["psnr_db"] >= MIN_IMAGE_PSNR_DB
+    left = _linears_left(onnx.load(bundle.part("denoiser"), load_external_data=False).graph)
+    for kept in ("caption_projection.linear_1", "attn2.to_k", "attn2.to_v", "transformer.proj_out"):
+        assert any(kept in name for name in left), kept
+    assert not any("attn1" in name for name in left)
 
 
-def test_images_are_near(order: Order, quantised: Path) -> None:
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_images_are_near(
+    order: Order, quantised: Path, has_vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "_sums_8_bits", lambda: has_vnni)
     exact = load_model(order, lambda *_: None)
     int8 = load_model(dataclasses.replace(order, model=str(quantised)), lambda *_: None)
     assert int8.precision == "int8"
@@ -129,17 +143,18 @@ def test_other_backends_refuse_it(order: Order, backend: str, precision: str) ->
 
 
 def _assert_explicit(file: Path, kind: int, num_convolutions: int) -> None:
-    """Q and DQ of one type before as many convolutions, symmetric; none behind them."""
+    """Q and DQ of one type before as many convolutions, symmetric."""
     graph = onnx.load(file).graph
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     types = {each.name: each.data_type for each in graph.initializer}
     made_by = {node.output[0]: node for node in graph.node}
+    assert not any(node.op_type == "MatMulIntegerToFloat" for node in graph.node)
     quantisers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     assert len(quantisers) == num_convolutions > 5
     for node in quantisers:
         assert types[node.input[2]] == kind
         assert not constants[node.input[2]].astype("float32").any()
-        assert made_by.get(node.input[0], node).op_type != "Conv"
+        assert made_by.get(node.input[0], node).op_type != "DequantizeLinear"
     for conv in (node for node in graph.node if node.op_type == "Conv"):
         weight = made_by.get(conv.input[1])
         if weight is not None and weight.op_type == "DequantizeLinear":
@@ -154,6 +169,7 @@ def test_plans_in_8_bits(order: Order, checkpoints: Path, cache_dir: Path, tmp_p
     target = PlanTarget("tensorrt-rtx", ((64, 64),), 1, compute_capabilities=(89,))
     blueprint = Blueprint(checkpoints / "tiny-lcm", "int8", target)
     built = build_bundle(blueprint, tmp_path / "b", lambda *_: None, cache_dir, quantise_parts)
+    assert list(built.manifest["quantised"]) == ["denoiser", "vae_decoder"]
     for part, found in built.manifest["quantised"].items():
         assert found["psnr_db"] >= MIN_IMAGE_PSNR_DB
         _assert_explicit(built.part(part), onnx.TensorProto.INT8, found["num_convolutions"])
@@ -167,10 +183,11 @@ def test_plans_in_8_bits(order: Order, checkpoints: Path, cache_dir: Path, tmp_p
 
 def test_a_plan_in_fp8(order: Order, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux x86-64 only")
-    bundle = prepare(order, lambda *_: None)
+    bundle = prepare(dataclasses.replace(order, tiny_vae="demo-tiny-vae"), lambda *_: None)
     folder = tmp_path / "b"
     shutil.copytree(bundle.folder, folder)
     report = quantise_parts(folder, bundle.facts, lambda *_: None, "fp8")
+    assert list(report) == ["denoiser", "vae_decoder", "tiny_vae_decoder"]
     for part, found in report.items():
         assert found["psnr_db"] >= MIN_IMAGE_PSNR_DB
         _assert_explicit(
