@@ -216,7 +216,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")])
     for name, entry in manifest["files"].items():
         lines[name] = f"{entry['bytes'] / 1e6:.2f} MB, sha256 {entry['sha256'][:16]}"
     for key, value in lines.items():
-        typer.echo(f"{key:<24}{value}")
+        typer.echo(f"{key:<23} {value}")
 
 
 @app.command()
