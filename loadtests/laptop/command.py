@@ -25,6 +25,8 @@ from loadtests.laptop.task import CLOCKS, Drawn, Kind, Task
 from loadtests.peers.environment import ensure_python, pin_of
 from loadtests.report import RESULTS, ROOT, OutOption
 
+SD_CPP = "stable-diffusion-cpp-python"
+OPENVINO = "OpenVINO, which FastSD CPU draws with"
 KINDS = (
     Kind("onnxruntime", "Fourstep, ONNX Runtime", "fp32"),
     Kind("onnxruntime", "Fourstep, ONNX Runtime", "int8"),
@@ -32,9 +34,10 @@ KINDS = (
     Kind("torch_cpu", "Fourstep, torch", "bf16"),
     Kind("diffusers", "diffusers", "fp32"),
     Kind("diffusers", "diffusers", "bf16"),
-    Kind("openvino", "OpenVINO, which FastSD CPU draws with", "fp32", "openvino"),
-    Kind("openvino", "OpenVINO, which FastSD CPU draws with", "bf16", "openvino"),
-    Kind("sd_cpp", "stable-diffusion.cpp, weights in fp16", "fp32", "stable-diffusion-cpp-python"),
+    Kind("openvino", OPENVINO, "fp32", ("openvino",)),
+    Kind("openvino", OPENVINO, "bf16", ("openvino",)),
+    Kind("openvino", OPENVINO, "w8", ("openvino", "nncf")),
+    Kind("sd_cpp", "stable-diffusion.cpp, weights in fp16", "fp32", (SD_CPP,)),
 )  # fmt: skip
 BY_LABEL = {kind.label: kind for kind in KINDS}
 TIMEOUT_S = 1800.0  # of one process
@@ -156,8 +159,8 @@ def _checkpoint(folder: Path, shape: Shape) -> tuple[Path, Path]:
 def _in_a_process(cache_dir: Path) -> Callable[[Kind, Task], Drawn]:
     def run(kind: Kind, task: Task) -> Drawn:
         python = Path(sys.executable)
-        if kind.package:
-            python = ensure_python(cache_dir, [pin_of("laptop", kind.package)])
+        if kind.packages:
+            python = ensure_python(cache_dir, [pin_of("laptop", name) for name in kind.packages])
         if kind.name == "onnxruntime":
             _build(task)
         done = subprocess.run(

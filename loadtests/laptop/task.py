@@ -20,12 +20,12 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to draw. ``package``: of the extra ``laptop``, in an environment of its own."""
+    """One way to draw. ``packages``: of the extra ``laptop``, in an environment of their own."""
 
     name: str  # of a function of `loadtests.laptop.ways`
     title: str
-    precision: str  # fp32, bf16 or int8
-    package: str = ""
+    precision: str  # fp32, bf16, int8, or w8: weights in 8 bits, arithmetic in bf16
+    packages: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -145,7 +145,9 @@ def _within(call: Callable[..., Any], clock: Callable[[], Any]) -> Callable[...,
 
 
 class OpenVinoEngine:
-    """A part of the model as OpenVINO converts it from torch, of one size."""
+    """A part of the model as OpenVINO converts it from torch, of one size. In w8 its weights are
+    compressed as optimum-intel does it (``load_in_8bit``).
+    """
 
     def __init__(self, part: Any, task: Task, sizes: Mapping[str, int]) -> None:
         import openvino
@@ -159,8 +161,12 @@ class OpenVinoEngine:
         with torch.inference_mode():
             model = openvino.convert_model(part.module.eval(), example_input=example)
         model.reshape({name: list(value.shape) for name, value in example.items()})
+        if task.precision == "w8":
+            import nncf
+
+            model = nncf.compress_weights(model)
         hints = {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[task.precision],
+            "INFERENCE_PRECISION_HINT": "f32" if task.precision == "fp32" else "bf16",
             "INFERENCE_NUM_THREADS": task.num_threads,
         }
         self._compiled = openvino.Core().compile_model(model, "CPU", hints)
@@ -247,7 +253,8 @@ def measure(task: Task) -> Drawn:
     now = CLOCKS[task.clock]
     drawn, clock = Drawn(num_steps=task.num_steps), Clock(now)
     side = min(2048, 4 * task.size_px)
-    drawn.peak_flops_per_s = matrix_peak(task.precision, "cpu", side, now)
+    arithmetic = {"w8": "bf16"}.get(task.precision, task.precision)
+    drawn.peak_flops_per_s = matrix_peak(arithmetic, "cpu", side, now)
     begun = now()
     draw = WAYS[task.way](task, clock)
     drawn.load_s, begun = now() - begun, now()
