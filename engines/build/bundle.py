@@ -121,8 +121,7 @@ def _toolchain() -> str:
     """Of all code that makes the graphs, as 16 hex digits: an edit there makes other bundles."""
     here = Path(__file__).parents[1]
     names = ("explicit", "export", "int8_linear", "plan", "quantising", "structure", "t5")
-    own = [here / "build" / f"{name}.py" for name in names]
-    own.append(here / "drawing" / "calibrating.py")
+    own = [*(here / "build" / f"{name}.py" for name in names), here / "drawing" / "calibrating.py"]
     rooms = [here / name for name in ("families", "loras")]
     files = [*own, *(file for room in rooms for file in sorted(room.glob("*.py")))]
     versions = [f"{name}={importlib.metadata.version(name)}".encode() for name in BUILT_WITH]

@@ -54,8 +54,8 @@ class _Layer:
         return str((self.within or self.node).output[0])
 
 
-def _layers(graph: GraphProto) -> dict[str, _Layer]:
-    """By the node's output."""
+def _layers(graph: GraphProto, *, linears: bool) -> dict[str, _Layer]:
+    """By the node's output; ``linears``: linear layers too."""
     weights = {tensor.name: tensor for tensor in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
     used_by = collections.defaultdict(list)
@@ -73,7 +73,7 @@ def _layers(graph: GraphProto) -> dict[str, _Layer]:
         if node.op_type == "Conv" and weights.keys() >= set(node.input[1:]):
             bias = node.input[2] if len(node.input) > 2 else None
             layer = _Layer(node, node.input[1], bias, next_one(node, "Relu"))
-        elif node.op_type == "MatMul" and (turned := made_by.get(node.input[1])):
+        elif linears and node.op_type == "MatMul" and (turned := made_by.get(node.input[1])):
             if turned.op_type != "Transpose" or turned.input[0] not in weights:
                 continue
             added = next_one(node, "Add")
@@ -94,7 +94,7 @@ def watch(path: Path, out: Path, *, linears: bool = True) -> None:
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    layers = [layer for layer in _layers(graph).values() if linears or not layer.is_linear]
+    layers = _layers(graph, linears=linears).values()
     values = {layer.node.input[0] for layer in layers}
     values |= {layer.output for layer in layers if not layer.is_linear}
     nodes: list[NodeProto] = []
@@ -135,8 +135,7 @@ def quantise(path: Path, ranges: Ranges, kind: str = "", *, linears: bool = True
     """
     model = onnx.load(path)
     graph = model.graph
-    linears = linears and not kind
-    layers = {name: each for name, each in _layers(graph).items() if linears or not each.is_linear}
+    layers = _layers(graph, linears=linears and not kind)
     within = {each.output for each in layers.values()} - layers.keys()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
@@ -152,7 +151,7 @@ def quantise(path: Path, ranges: Ranges, kind: str = "", *, linears: bool = True
         else:
             nodes += _convolution(graph, layer, tensors, ranges)
     num_linears = sum(layer.is_linear for layer in layers.values())
-    if num_linears and RUNTIME not in model.opset_import:
+    if num_linears:
         model.opset_import.append(RUNTIME)
     used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
     nodes = [node for node in nodes if used & set(node.output)]  # no weights transposed for nobody

@@ -143,7 +143,7 @@ def test_other_backends_refuse_it(order: Order, backend: str, precision: str) ->
 
 
 def _assert_explicit(file: Path, kind: int, num_convolutions: int) -> None:
-    """Q and DQ of one type before as many convolutions, symmetric."""
+    """Q and DQ of one type before as many convolutions, symmetric; none behind them."""
     graph = onnx.load(file).graph
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     types = {each.name: each.data_type for each in graph.initializer}
@@ -154,7 +154,10 @@ def _assert_explicit(file: Path, kind: int, num_convolutions: int) -> None:
     for node in quantisers:
         assert types[node.input[2]] == kind
         assert not constants[node.input[2]].astype("float32").any()
-        assert made_by.get(node.input[0], node).op_type != "DequantizeLinear"
+        (wide,) = (each for each in graph.node if node.output[0] in each.input)
+        (reader,) = (each for each in graph.node if wide.output[0] in each.input)
+        assert (wide.op_type, reader.op_type) == ("DequantizeLinear", "Conv")
+        assert reader.input[0] == wide.output[0]
     for conv in (node for node in graph.node if node.op_type == "Conv"):
         weight = made_by.get(conv.input[1])
         if weight is not None and weight.op_type == "DequantizeLinear":
