@@ -6,7 +6,7 @@ import { Refusal } from "./api.js";
 const WINDOW_MS = 2000; // over which frames a second are counted
 
 /**
- * Events: `picture` (detail: the message, with `latency_ms` and `fps`), `state` (detail: words for
+ * Events: `touched`; `picture` (detail: the message, with `latency_ms` and `fps`), `state` (detail: words for
  * the person) and `refused` (detail: a `Refusal`).
  */
 export class LiveSession extends EventTarget {
@@ -41,10 +41,16 @@ export class LiveSession extends EventTarget {
     this.#connection.stop();
   }
 
+  /** Whether a picture is still to come of what is drawn. */
+  get busy() {
+    return this.#on && (this.#changed || this.#askedAt !== null);
+  }
+
   /** Something is to be drawn anew. */
   touch() {
     this.#changed = true;
     if (!this.#on) return;
+    this.#emit("touched");
     if (this.#connection.isOpen) this.#ask();
     else this.#connection.start();
   }

@@ -232,12 +232,18 @@ sketch.addEventListener("undoable", () => {
   $("undo").disabled = !sketch.steps.undo;
   $("redo").disabled = !sketch.steps.redo;
 });
+const showBusy = () => ($("screen").dataset.busy = live.busy || screen.behind);
+live.addEventListener("touched", showBusy);
 live.addEventListener("picture", async ({ detail }) => {
   await screen.show(detail, nearer());
   $("seed").value = detail.seed;
   say(detail.warnings.join("; "));
+  showBusy();
 });
-live.addEventListener("refused", ({ detail }) => refused(detail));
+live.addEventListener("refused", ({ detail }) => {
+  refused(detail);
+  showBusy();
+});
 live.addEventListener("state", ({ detail }) => ($("connection").textContent = detail));
 
 startTheme();

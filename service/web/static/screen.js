@@ -8,7 +8,8 @@ import { cover, setSize } from "./sketch.js";
 export class Screen {
   #canvas = $("screen");
   #recorder = new Recorder(this.#canvas);
-  #numFrames = 0;
+  #numTold = 0; // frames that the service sent
+  #shown = 0; // the number of the one that is seen
   #seed;
 
   constructor() {
@@ -16,16 +17,24 @@ export class Screen {
     $("record").addEventListener("click", () => (this.#recorder.on ? this.stopRecording() : this.#record()));
   }
 
+  /** Whether a newer frame than the one that is seen is being decoded. */
+  get behind() {
+    return this.#shown < this.#numTold;
+  }
+
   /** A `frame` of the service, as a live session tells of it. */
   async show({ image, media_type, width, height, seed, fps, latency_ms }, prompt) {
+    const number = ++this.#numTold;
     const picture = new Image();
     picture.src = `data:${media_type};base64,${image}`;
     await picture.decode();
+    if (number < this.#shown) return; // a newer one was decoded sooner
+    this.#shown = number;
     const canvas = this.#canvas;
     if (canvas.width !== width || canvas.height !== height) setSize(canvas, width, height);
     cover(canvas.getContext("2d"), picture);
     canvas.ariaLabel = `Live picture: ${prompt}`;
-    canvas.dataset.frames = ++this.#numFrames;
+    canvas.dataset.frames = number;
     for (const id of ["use", "save", "record"]) $(id).disabled = false;
     $("fps").value = fps ? fps.toFixed(1) : "–";
     $("latency").value = Math.round(latency_ms);

@@ -62,11 +62,8 @@ def live(url: str, **options: Any) -> Iterator[Page]:
 
 
 def settled(page: Page) -> str:
-    """The picture, once no further one comes."""
-    screen = page.locator("#screen")
-    count = None
-    while count != (count := screen.get_attribute("data-frames")):
-        page.wait_for_timeout(700)
+    """The picture of what is drawn: none is still to come."""
+    expect(page.locator("#screen")).to_have_attribute("data-busy", "false")
     return str(page.evaluate("document.querySelector('#screen').toDataURL()"))
 
 
