@@ -109,7 +109,8 @@ def send_traffic(node: ReplicaProcess) -> None:
         request = {"prompt": "x", **body}
         answer = httpx.post(node.url + PATH, json=request, headers=headers, timeout=60)
         assert answer.status_code == status, answer.text
-    image = httpx.post(node.url + PATH, json={"prompt": "x"}, headers={"accept": "image/png"})
+    png = {"accept": "image/png"}
+    image = httpx.post(node.url + PATH, json={"prompt": "x"}, headers=png, timeout=60)
     files = {"image": ("x.png", image.content)}
     edit = httpx.post(f"{node.url}/v1/images/edits", data={"prompt": "x"}, files=files, timeout=60)
     assert edit.status_code == 200, edit.text

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +21,9 @@ from service.ray_serve.environment import free_port
 from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
+from tests.monitoring import wait_for
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 1200.0
 
 
 def app() -> FastAPI:
@@ -44,6 +48,18 @@ class ReplicaProcess:
         text = httpx.get(f"{self.url}/metrics", timeout=30).text
         lines = (line for line in text.splitlines() if not line.startswith("#"))
         return {series: float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def leave_when(
+    url: str, body: Mapping[str, object], headers: Mapping[str, str], true: Callable[[], bool]
+) -> None:
+    """Ask for a drawing, and close the connection when something is true, not before."""
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.netloc, timeout=60)
+    sent = {"content-type": "application/json", **headers}
+    connection.request("POST", address.path, json.dumps(body), sent)
+    wait_for(true, "its rows run")
+    connection.close()
 
 
 @contextlib.contextmanager

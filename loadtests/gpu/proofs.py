@@ -70,11 +70,11 @@ def _group(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 def _ending(process: subprocess.Popen[bytes], junit: Path, section: Section) -> str:
     """Wait for it; how it ended. Its junit file, the last that it writes, may stand before that."""
-    while process.poll() is None and not junit.exists():
+    while process.poll() is None and not _is_whole(junit):
         if section.seconds_left <= 0:
             section.left_out.append("pytest")
             process.send_signal(signal.SIGINT)  # to it alone, not to its workers
-            _wait_for(lambda: process.poll() is not None or junit.exists(), INTERRUPTED_S)
+            _wait_for(lambda: process.poll() is not None or _is_whole(junit), INTERRUPTED_S)
             return "stopped amid its tests, when the time was over"
         time.sleep(0.1)
     try:
@@ -90,13 +90,18 @@ def _wait_for(done: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
+def _is_whole(junit: Path) -> bool:
+    """Whether a JUnit file is there to its end: it is opened well before it is filled."""
+    return junit.exists() and junit.read_bytes().rstrip().endswith(b"</testsuites>")
+
+
 def outcomes(junit: Path) -> Iterator[tuple[str, str, str]]:
-    """Test, outcome and reason of every case in a JUnit file; none where it is not there.
+    """Test, outcome and reason of every case in a JUnit file; none where it is not there, or half.
 
     One amid which pytest was stopped has a case like those that passed, and is the last: the suite
     does not count it.
     """
-    if not junit.exists():
+    if not _is_whole(junit):
         return
     suite = next(ElementTree.parse(junit).iter("testsuite"))
     for case in suite.findall("testcase")[: int(suite.get("tests", 0))]:

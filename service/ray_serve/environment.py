@@ -15,6 +15,7 @@ from pathlib import Path
 
 from service.ray_serve.haproxy import COMMAND
 
+_claims: list[socket.socket] = []
 QUIET_PORTS = range(20_000, 30_000)  # from there on Ray's replicas take theirs
 # Head and body of a request that HAProxy can send again: any prompt, a photograph, a drawing of
 # 512 x 512 px. Every open connection may hold two such buffers.
@@ -84,15 +85,35 @@ def own_ports() -> dict[str, str]:
 def free_port() -> int:
     """A port that nobody has, below those that the system gives to connections as they come.
 
-    One of the latter may be taken again before HAProxy, which starts seconds later, binds it.
+    One of the latter may be taken again before HAProxy, which starts seconds later, binds it. It
+    is `claim`ed.
     """
     with hold_port() as held:
         number: int = held.getsockname()[1]
     return number
 
 
+def claim(port: int) -> bool:
+    """Make the port this process's for as long as that lives, if it is no other's.
+
+    Processes of this project that look for ports respect that; so two that start side by side do
+    not get the same before either is bound. Linux alone: elsewhere all is true.
+    """
+    if sys.platform != "linux":
+        return True
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0fourstep-port-{port}")  # an abstract name: no file, gone with the process
+    except OSError:
+        name.close()
+        return False
+    _claims.append(name)
+    return True
+
+
 def hold_port() -> socket.socket:
-    """Bound to such a port: while it is open, whoever looks for a free port gets another.
+    """Bound to such a port, which is claimed: while it is open, whoever looks for a free one gets
+    another.
 
     A server that binds with SO_REUSEADDR, as servers do, may have it all the same, on Linux.
     """
@@ -104,5 +125,7 @@ def hold_port() -> socket.socket:
             held.close()
             continue
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only now: two would share it
-        return held
+        if claim(port):
+            return held
+        held.close()
     raise OSError(f"no free port among {QUIET_PORTS}")

@@ -24,7 +24,13 @@ from engines.backends.choice import Machine
 from engines.cli import show_progress
 from engines.errors import BuildError, EngineError
 from service.access.keys import KeyRing
-from service.ray_serve.environment import free_port, haproxy_available, own_ports, ray_environment
+from service.ray_serve.environment import (
+    claim,
+    free_port,
+    haproxy_available,
+    own_ports,
+    ray_environment,
+)
 from service.ray_serve.family import Family
 from service.ray_serve.haproxy import HOST, PROBES_AT
 from service.ray_serve.machine import ServeError, check_disk, check_memory, check_port, is_loopback
@@ -82,7 +88,8 @@ def serve_here(
 def _port_after(port: int) -> int:
     with contextlib.suppress(ServeError, OverflowError):
         check_port(LOOPBACK, port + 1)
-        return port + 1
+        if claim(port + 1):
+            return port + 1
     return free_port()
 
 

@@ -17,5 +17,8 @@ from loadtests.serving import Service
 def service(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[Service]:
     order = Order(str(lcm_checkpoint), "onnxruntime", cache_dir=cache_dir)
     prepare(order, lambda what, done, total: None)  # the longest part of a first start
-    with serving.fourstep(str(lcm_checkpoint), cache_dir, gpu_shaped=True) as running:
+    patient = {"FOURSTEP_REQUEST_TIMEOUT_S": "3600"}  # a busy machine would call many hopeless
+    with serving.fourstep(
+        str(lcm_checkpoint), cache_dir, gpu_shaped=True, environment=patient
+    ) as running:
         yield running

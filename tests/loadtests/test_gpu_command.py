@@ -40,7 +40,7 @@ def chapters(out: Path) -> dict[str, dict]:  # type: ignore[type-arg]
 
 def test_every_section_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tiny work, shared cores
-    arguments = ["gpu", "--device", "cpu", "--minutes", "6", "--out", str(tmp_path)]
+    arguments = ["gpu", "--device", "cpu", "--minutes", "60", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     log = (tmp_path / "gpu.log").read_text()[-3000:]
     assert done.exit_code == 0, done.output + log

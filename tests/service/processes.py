@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-START_TIMEOUT_S = 180
+START_TIMEOUT_S = 1200  # a machine that others use; one that has ended is told of at once
+END_TIMEOUT_S = 300  # of a signalled one: it bounds itself, by twice its own time to drain and more
 
 
 def start(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
@@ -21,6 +21,7 @@ from tests.engines.checkpoints import make_lora
 from tests.engines.peers import draw_together, recipe
 
 
+@settings(deadline=None)
 @given(guided=st.lists(st.booleans(), min_size=1, max_size=12), num_parts=st.integers(1, 12))
 def test_parts_are_the_batch_and_keep_guided_rows_whole(guided: list[bool], num_parts: int) -> None:
     lanes: list[int] = []

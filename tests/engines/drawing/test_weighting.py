@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.drawing.runner import Runner
@@ -48,6 +48,7 @@ def test_examples(prompt: str) -> None:
     assert weights == pytest.approx([weight for _, weight in EXAMPLES[prompt]])
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab ()[]\\:.1", max_size=30))
 def test_no_text_is_lost_and_none_is_made_up(prompt: str) -> None:
     """Letters outlive any brackets, and without brackets or backslashes all does."""

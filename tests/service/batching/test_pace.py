@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.drawing.decoding import Decoding
@@ -24,6 +24,7 @@ def note(pace: Pace, kind: WorkKind, num_rows: int, seconds: float) -> None:
     pace.note(Work(kind, rows, FULL if kind is WorkKind.DECODE else SMALL), seconds)
 
 
+@settings(deadline=None)
 @given(
     fixed=st.floats(0, 0.1),
     per_row=st.floats(1e-4, 0.1),

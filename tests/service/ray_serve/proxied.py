@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 
 from service.ray_serve.environment import free_port
 from service.ray_serve.haproxy import MEMORY_OPTION, MEMORY_VARIABLES, PROBES_AT, amend
+from tests.service.processes import START_TIMEOUT_S
 
 HOST = "127.0.0.1"
 
@@ -106,11 +107,11 @@ def running(app: ASGIApp, port: int) -> Iterator[None]:
 
 
 def wait_for(port: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"http://{HOST}:{port}/-/healthz").status_code == 200:
                 return
         time.sleep(0.05)
-    raise AssertionError("HAProxy is not up within 20 s")
+    raise AssertionError(f"HAProxy is not up within {START_TIMEOUT_S} s")

@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engines.drawing.model import prepare
 from engines.order import Order
 from service.ray_serve.environment import REPLAY_BYTES, free_port, haproxy_available
-from tests.service.processes import start, wait_until_ready
+from tests.service.processes import END_TIMEOUT_S, start, wait_until_ready
 from tests.service.ray_serve import wedging
 
 CLIENTS = 8
@@ -110,6 +110,7 @@ def service(
     port, wedge = free_port(), tmp_path_factory.mktemp("wedge") / "hang"
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("FOURSTEP_MAX_STEPS", str(MAX_STEPS))
+        environment.setenv("FOURSTEP_REQUEST_TIMEOUT_S", "3600")  # else a busy one gives some up
         environment.setenv("FOURSTEP_MAX_CALL_S", "5")  # a call of this model takes milliseconds
         environment.setenv("FOURSTEP_SAFETY", f"{wedging.__name__}:{wedging.Filter.__name__}")
         environment.setenv(wedging.VARIABLE, str(wedge))
@@ -119,7 +120,7 @@ def service(
         yield Service(process, port, wedge)
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=END_TIMEOUT_S)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from service.ray_serve.environment import free_port, haproxy_available
 from tests.monitoring import wait_for
-from tests.service.processes import start, wait_until_ready
+from tests.service.processes import END_TIMEOUT_S, start, wait_until_ready
 
 pytestmark = pytest.mark.skipif(not haproxy_available(), reason="Ray's HAProxy is for Linux alone")
 
@@ -35,7 +35,7 @@ def service(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[tuple[psutil.Proc
         yield psutil.Process(process.pid), port
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=END_TIMEOUT_S)
 
 
 def listeners(process: psutil.Process) -> set[tuple[str, str, int]]:
@@ -101,5 +101,5 @@ def test_ray_asks_whoever_calls_for_a_token(service: tuple[psutil.Process, int])
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
         with pytest.raises(grpc.RpcError) as refused:
-            ask(b"", timeout=3)
+            ask(b"", timeout=60)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED

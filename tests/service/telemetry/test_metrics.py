@@ -22,7 +22,7 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.recorder import gpu_memory
 from service.web.app import build_app
 from tests.monitoring import wait_for
-from tests.replicas import ReplicaProcess, replica_process, wait_until_ready
+from tests.replicas import ReplicaProcess, leave_when, replica_process, wait_until_ready
 
 PATH = "/v1/images/generations"
 LONG = {
@@ -88,22 +88,12 @@ def test_a_client_that_leaves_is_a_499_and_its_rows_are_freed(
     before = node.metrics()
     running = 'fourstep_running_rows{model="tiny-lcm"}'
     body = LONG | ({"stream": True, "partial_images": 1} if stream else {})
-    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(1) as pool:
-        leaving = pool.submit(_post_until_closed, client, node.url + PATH, body)
-        wait_for(lambda: node.metrics()[running] == 4, "its rows run")
-        client.close()
-        leaving.result()
+    leave_when(node.url + PATH, body, {}, lambda: node.metrics()[running] == 4)
     wait_for(lambda: node.metrics()[running] == 0, "its rows are freed")
     wait_for(lambda: growth(before, node.metrics(), requests_of(499)) == 1, "counted as 499")
     after = node.metrics()
     assert growth(before, after, requests_of(200)) == 0
     assert growth(before, after, 'fourstep_images_total{model="tiny-lcm"}') == 0
-
-
-def _post_until_closed(client: httpx.Client, url: str, body: dict[str, object]) -> None:
-    """httpx closes the connection only when its reader wakes: a short read timeout does that."""
-    with pytest.raises((httpx.HTTPError, RuntimeError)):
-        client.post(url, json=body, timeout=httpx.Timeout(60, read=2.0))
 
 
 def test_a_client_that_leaves_while_it_uploads_is_a_499(node: ReplicaProcess) -> None:

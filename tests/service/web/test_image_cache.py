@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -245,6 +245,7 @@ def test_off_by_default(lcm_checkpoint: Path, cache_dir: Path) -> None:
     assert "cached" not in again[0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), max_size=60))
 def test_it_holds_the_last_used_within_its_bytes(uses: list[tuple[int, int]]) -> None:
     sizes: list[int] = []

@@ -21,6 +21,7 @@ from service.access.keys import make_key
 from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
+from tests.service.web.gate import Gate, gated
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
@@ -91,7 +92,13 @@ def studio(url: str, **options: Any) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def url(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[str]:
+def gate() -> Iterator[Gate]:
+    with gated() as gate:
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def url(lcm_checkpoint: Path, cache_dir: Path, gate: Gate) -> Iterator[str]:
     with serving(model=str(lcm_checkpoint), cache_dir=cache_dir) as url:
         yield url
 
@@ -119,7 +126,7 @@ def test_a_prompt_becomes_the_pictures_the_api_gives(page: Page, url: str) -> No
         "prompt": values["prompt"], "num_inference_steps": 3, "size": "64x96", "n": 2, "seed": 7,
         "sampler": "ddim", "guidance_scale": float(page.locator("#guidance").input_value()),
     }  # fmt: skip
-    answer = httpx.post(f"{url}/v1/images/generations", json=request).json()
+    answer = httpx.post(f"{url}/v1/images/generations", json=request, timeout=60).json()
     shown = {
         page.locator("figcaption").nth(i).inner_text().split(",")[0]: images.nth(i)
         for i in range(2)
@@ -146,13 +153,14 @@ def test_a_refusal_says_what_is_wrong_and_the_button_comes_back(page: Page) -> N
     expect(page.locator("#draw")).to_be_enabled()
 
 
-def test_what_takes_too_long_is_stopped(page: Page) -> None:
-    page.locator("#steps").fill("50")
+def test_what_takes_too_long_is_stopped(page: Page, gate: Gate) -> None:
     page.locator("#count").fill("10")
+    gate.clear()
     page.locator("#draw").click()
     expect(page.locator("#stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#message")).to_have_text("Stopped.")
+    gate.set()
     expect(page.locator("figure.preview")).to_have_count(0)
     expect(page.locator("#draw")).to_be_enabled()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.service.web.gate import Gate, gated
 from tests.service.web.test_clients import install
 from tests.service.web.test_studio import NEEDS_CHROMIUM, serving, studio
 from tests.service.web.test_studio_live import settled
@@ -21,7 +22,13 @@ WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
-def url(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[str]:
+def gate() -> Iterator[Gate]:
+    with gated() as gate:
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def url(lcm_checkpoint: Path, cache_dir: Path, gate: Gate) -> Iterator[str]:
     with serving(model=str(lcm_checkpoint), cache_dir=cache_dir) as url:
         yield url
 
@@ -75,6 +82,7 @@ def test_axe_finds_nothing(url: str, axe: str, viewport: dict[str, int], scheme:
 
 def test_axe_would_find_something(url: str, axe: str) -> None:
     with studio(url) as page:
+        expect(page.locator("#model")).to_contain_text("onnxruntime")
         page.evaluate("document.querySelector('#prompt').closest('.ask').children[0].remove()")
         assert any("label" in each for each in violations(page, axe))
 
@@ -97,17 +105,17 @@ def test_the_theme_is_chosen_and_kept(url: str) -> None:
 
 
 @pytest.mark.parametrize("wish", ["no-preference", "reduce"])
-def test_nothing_moves_where_that_is_not_wished(url: str, wish: str) -> None:
+def test_nothing_moves_where_that_is_not_wished(url: str, wish: str, gate: Gate) -> None:
     with studio(url, reduced_motion=wish) as page:
         expect(page.locator("#model")).to_contain_text("onnxruntime")
-        page.locator("#steps").fill("50")
-        page.locator("#count").fill("10")
+        gate.clear()
         page.locator("#draw").click()
         expect(page.locator("#stop")).to_be_visible()
         moving = page.evaluate("document.getAnimations().length")
         assert (moving == 0) == (wish == "reduce")
         page.keyboard.press("Escape")
         expect(page.locator("#message")).to_have_text("Stopped.")
+        gate.set()
 
 
 def tab_to(page: Page, selector: str) -> None:

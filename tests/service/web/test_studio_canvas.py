@@ -118,7 +118,7 @@ def test_what_is_drawn_is_what_an_edit_starts_from(page: Page, url: str) -> None
     assert is_red(image)[32, 18:46].all()
     assert sent.pop("path") == f"{url}/v1/images/edits"
     answer = httpx.post(
-        f"{url}/v1/images/edits", json=sent | {"stream": False, "partial_images": 0}
+        f"{url}/v1/images/edits", json=sent | {"stream": False, "partial_images": 0}, timeout=60
     )
     assert finished(page) == base64.b64decode(answer.json()["data"][0]["b64_json"])
 

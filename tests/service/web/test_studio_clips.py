@@ -43,7 +43,8 @@ def saved(page: Page, name: str) -> bytes:
 
 def clip_of_the_api(url: str, media_type: str) -> bytes:
     request = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 2, "num_frames": 6}
-    answer = httpx.post(f"{url}/v1/videos", json=request, headers={"Accept": media_type})
+    headers = {"Accept": media_type}
+    answer = httpx.post(f"{url}/v1/videos", json=request, headers=headers, timeout=60)
     assert answer.headers["content-type"] == media_type
     return answer.content
 

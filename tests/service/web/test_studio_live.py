@@ -209,8 +209,9 @@ def test_one_that_rests_goes_on_at_the_next_stroke(values: dict[str, Any]) -> No
     with serving(**values, live_idle_s=3) as url, live(url) as page:
         expect(page.locator("#connection")).to_contain_text("resting")
         before = settled(page)
+        drawn = str(page.locator("#screen").get_attribute("data-frames"))
         stroke(page, (0.2, 0.5), (0.8, 0.5))
-        expect(page.locator("#connection")).to_have_text("connected")
+        expect(page.locator("#screen")).not_to_have_attribute("data-frames", drawn)
         assert settled(page) != before
 
 

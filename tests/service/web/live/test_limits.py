@@ -19,31 +19,14 @@ from service.settings import load_settings
 from service.web.app import build_app
 from service.web.live.slide import MAX_TOWARDS, Slide
 from tests.monitoring import wait_for
+from tests.service.web.gate import Gate, gated
 from tests.service.web.live.test_session import ASKED, PATH, ended, hear, say
 
 
-class Gate(threading.Event):
-    """Denoise calls wait at it, where it is not set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set()
-        self.reached = threading.Event()
-
-
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    sound, gate = Runner.denoise, Gate()
-
-    def denoise(runner: Runner, drawings: Sequence[Drawing], **options: Any) -> None:
-        if not gate.is_set():
-            gate.reached.set()
-        gate.wait(60)
-        sound(runner, drawings, **options)
-
-    monkeypatch.setattr(Runner, "denoise", denoise)
-    yield gate
-    gate.set()
+def gate() -> Iterator[Gate]:
+    with gated() as gate:
+        yield gate
 
 
 def test_superseded_frames_are_not_counted_as_a_keys_images(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from service.web.videos import store as module
 from tests.monitoring import wait_for
-from tests.replicas import replica_process, wait_until_ready
+from tests.replicas import leave_when, replica_process, wait_until_ready
 from tests.service.web.videos.conftest import headers_of, replica_client
 from tests.service.web.videos.test_videos import LONG, VIDEOS, read
 
@@ -19,7 +18,6 @@ from tests.service.web.videos.test_videos import LONG, VIDEOS, read
 def test_a_killed_replicas_jobs_are_said_to_be_lost(
     clip_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOST_S", 3.0)  # seen from here
     settings = clip_settings | {"video_files_dir": tmp_path / "videos"}
     with replica_process(tmp_path, **settings) as other, replica_client(settings) as http:
         wait_until_ready(other)
@@ -27,12 +25,8 @@ def test_a_killed_replicas_jobs_are_said_to_be_lost(
         left = 'fourstep_requests_total{endpoint="videos",model="tiny-clips",status="499"}'
         body = {"prompt": "x"} | LONG
 
-        with httpx.Client(timeout=60) as client, ThreadPoolExecutor(1) as pool:
-            headers = headers_of(accept="video/mp4")
-            leaving = pool.submit(_post_until_closed, client, other.url + VIDEOS, body, headers)
-            wait_for(lambda: other.metrics()[running] == 1, "its row runs")
-            client.close()
-            leaving.result()
+        headers = headers_of(accept="video/mp4")
+        leave_when(other.url + VIDEOS, body, headers, lambda: other.metrics()[running] == 1)
         wait_for(lambda: other.metrics()[running] == 0, "its row is freed")
         assert other.metrics()[left] == 1
 
@@ -40,16 +34,9 @@ def test_a_killed_replicas_jobs_are_said_to_be_lost(
         wait_for(lambda: read(http, video)["progress"] >= 1, "it is drawn")
         other.process.kill()
         other.process.wait()
+        monkeypatch.setattr(module, "LOST_S", 3.0)  # seen from here
         wait_for(lambda: read(http, video)["status"] == "failed", "its beat has stopped")
         error = read(http, video)["error"]
         assert error["code"] == "job_lost"
         assert "the replica that drew this is gone" in error["message"]
         assert http.delete(f"{VIDEOS}/{video['id']}", headers=headers_of()).status_code == 200
-
-
-def _post_until_closed(
-    client: httpx.Client, url: str, body: dict[str, Any], headers: dict[str, str]
-) -> None:
-    """httpx closes the connection only when its reader wakes: a short read timeout does that."""
-    with pytest.raises((httpx.HTTPError, RuntimeError)):
-        client.post(url, json=body, headers=headers, timeout=httpx.Timeout(60, read=2.0))

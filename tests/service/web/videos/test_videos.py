@@ -202,6 +202,8 @@ def test_clips_are_counted(http: TestClient) -> None:
     http.post(VIDEOS, json=body, headers=headers_of(accept="video/mp4"))
     video = create(http, num_frames=4, **SHORT)
     wait_for(lambda: read(http, video)["status"] == "completed", "it is drawn")
+    completed = 'fourstep_videos_total{model="tiny-clips",status="completed"}'
+    wait_for(lambda: metrics(http)[completed] > before[completed], "it is counted")
     after = metrics(http)
     of_model = '{model="tiny-clips"}'
     for series, expected in {
@@ -210,7 +212,7 @@ def test_clips_are_counted(http: TestClient) -> None:
         f"fourstep_clip_seconds_total{of_model}": 1,
         f"fourstep_clip_encode_seconds_count{of_model}": 2,
         f"fourstep_video_seconds_count{of_model}": 1,
-        'fourstep_videos_total{model="tiny-clips",status="completed"}': 1,
+        completed: 1,
         'fourstep_requests_total{endpoint="videos",model="tiny-clips",status="200"}': 2,
         f"fourstep_images_total{of_model}": 0,
     }.items():
