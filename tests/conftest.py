@@ -146,7 +146,8 @@ def prometheus(
     tmp_path_factory: pytest.TempPathFactory, two_nodes: list[ReplicaProcess]
 ) -> Iterator[Prometheus]:
     """It watches two nodes that have had traffic of every kind."""
-    from tests.monitoring import run_prometheus, send_traffic, wait_for
+    from tests.monitoring import run_prometheus, send_traffic
+    from tests.waiting import wait_for
 
     folder = tmp_path_factory.mktemp("prometheus")
     targets = [node.url.removeprefix("http://") for node in two_nodes]

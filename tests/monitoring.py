@@ -6,8 +6,7 @@ import contextlib
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 
 from service.ray_serve.environment import free_port
 from tests.replicas import ReplicaProcess
+from tests.waiting import wait_for
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yaml"
@@ -39,13 +39,6 @@ def program(name: str) -> str:
 def names_in(expression: str) -> set[str]:
     """The metrics that a PromQL expression reads; text in quotes is none."""
     return set(NAME.findall(re.sub(r'"[^"]*"', '""', expression)))
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.2)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from service.ray_serve.environment import free_port
 from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
-from tests.monitoring import wait_for
+from tests.waiting import wait_for
 
 START_TIMEOUT_S = 1200.0
 

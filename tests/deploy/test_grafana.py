@@ -13,7 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.monitoring import DEPLOY, Prometheus, names_in, program, wait_for
+from tests.monitoring import DEPLOY, Prometheus, names_in, program
+from tests.waiting import wait_for
 
 DASHBOARD, GPUS = (
     json.loads((DEPLOY / "grafana" / name).read_text()) for name in ("fourstep.json", "gpu.json")

@@ -9,8 +9,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.monitoring import DEPLOY, RULES, Prometheus, names_in, program, wait_for
+from tests.monitoring import DEPLOY, RULES, Prometheus, names_in, program
 from tests.replicas import ReplicaProcess
+from tests.waiting import wait_for
 
 FOLDER = DEPLOY / "prometheus"
 ALL_RULES: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ import pytest
 from loadtests.gpu import proofs
 from loadtests.gpu.findings import Findings
 from loadtests.gpu.section import Section
-from tests.monitoring import wait_for
+from tests.waiting import wait_for
 
 TESTS = """
 import atexit, pathlib, subprocess, time, pytest

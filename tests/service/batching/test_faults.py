@@ -22,7 +22,7 @@ from engines.order import Order
 from service.replica import Replica
 from service.settings import Settings, load_settings
 from service.web.app import build_app
-from tests.monitoring import wait_for
+from tests.waiting import wait_for
 
 PATH = "/v1/images/generations"
 STEPS = 3

@@ -23,8 +23,8 @@ from service.ray_serve.haproxy import HOST, ConfigError, amend
 from service.ray_serve.proxy_rules import MAX_HEAD_BYTES, MAX_URL_BYTES, RESERVED_CONNECTIONS
 from service.settings import MIB
 from service.web.headers import ALWAYS, MAX_REQUEST_ID_CHARS
-from tests.monitoring import wait_for
 from tests.service.ray_serve.proxied import Ports, proxied, rays_config
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not haproxy_available(), reason="Ray's HAProxy is for Linux alone")
 
@@ -187,7 +187,7 @@ def test_one_address_leaves_half_to_others_and_nobody_locks_out_probes(ports: Po
             httpx.get(f"http://127.0.0.1:{ports.clients}/", timeout=1)
         for path in ("/healthz", "/readyz", "/metrics", "/-/healthz", "/sketch/readyz"):
             answer = httpx.get(f"http://127.0.0.1:{ports.probes}{path}")
-            assert answer.status_code == 200, path
+            assert answer.status_code == 200, (path, answer.text)
     answer = httpx.get(f"http://127.0.0.1:{ports.probes}/v1/models")
     assert answer.status_code == 404
     assert "/metrics alone" in answer.json()["error"]["message"]

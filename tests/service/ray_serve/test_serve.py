@@ -24,8 +24,8 @@ from engines.order import Order
 from service.ray_serve.environment import free_port
 from service.settings import SettingsError, load_settings
 from tests.engines.checkpoints import make_tiny_vae
-from tests.monitoring import wait_for
 from tests.service.processes import END_TIMEOUT_S, start, wait_until_ready
+from tests.waiting import wait_for
 
 
 @pytest.fixture

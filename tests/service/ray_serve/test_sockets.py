@@ -14,8 +14,8 @@ import pytest
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from service.ray_serve.environment import free_port, haproxy_available
-from tests.monitoring import wait_for
 from tests.service.processes import END_TIMEOUT_S, start, wait_until_ready
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not haproxy_available(), reason="Ray's HAProxy is for Linux alone")
 

@@ -21,8 +21,8 @@ from service.settings import Settings, load_settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.recorder import gpu_memory
 from service.web.app import build_app
-from tests.monitoring import wait_for
 from tests.replicas import ReplicaProcess, leave_when, replica_process, wait_until_ready
+from tests.waiting import wait_for
 
 PATH = "/v1/images/generations"
 LONG = {

@@ -17,9 +17,9 @@ from playwright.sync_api import Page, expect
 
 from engines.distill.captions import WORDS
 from tests.engines.checkpoints import make_lora, make_tiny_vae
-from tests.monitoring import wait_for
 from tests.service.web.test_api import png
 from tests.service.web.test_studio import NEEDS_CHROMIUM, serving, studio
+from tests.waiting import wait_for
 
 pytestmark = NEEDS_CHROMIUM
 STATIC = Path("service/web/static")

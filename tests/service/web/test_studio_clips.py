@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect
 
 from tests.service.web.test_studio import NEEDS_CHROMIUM, serving, studio
 from tests.service.web.test_studio_access import PHONE, axe, tab_to, violations
+from tests.waiting import wait_for
 
 __all__ = ["axe"]  # a fixture
 pytestmark = NEEDS_CHROMIUM
@@ -64,7 +65,7 @@ def test_a_clip_is_drawn_played_and_saved(url: str) -> None:
         expect(page.locator("figcaption")).to_contain_text("seed 7, 64x64, 6 frames")
         expect(page.locator("figure .bar div")).to_have_count(5)
         clip = page.locator(f"figure video[aria-label='{PROMPT}']")
-        page.wait_for_function("document.querySelector('figure video').currentTime > 0")
+        wait_for(lambda: clip.evaluate("v => v.currentTime") > 0, "it is played")
         assert clip.evaluate("v => [v.videoWidth, v.loop, v.controls]") == [64, True, True]
         assert clip.evaluate("v => v.duration") == pytest.approx(6 / 8, abs=0.05)
         assert saved(page, "Save MP4") == clip_of_the_api(url, "video/mp4")

@@ -16,9 +16,9 @@ from playwright.sync_api import Page, expect
 
 from service.access.keys import make_key
 from service.ray_serve.environment import free_port
-from tests.monitoring import wait_for
 from tests.service.web.test_studio import NEEDS_CHROMIUM, serving, studio
 from tests.service.web.test_studio_canvas import stroke
+from tests.waiting import wait_for
 
 pytestmark = NEEDS_CHROMIUM
 

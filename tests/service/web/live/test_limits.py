@@ -18,9 +18,9 @@ from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
 from service.web.live.slide import MAX_TOWARDS, Slide
-from tests.monitoring import wait_for
 from tests.service.web.gate import Gate, gated
 from tests.service.web.live.test_session import ASKED, PATH, ended, hear, say
+from tests.waiting import wait_for
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from service.settings import load_settings
 from service.web.app import build_app
 from service.web.live.messages import PROTOCOL
 from tests.engines.peers import Peer, psnr_db, recipe
-from tests.monitoring import wait_for
+from tests.waiting import wait_for
 
 PATH = "/v1/realtime/images"
 RNG = np.random.default_rng(0)

@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from service.web.videos import store as module
-from tests.monitoring import wait_for
 from tests.replicas import leave_when, replica_process, wait_until_ready
 from tests.service.web.videos.conftest import headers_of, replica_client
 from tests.service.web.videos.test_videos import LONG, VIDEOS, read
+from tests.waiting import wait_for
 
 
 def test_a_killed_replicas_jobs_are_said_to_be_lost(

@@ -14,9 +14,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from service.access.safety import Verdict
-from tests.monitoring import wait_for
 from tests.service.web.videos.conftest import client_of, headers_of, replica_client
 from tests.service.web.videos.test_clips import read_mp4
+from tests.waiting import wait_for
 
 # OpenAI shut its own service down on 2026-09-24; the client still has the calls.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
