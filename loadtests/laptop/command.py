@@ -37,6 +37,7 @@ KINDS = (
     Kind("openvino", OPENVINO, "fp32", ("openvino",)),
     Kind("openvino", OPENVINO, "bf16", ("openvino",)),
     Kind("openvino", OPENVINO, "w8", ("openvino", "nncf")),
+    Kind("openvino", OPENVINO, "int8", ("openvino", "nncf")),
     Kind("sd_cpp", "stable-diffusion.cpp, weights in fp16", "fp32", (SD_CPP,)),
 )  # fmt: skip
 BY_LABEL = {kind.label: kind for kind in KINDS}
