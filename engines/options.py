@@ -19,7 +19,8 @@ CacheOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="auto, onnxruntime, torch, tensorrt or tensorrt-rtx.", envvar="FOURSTEP_ENGINE"
+        help="auto, onnxruntime, openvino, torch, tensorrt or tensorrt-rtx.",
+        envvar="FOURSTEP_ENGINE",
     ),
 ]
 PrecisionOption = Annotated[

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     embeddings: dict[str, str | Path] = Field(
         {}, description="textual inversions: word of a prompt → file, folder or hub id"
     )
-    engine: Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
+    engine: Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch"] = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="cpu: as if without a GPU")
     cache_dir: Path = Field(DEFAULT_CACHE_DIR, description="where built bundles are kept")

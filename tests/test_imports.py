@@ -42,6 +42,7 @@ HOMES = {  # top-level package → the only modules that may import it
     "prometheus_client": {"service/telemetry/metrics.py"},
     "opentelemetry": {"service/telemetry/tracing.py"},
     "onnxruntime": {"engines/backends/onnxruntime_engine.py"},
+    "openvino": {"engines/backends/openvino_engine.py"},
 }
 FORBIDDEN = {  # path prefix → what it must not import
     "engines/": {"service", "ray", "fastapi", "prometheus_client"},

@@ -16,7 +16,8 @@ from engines.errors import BackendUnavailable
 from engines.facts import EIGHT_BITS
 
 DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+ON_A_CPU = ("onnxruntime", "openvino")  # alone
+BACKENDS = ("auto", *ON_A_CPU, "tensorrt", "tensorrt-rtx", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """Look; torch, which takes seconds to import, is asked only where there is a driver."""
-        needed = ("onnxruntime", "torch", *MODULES.values())
+        needed = (*ON_A_CPU, "torch", *MODULES.values())
         packages = frozenset(name for name in needed if importlib.util.find_spec(name))
         if not has_driver():
             return cls(None, packages)
@@ -96,11 +97,11 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
     if backend not in BACKENDS:
         raise BackendUnavailable(f"engine {backend!r} is unknown; known are {', '.join(BACKENDS)}")
     machine = (machine or Machine.here()).only(device)
-    if (backend, device) == ("onnxruntime", "cuda"):
+    if backend in ON_A_CPU and device == "cuda":
         raise BackendUnavailable(
-            "engine 'onnxruntime' draws on the CPU: choose --engine torch, or --device cpu"
+            f"engine {backend!r} draws on the CPU: choose --engine torch, or --device cpu"
         )
-    if machine.driver_fault and backend != "onnxruntime":
+    if machine.driver_fault and backend not in ON_A_CPU:
         # Not drawn on the CPU unasked: a GPU is paid for, and it would be a hundred times slower.
         raise BackendUnavailable(machine.driver_fault)
     if backend != "auto":
@@ -122,7 +123,7 @@ def choose_backend(backend: str, machine: Machine | None = None, *, device: str 
 
 def check_precision(backend: str, precision: str) -> None:
     """Raise BackendUnavailable for weights in 8 bits on a backend that has no such kernels."""
-    takers = tuple(MODULES) if precision == "fp8" else ("onnxruntime", *MODULES)
+    takers = tuple(MODULES) if precision == "fp8" else (*ON_A_CPU, *MODULES)
     if precision in EIGHT_BITS and backend not in takers:
         way_out = "" if precision == "fp8" else " (onnxruntime with --device cpu)"
         raise BackendUnavailable(

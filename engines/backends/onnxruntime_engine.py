@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from engines.backends.cpu_graph import quick_graph
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
+from engines.backends.variants import Variants
 
 # Sessions of recent LoRA sets, for opening one anew costs half a second even on a small model. Each
 # holds weights of its own, about the file's size (packed for the kernels, they cannot be shared): a
@@ -109,10 +109,8 @@ class OnnxRuntimeEngine:
         self._threads = ThreadPoolExecutor(cores.num_threads, "fourstep-onnxruntime")
         self._sessions: _Sessions | None = self._open({})
         self._outputs = [output.name for output in self._sessions.joint.get_outputs()]
-        # Of recent variants, the last one used at the end.
-        self._variants: OrderedDict[Variant, _Sessions] = OrderedDict({(): self._sessions})
         num_bytes *= 2 if self.max_calls > 1 else 1
-        self._max_variants = max(1, KEPT_BYTES // max(1, num_bytes))
+        self._variants = Variants(self._sessions, KEPT_BYTES // max(1, num_bytes))
 
     def _open(self, weights: Mapping[str, Tensor]) -> _Sessions:
         """Sessions in which ``weights`` stand in for the file's own."""
@@ -191,13 +189,8 @@ class OnnxRuntimeEngine:
         return self._weights[name]
 
     def refit(self, variant: Variant, weights: Callable[[], Mapping[str, Tensor]]) -> None:
-        if variant not in self._variants:
-            self._sessions = None  # room first: there may be memory for one of a large model
-            while len(self._variants) >= self._max_variants:
-                self._variants.popitem(last=False)
-            self._variants[variant] = self._open(weights())
-        self._variants.move_to_end(variant)
-        self._sessions = self._variants[variant]
+        self._sessions = None  # room first: there may be memory for one of a large model
+        self._sessions = self._variants.take(variant, lambda: self._open(weights()))
 
     def close(self) -> None:
         self._sessions = None

@@ -268,6 +268,16 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
             engines[name] = TensorRtEngine(
                 plan, choice.backend, target.batches, stripped=target.strip
             )
+    elif choice.backend == "openvino":
+        from engines.backends.openvino_engine import OpenVinoEngine
+
+        check_precision(choice.backend, bundle.precision)
+        in_8_bits = bundle.manifest.get("quantised", {})
+        for name in parts:
+            engines[name] = OpenVinoEngine(
+                bundle.part(name), order.num_threads, in_8_bits=name in in_8_bits
+            )
+        max_calls = 1
     else:
         from engines.backends.onnxruntime_engine import Cores, OnnxRuntimeEngine
 

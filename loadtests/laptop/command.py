@@ -30,6 +30,7 @@ OPENVINO = "OpenVINO, which FastSD CPU draws with"
 KINDS = (
     Kind("onnxruntime", "Fourstep, ONNX Runtime", "fp32"),
     Kind("onnxruntime", "Fourstep, ONNX Runtime", "int8"),
+    Kind("openvino_backend", "Fourstep, OpenVINO", "int8"),
     Kind("torch_cpu", "Fourstep, torch", "fp32"),
     Kind("torch_cpu", "Fourstep, torch", "bf16"),
     Kind("diffusers", "diffusers", "fp32"),
@@ -162,7 +163,7 @@ def _in_a_process(cache_dir: Path) -> Callable[[Kind, Task], Drawn]:
         python = Path(sys.executable)
         if kind.packages:
             python = ensure_python(cache_dir, [pin_of("laptop", name) for name in kind.packages])
-        if kind.name == "onnxruntime":
+        if kind.name in ("onnxruntime", "openvino_backend"):
             _build(task)
         done = subprocess.run(
             [str(python), "-m", "loadtests.laptop.ways", task.to_json()],

@@ -73,6 +73,11 @@ def onnxruntime(task: Task, clock: Clock) -> Draw:
     return _product("onnxruntime", task, clock)
 
 
+def openvino_backend(task: Task, clock: Clock) -> Draw:
+    """The product by OpenVINO, from the same bundle."""
+    return _product("openvino", task, clock)
+
+
 def torch_cpu(task: Task, clock: Clock) -> Draw:
     """The product by torch, from the checkpoint."""
     return _product("torch", task, clock)
@@ -272,7 +277,8 @@ def _weights(folder: Path) -> Path:
 
 
 WAYS: dict[str, Callable[[Task, Clock], Draw]] = {
-    way.__name__: way for way in (onnxruntime, torch_cpu, diffusers, openvino, sd_cpp)
+    way.__name__: way
+    for way in (onnxruntime, openvino_backend, torch_cpu, diffusers, openvino, sd_cpp)
 }
 
 

@@ -20,7 +20,7 @@ from engines.drawing.model import Model, check_lengths, check_plans
 from engines.errors import BackendUnavailable, BundleError
 from engines.facts import Facts, Window
 
-EVERYTHING = frozenset({"onnxruntime", "torch", "tensorrt", "tensorrt_rtx"})
+EVERYTHING = frozenset({"onnxruntime", "openvino", "torch", "tensorrt", "tensorrt_rtx"})
 WITHOUT_TENSORRT = frozenset({"onnxruntime", "torch"})
 RTX_ALONE = WITHOUT_TENSORRT | {"tensorrt_rtx"}
 
@@ -56,7 +56,12 @@ def test_auto_takes_the_best_there_is(machine: Machine, backend: str, reason: st
             r"not run on compute capability 90 \(it does on 75,.*--engine torch, or tensorrt",
         ),
         ("onnxruntime", Machine(None, frozenset()), "pip install onnxruntime"),
-        ("tensort", Machine(89, EVERYTHING), "unknown; known are auto, onnxruntime, tensorrt"),
+        ("openvino", Machine(None, WITHOUT_TENSORRT), "pip install openvino, or choose among auto"),
+        (
+            "tensort",
+            Machine(89, EVERYTHING),
+            "unknown; known are auto, onnxruntime, openvino, tensorrt",
+        ),
     ],
 )
 def test_what_cannot_run_says_why(backend: str, machine: Machine, message: str) -> None:
@@ -74,6 +79,7 @@ def test_a_device_that_is_asked_for_is_the_one_that_draws() -> None:
         ("tensorrt", gpu, "cpu", "needs an NVIDIA GPU"),
         ("torch", none, "cuda", "device 'cuda' needs an NVIDIA GPU.*--device cpu"),
         ("onnxruntime", gpu, "cuda", "draws on the CPU: choose --engine torch"),
+        ("openvino", gpu, "cuda", "draws on the CPU: choose --engine torch"),
         ("auto", gpu, "mps", "'mps' is unknown; known are auto, cpu, cuda"),
     ):
         with pytest.raises(BackendUnavailable, match=message):

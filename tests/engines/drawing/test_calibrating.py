@@ -126,6 +126,21 @@ def test_images_are_near(
         model.close()
 
 
+def test_openvino_draws_with_the_same_bundle(order: Order, quantised: Path) -> None:
+    exact = load_model(order, lambda *_: None)
+    wanted = dataclasses.replace(order, model=str(quantised), backend="openvino")
+    int8 = load_model(wanted, lambda *_: None)
+    assert (int8.choice.backend, int8.precision) == ("openvino", "int8")
+    assert min(image_psnrs_db(exact, int8, PROMPTS)) >= MIN_IMAGE_PSNR_DB
+    results = compare(exact, int8, PROMPTS)
+    assert all(result.good for result in results)
+    errors = {(result.part, result.output): result.relative_error for result in results}
+    assert errors["denoiser", "denoised"] > 1e-4, "or nothing was quantised"
+    assert errors["text_encoder", "prompt_embeds"] < 1e-5, "what is not in 8 bits is in single"
+    for model in (exact, int8):
+        model.close()
+
+
 def test_loras_are_fused_before(
     order: Order, quantised: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +150,9 @@ def test_loras_are_fused_before(
         Runner.open(wanted)
 
 
-@pytest.mark.parametrize(("backend", "precision"), [("torch", "int8"), ("onnxruntime", "fp8")])
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("torch", "int8"), ("onnxruntime", "fp8"), ("openvino", "fp8")]
+)
 def test_other_backends_refuse_it(order: Order, backend: str, precision: str) -> None:
     wanted = dataclasses.replace(order, backend=backend, precision=precision)
     with pytest.raises(BackendUnavailable, match=f"precision '{precision}' is for engine"):
