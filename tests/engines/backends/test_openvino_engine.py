@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engines.backends import openvino_engine
+from engines.drawing.model import load_model
+from engines.drawing.parity import compare
 from engines.drawing.runner import Runner
 from engines.families.recipe import Recipe
 from engines.order import Order
-from tests.engines.checkpoints import make_lora
+from tests.engines.checkpoints import make_lora, make_pixart_checkpoint, make_xl_checkpoint
 from tests.engines.peers import Peer, assert_agree, draw_together, recipe
 
 LORAS = ("one", "two")
@@ -79,6 +82,25 @@ def test_lora_sets_come_and_go(
             assert_agree(ours, peer.draw(wanted), wanted)
             held = len(runner._model.engines["denoiser"]._variants._opened)  # type: ignore[attr-defined]
             assert held <= most
+
+
+@pytest.fixture(scope="module", params=["xl", "pixart", "clips"])
+def checkpoint(request: pytest.FixtureRequest, tiny_clips: Path, tmp_path_factory: Any) -> Path:
+    make = {"xl": make_xl_checkpoint, "pixart": make_pixart_checkpoint}.get(request.param)
+    return make(tmp_path_factory.mktemp("checkpoint") / request.param) if make else tiny_clips
+
+
+def test_every_family_is_what_onnxruntime_draws(checkpoint: Path, cache_dir: Path) -> None:
+    models = [
+        load_model(Order(str(checkpoint), backend, cache_dir=cache_dir, num_threads=1), print)
+        for backend in ("onnxruntime", "openvino")
+    ]
+    results = compare(*models, ["a red cube"])
+    assert {result.part for result in results} >= {"text_encoder", "denoiser", "vae_decoder"}
+    for result in results:
+        assert result.relative_error < 1e-4, result
+    for model in models:
+        model.close()
 
 
 def test_what_is_left_out_is_no_leftover(runner: Runner) -> None:
