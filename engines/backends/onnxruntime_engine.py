@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import threading
@@ -18,6 +17,7 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from torch import Tensor
 
+from engines.backends.cpu import sums_8_bits
 from engines.backends.cpu_graph import quick_graph
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
@@ -63,14 +63,6 @@ class Cores:
         finally:
             with self._lock:
                 self._num_calls -= 1
-
-
-@functools.cache
-def _sums_8_bits() -> bool:
-    """Whether a product of uint8 and int8 is right here; an older x86 cuts its sums at 16 bits."""
-    found = torch.cpu.get_capabilities()
-    ways = ("avx512_vnni", "avx_vnni", "amx_int8")
-    return found["architecture"] != "x86_64" or any(found.get(way) for way in ways)
 
 
 class OnnxRuntimeEngine:
@@ -128,7 +120,7 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self._for_plans:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        elif not _sums_8_bits():
+        elif not sums_8_bits():
             # Slower, where sums are cut otherwise (and no less slow where they are not).
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3

@@ -6,16 +6,23 @@ not have on a CPU.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import openvino
 import torch
 from torch import Tensor
 
+from engines.backends.cpu import multiplies_bf16, sums_8_bits
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
 from engines.backends.variants import Variants
+from engines.errors import BackendUnavailable
+
+# Where that cannot be imported OpenVINO tells nobody that it was: it would, in a process that it
+# forks off ours.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import openvino  # noqa: E402
 
 KEPT_BYTES = 2**30  # of LoRA sets that are compiled, each with weights of its own
 
@@ -26,11 +33,20 @@ class OpenVinoEngine:
     """
 
     def __init__(self, path: Path, num_threads: int | None, *, in_8_bits: bool) -> None:
-        """``in_8_bits``: much of the part is; the rest is in bf16 then, where the CPU has it."""
+        """``in_8_bits``: much of the part is; the rest is in bf16 then, where the CPU has it.
+
+        Raises:
+            BackendUnavailable: OpenVINO's sums of 8 bits would be wrong on this CPU.
+        """
+        if in_8_bits and not sums_8_bits():
+            raise BackendUnavailable(
+                "engine 'openvino' cuts sums of 8 bits on a CPU without VNNI, as this one is: "
+                "choose --engine onnxruntime, or another precision"
+            )
         self._path, self._weights = path, OnnxWeights(path)
         self._core = openvino.Core()
         self._options = {
-            "INFERENCE_PRECISION_HINT": "bf16" if in_8_bits else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if in_8_bits and multiplies_bf16() else "f32",
             "INFERENCE_NUM_THREADS": num_threads or 0,  # 0: all of the machine's
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # replicas side by side would be held to the same cores

@@ -19,6 +19,9 @@ from engines.errors import DeviceLost, OutOfMemory
 NO_MEMORY = (
     "out of memory",
     "can't allocate memory",  # torch's allocator on a CPU
+    "bytes of memory",  # OpenVINO: "Failed to allocate 8 bytes of memory"
+    "failed to allocate memory",
+    "bad_alloc",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
     "cudnn_status_internal_error_device_allocation_failed",

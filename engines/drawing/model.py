@@ -272,10 +272,11 @@ def load_built(order: Order, choice: Choice, progress: Progress) -> Model:
         from engines.backends.openvino_engine import OpenVinoEngine
 
         check_precision(choice.backend, bundle.precision)
-        in_8_bits = bundle.manifest.get("quantised", {})
         for name in parts:
+            found = bundle.manifest.get("quantised", {}).get(name, {})
+            in_8_bits = bool(found.get("num_convolutions") or found.get("num_linears"))
             engines[name] = OpenVinoEngine(
-                bundle.part(name), order.num_threads, in_8_bits=name in in_8_bits
+                bundle.part(name), order.num_threads, in_8_bits=in_8_bits
             )
         max_calls = 1
     else:

@@ -94,7 +94,7 @@ def free_port() -> int:
 
 
 def claim(port: int) -> bool:
-    """Make the port this process's for as long as that lives, if it is no other's.
+    """Make the port this process's for as long as that lives, unless it is one's already.
 
     Processes of this project that look for ports respect that; so two that start side by side do
     not get the same before either is bound. Linux alone: elsewhere all is true.

@@ -42,7 +42,7 @@ def test_two_jobs_build_once_what_is_damaged_or_absent(
         )  # fmt: skip
 
     jobs = [start(), start()]
-    said = [job.communicate()[0] for job in jobs]
+    said = [job.communicate(timeout=1200)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     assert sorted("exporting denoiser" in each for each in said) == [False, True], said
     assert any("is not what the manifest says" in each for each in said), said

@@ -60,6 +60,7 @@ export class LiveSession extends EventTarget {
     this.#told = "";
     this.#askedAt = null;
     this.#changed = true;
+    this.#emit("touched");
     this.#ask();
   }
 

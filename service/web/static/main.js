@@ -235,7 +235,7 @@ sketch.addEventListener("undoable", () => {
 const showBusy = () => ($("screen").dataset.busy = live.busy || screen.behind);
 live.addEventListener("touched", showBusy);
 live.addEventListener("picture", async ({ detail }) => {
-  await screen.show(detail, nearer());
+  if (!(await screen.show(detail, nearer()))) return;
   $("seed").value = detail.seed;
   say(detail.warnings.join("; "));
   showBusy();

@@ -22,13 +22,13 @@ export class Screen {
     return this.#shown < this.#numTold;
   }
 
-  /** A `frame` of the service, as a live session tells of it. */
+  /** A `frame` of the service, as a live session tells of it; whether it is seen now. */
   async show({ image, media_type, width, height, seed, fps, latency_ms }, prompt) {
     const number = ++this.#numTold;
     const picture = new Image();
     picture.src = `data:${media_type};base64,${image}`;
     await picture.decode();
-    if (number < this.#shown) return; // a newer one was decoded sooner
+    if (number < this.#shown) return false; // a newer one was decoded sooner
     this.#shown = number;
     const canvas = this.#canvas;
     if (canvas.width !== width || canvas.height !== height) setSize(canvas, width, height);
@@ -39,6 +39,7 @@ export class Screen {
     $("fps").value = fps ? fps.toFixed(1) : "–";
     $("latency").value = Math.round(latency_ms);
     this.#seed = seed;
+    return true;
   }
 
   /** What is seen, as a PNG, with its seed and size. */

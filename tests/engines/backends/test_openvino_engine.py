@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from engines.backends import openvino_engine
 from engines.drawing.model import load_model
 from engines.drawing.parity import compare
 from engines.drawing.runner import Runner
+from engines.errors import BackendUnavailable
 from engines.families.recipe import Recipe
 from engines.order import Order
 from tests.engines.checkpoints import make_lora, make_pixart_checkpoint, make_xl_checkpoint
@@ -101,6 +105,21 @@ def test_every_family_is_what_onnxruntime_draws(checkpoint: Path, cache_dir: Pat
         assert result.relative_error < 1e-4, result
     for model in models:
         model.close()
+
+
+def test_nobody_is_told_that_it_was_imported(tmp_path: Path) -> None:
+    code = "import engines.backends.openvino_engine"
+    environment = {**os.environ, "HOME": str(tmp_path), "CI": ""}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not (tmp_path / "intel").exists(), "where its telemetry keeps who is who"
+
+
+def test_8_bits_are_refused_where_their_sums_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_engine, "sums_8_bits", lambda: False)
+    with pytest.raises(BackendUnavailable, match=r"without VNNI.*--engine onnxruntime"):
+        openvino_engine.OpenVinoEngine(tmp_path / "denoiser.onnx", 1, in_8_bits=True)
 
 
 def test_what_is_left_out_is_no_leftover(runner: Runner) -> None:

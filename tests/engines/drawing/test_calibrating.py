@@ -113,7 +113,7 @@ def test_a_transformer_is_in_8_bits_too(tmp_path: Path) -> None:
 def test_images_are_near(
     order: Order, quantised: Path, has_vnni: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxruntime_engine, "_sums_8_bits", lambda: has_vnni)
+    monkeypatch.setattr(onnxruntime_engine, "sums_8_bits", lambda: has_vnni)
     exact = load_model(order, lambda *_: None)
     int8 = load_model(dataclasses.replace(order, model=str(quantised)), lambda *_: None)
     assert int8.precision == "int8"

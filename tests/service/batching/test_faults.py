@@ -212,14 +212,16 @@ def test_a_wedged_engine_turns_health_red_and_leaves_nobody_waiting(
     release = threading.Event()
     service.denoiser.fault = lambda inputs: release.wait(600) and None
     waiting, statuses = service.draw_beside_it(**{"X-Request-Timeout": "5"})
-    wait_for(lambda: not service.replica.ready, "its call takes too long")
-    assert service.http.get("/readyz").status_code == 503
-    assert service.http.get("/healthz").status_code == 200
-    assert service.draw()[0] == 503, "nothing more is accepted"
-    waiting.join()
-    assert statuses == [504]
-    assert not service.replica.ready, "the handler itself gave up, not the call"
-    release.set()
+    try:
+        wait_for(lambda: not service.replica.ready, "its call takes too long")
+        assert service.http.get("/readyz").status_code == 503
+        assert service.http.get("/healthz").status_code == 200
+        assert service.draw()[0] == 503, "nothing more is accepted"
+        waiting.join()
+        assert statuses == [504]
+        assert not service.replica.ready, "the handler itself gave up, not the call"
+    finally:
+        release.set()
     service.denoiser.heal()
     wait_for(lambda: service.replica.ready, "the call has ended")
     status, body = service.draw()

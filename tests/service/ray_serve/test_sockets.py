@@ -28,7 +28,7 @@ def service(lcm_checkpoint: Path, cache_dir: Path) -> Iterator[tuple[psutil.Proc
     port = free_port()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")
-        options = ("--host", "0.0.0.0", "--allow-anonymous")
+        options = ("--host", "0.0.0.0", "--allow-anonymous", "--probe-port", str(port + 1))
         process = start(lcm_checkpoint, cache_dir, port, *options)
     try:
         wait_until_ready(process, port)

@@ -21,6 +21,14 @@ class Gate(threading.Event):
         self.set()
         self.reached = threading.Event()
 
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        self.clear()
+        try:
+            yield
+        finally:
+            self.set()
+
 
 @contextlib.contextmanager
 def gated() -> Iterator[Gate]:

@@ -155,12 +155,11 @@ def test_a_refusal_says_what_is_wrong_and_the_button_comes_back(page: Page) -> N
 
 def test_what_takes_too_long_is_stopped(page: Page, gate: Gate) -> None:
     page.locator("#count").fill("10")
-    gate.clear()
-    page.locator("#draw").click()
-    expect(page.locator("#stop")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(page.locator("#message")).to_have_text("Stopped.")
-    gate.set()
+    with gate.closed():
+        page.locator("#draw").click()
+        expect(page.locator("#stop")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#message")).to_have_text("Stopped.")
     expect(page.locator("figure.preview")).to_have_count(0)
     expect(page.locator("#draw")).to_be_enabled()
 

@@ -106,16 +106,14 @@ def test_the_theme_is_chosen_and_kept(url: str) -> None:
 
 @pytest.mark.parametrize("wish", ["no-preference", "reduce"])
 def test_nothing_moves_where_that_is_not_wished(url: str, wish: str, gate: Gate) -> None:
-    with studio(url, reduced_motion=wish) as page:
+    with studio(url, reduced_motion=wish) as page, gate.closed():
         expect(page.locator("#model")).to_contain_text("onnxruntime")
-        gate.clear()
         page.locator("#draw").click()
         expect(page.locator("#stop")).to_be_visible()
         moving = page.evaluate("document.getAnimations().length")
         assert (moving == 0) == (wish == "reduce")
         page.keyboard.press("Escape")
         expect(page.locator("#message")).to_have_text("Stopped.")
-        gate.set()
 
 
 def tab_to(page: Page, selector: str) -> None:

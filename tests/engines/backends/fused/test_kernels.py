@@ -17,7 +17,7 @@ def _run(*arguments: str, **environment: str) -> str:
     """What a process of its own printed: Triton reads its variables where it is imported."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment},
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
