@@ -30,5 +30,8 @@ class Variants(Generic[T]):
         self._opened.move_to_end(variant)
         return self._opened[variant]
 
+    def __len__(self) -> int:
+        return len(self._opened)
+
     def clear(self) -> None:
         self._opened.clear()

@@ -84,7 +84,7 @@ def test_lora_sets_come_and_go(
             wanted = recipe(seed=index, num_steps=2, guidance_scale=3.0, loras=chosen)
             (ours,) = draw_together(runner, [wanted])
             assert_agree(ours, peer.draw(wanted), wanted)
-            held = len(runner._model.engines["denoiser"]._variants._opened)  # type: ignore[attr-defined]
+            held = len(runner._model.engines["denoiser"]._variants)  # type: ignore[attr-defined]
             assert held <= most
 
 
