@@ -30,6 +30,12 @@ class OnnxWeights:
         graph = onnx.load(self._path, load_external_data=False).graph
         return {tensor.name: tensor for tensor in graph.initializer}
 
+    @property
+    def num_bytes(self) -> int:
+        """On disk, the graph with them."""
+        files = self._path.parent.glob(f"{self._path.name}*")
+        return sum(file.stat().st_size for file in files)
+
     def __contains__(self, name: str) -> bool:
         return name in self._initializers
 

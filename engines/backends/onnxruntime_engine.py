@@ -21,12 +21,8 @@ from engines.backends.cpu import sums_8_bits
 from engines.backends.cpu_graph import quick_graph
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
-from engines.backends.variants import Variants
+from engines.backends.variants import KEPT_BYTES, Variants
 
-# Sessions of recent LoRA sets, for opening one anew costs half a second even on a small model. Each
-# holds weights of its own, about the file's size (packed for the kernels, they cannot be shared): a
-# small model keeps dozens, one of gigabytes only the session it runs.
-KEPT_BYTES = 2**30
 MAX_CALLS = 2  # side by side, where there are cores for them
 FEW_THREADS = 2  # for which a group norm is quicker whole than divided
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph in memory
@@ -95,7 +91,7 @@ class OnnxRuntimeEngine:
         available = onnxruntime.get_available_providers()  # CUDA where it is a GPU build
         wanted = PROVIDERS[-1:] if device == "cpu" else PROVIDERS
         self._providers = [name for name in wanted if name in available]
-        num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        num_bytes = self._weights.num_bytes
         alone = len(self._providers) > 1 or 2 * num_bytes > KEPT_BYTES
         self.max_calls = 1 if alone else min(max_calls, cores.num_threads)
         self._threads = ThreadPoolExecutor(cores.num_threads, "fourstep-onnxruntime")

@@ -16,15 +16,13 @@ from torch import Tensor
 from engines.backends.cpu import multiplies_bf16, sums_8_bits
 from engines.backends.engine import Variant
 from engines.backends.onnx_weights import OnnxWeights
-from engines.backends.variants import Variants
+from engines.backends.variants import KEPT_BYTES, Variants
 from engines.errors import BackendUnavailable
 
 # Where that cannot be imported OpenVINO tells nobody that it was: it would, in a process that it
 # forks off ours.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
-
-KEPT_BYTES = 2**30  # of LoRA sets that are compiled, each with weights of its own
 
 
 class OpenVinoEngine:
@@ -56,8 +54,7 @@ class OpenVinoEngine:
         self._inputs = [each.any_name for each in model.inputs]
         self._outputs = [each.any_name for each in model.outputs]
         self._request: openvino.InferRequest | None = self._compile(model)
-        num_bytes = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-        self._variants = Variants(self._request, KEPT_BYTES // max(1, num_bytes))
+        self._variants = Variants(self._request, KEPT_BYTES // max(1, self._weights.num_bytes))
 
     def _compile(self, model: openvino.Model) -> openvino.InferRequest:
         return self._core.compile_model(model, "CPU", self._options).create_infer_request()

@@ -9,6 +9,10 @@ from typing import Generic, TypeVar
 from engines.backends.engine import Variant
 
 T = TypeVar("T")
+# What is opened anew costs half a second even on a small model. Each holds weights of its own,
+# about the file's size (packed for the kernels, they cannot be shared): a small model keeps dozens,
+# one of gigabytes only what it runs.
+KEPT_BYTES = 2**30
 
 
 class Variants(Generic[T]):
