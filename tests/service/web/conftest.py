@@ -12,6 +12,14 @@ from filelock import FileLock
 from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
+from tests.service.web.gate import Gate, gated
+
+
+@pytest.fixture(scope="module")
+def gate() -> Iterator[Gate]:
+    """Before every service that asks for it."""
+    with gated() as gate:
+        yield gate
 
 
 @pytest.fixture(scope="module")

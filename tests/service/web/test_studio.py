@@ -21,7 +21,7 @@ from service.access.keys import make_key
 from service.replica import Replica
 from service.settings import load_settings
 from service.web.app import build_app
-from tests.service.web.gate import Gate, gated
+from tests.service.web.gate import Gate
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
@@ -89,12 +89,6 @@ def studio(url: str, **options: Any) -> Iterator[Page]:
         yield page
         browser.close()
     assert problems == []
-
-
-@pytest.fixture(scope="module")
-def gate() -> Iterator[Gate]:
-    with gated() as gate:
-        yield gate
 
 
 @pytest.fixture(scope="module")

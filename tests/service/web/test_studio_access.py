@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.service.web.gate import Gate, gated
+from tests.service.web.gate import Gate
 from tests.service.web.test_clients import install
 from tests.service.web.test_studio import NEEDS_CHROMIUM, serving, studio
 from tests.service.web.test_studio_live import settled
@@ -19,12 +19,6 @@ from tests.service.web.test_studio_live import settled
 pytestmark = NEEDS_CHROMIUM
 AXE = "axe-core@4.14.1"
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def gate() -> Iterator[Gate]:
-    with gated() as gate:
-        yield gate
 
 
 @pytest.fixture(scope="module")
